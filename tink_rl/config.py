@@ -1,0 +1,128 @@
+"""Settings, each explained once. A leaf: imports neither torch, TRL nor vLLM."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from tink_rl.errors import ConfigError
+from tink_rl.types import PolicyVersion, SyncMode, Transport
+
+MODES = ("auto", *SyncMode)
+ON_RUNNING = ("drain", "abort")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """How a policy is published and sampled.
+
+    Example: `SyncConfig(mode="adapter", policy="math", servers=("http://10.0.0.7:8000",))`
+    """
+
+    mode: str = field(
+        default="auto",
+        metadata={
+            "help": "`merged` folds the adapter into the served weights (fastest decode, one policy), "
+            "`adapter` uses a LoRA slot (many policies), `auto` takes what the server offers and "
+            "says which."
+        },
+    )
+    policy: str = field(default="policy", metadata={"help": "Name; versions are NAME@1, NAME@2, ..."})
+    servers: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "URLs of the vLLM servers; empty: TRL's vllm_server_* arguments."},
+    )
+    token: str | None = field(default=None, metadata={"help": "Token of the control routes."})
+    token_file: str | None = field(
+        default=None,
+        metadata={"help": "File with that token; else TINK_TOKEN, TINK_TOKEN_FILE, then the default."},
+    )
+    api_key: str | None = field(default=None, metadata={"help": "vLLM's own --api-key, if it has one."})
+    transport: str = field(
+        default="auto",
+        metadata={"help": "What carries the bytes: `gloo`, `nccl`, `http` (no port needed) or `auto`."},
+    )
+    on_running: str = field(
+        default="drain",
+        metadata={"help": "Merged commit: `drain` running requests, or `abort` them."},
+    )
+    keep_versions: int = field(
+        default=2, metadata={"help": "Adapter mode: versions that stay served, the newest included."}
+    )
+    probe_every: int = field(
+        default=10,
+        metadata={"help": "Compare trainer and server logprobs on every k-th publish; 0: only at start."},
+    )
+    probe_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Largest allowed |logprob difference| of a probe; None: by dtype."},
+    )
+    join_timeout_s: float = field(default=30.0, metadata={"help": "Deadline of opening a channel."})
+    stage_timeout_s: float = field(default=60.0, metadata={"help": "Deadline of moving one packet."})
+    commit_timeout_s: float = field(default=60.0, metadata={"help": "Deadline of one commit."})
+    drain_timeout_s: float = field(
+        default=30.0, metadata={"help": "Merged commit: how long running requests may take to end."}
+    )
+    lease_wait_s: float = field(
+        default=20.0,
+        metadata={"help": "How long to wait for a dead writer's lease of this policy to expire."},
+    )
+    request_timeout_s: float = field(
+        default=600.0, metadata={"help": "Deadline of one sampling request."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: names the field, the value and what is allowed.
+        """
+        _one_of("mode", self.mode, MODES)
+        _one_of("transport", self.transport, tuple(Transport))
+        _one_of("on_running", self.on_running, ON_RUNNING)
+        try:
+            PolicyVersion(policy=self.policy, version=0)
+        except ValueError as error:
+            raise ConfigError(f"SyncConfig.policy: {error}") from error
+        if self.keep_versions < 1 or self.probe_every < 0:
+            raise ConfigError(
+                f"SyncConfig.keep_versions={self.keep_versions}, probe_every={self.probe_every}: "
+                "expected at least 1 and at least 0"
+            )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_s") and not (isinstance(value, (int, float)) and value >= 0):
+                raise ConfigError(f"SyncConfig.{item.name}={value!r}: expected seconds >= 0")
+
+    def read_token(self) -> str:
+        """The token of the control routes: given, from the file, the environment or the default file.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.token or (self.token_file is None and os.environ.get("TINK_TOKEN")):
+            return self.token or os.environ["TINK_TOKEN"]
+        path = Path(
+            self.token_file or os.environ.get("TINK_TOKEN_FILE") or default_token_file()
+        ).expanduser()
+        try:
+            return path.read_text().strip()
+        except OSError as error:
+            raise ConfigError(
+                f"no token for the server's control routes: {path} cannot be read "
+                f"({error.strerror}); start the server with `tink-rl serve`, which makes one, or "
+                "set SyncConfig(token_file=...)"
+            ) from error
+
+
+def default_token_file() -> Path:
+    """Where `tink-rl serve` keeps the token if no file was named."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tink_rl" / "token"
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(str(item) for item in allowed)
+        raise ConfigError(f"SyncConfig.{name}={value!r}: expected one of {names}")

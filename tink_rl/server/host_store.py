@@ -1,0 +1,52 @@
+"""Staged adapters of one worker process, by private path: what `tink://...` resolves to.
+
+A copy stays here for as long as a request may name it. vLLM evicts adapters from its own cache and
+reads them again at the next use; one whose source is gone would end the whole engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from tink_rl.policy.packet import PacketHeader
+
+SCHEME = "tink://"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedAdapter:
+    """One checked adapter: header and tensors (views into one buffer on the CPU)."""
+
+    header: PacketHeader
+    tensors: dict[str, torch.Tensor]
+
+
+_LOCK = threading.Lock()
+_ADAPTERS: dict[str, StagedAdapter] = {}
+
+
+def put(path: str, adapter: StagedAdapter) -> None:
+    """Keep `adapter` under `path` until `pop`."""
+    with _LOCK:
+        _ADAPTERS[path] = adapter
+
+
+def get(path: str) -> StagedAdapter | None:
+    """The adapter of `path`, or None."""
+    with _LOCK:
+        return _ADAPTERS.get(path)
+
+
+def pop(path: str) -> None:
+    """Forget `path`; unknown paths are fine."""
+    with _LOCK:
+        _ADAPTERS.pop(path, None)
+
+
+def digests() -> dict[str, str]:
+    """Path -> digest of everything that is held."""
+    with _LOCK:
+        return {path: adapter.header.digest for path, adapter in _ADAPTERS.items()}

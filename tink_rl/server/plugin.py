@@ -1,0 +1,64 @@
+"""`vllm.general_plugins` entry: lets vLLM's LoRA manager load adapters that were staged in memory.
+
+vLLM calls `register` in every process it starts, possibly more than once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+logger = logging.getLogger("tink_rl.server")
+
+
+def register() -> None:
+    """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager."""
+    from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
+
+    current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    if getattr(current, "resolves_tink_paths", False):
+        return
+    if current is not LRUCacheWorkerLoRAManager:
+        logger.warning("another plugin replaced vLLM's LoRA manager; tink_rl builds on %r", current)
+    lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _with_tink_paths(current)
+
+
+def _with_tink_paths(base: Any) -> Any:
+    from tink_rl.server import host_store
+
+    class TinkLoRAManager(base):  # type: ignore[misc]
+        """vLLM's manager; only where the tensors of a `tink://` path come from differs."""
+
+        resolves_tink_paths = True
+
+        def _load_adapter(self, lora_request: Any) -> Any:
+            if not lora_request.lora_path.startswith(host_store.SCHEME):
+                return super()._load_adapter(lora_request)
+            return _load_staged(self, lora_request)
+
+    return TinkLoRAManager
+
+
+def _load_staged(manager: Any, lora_request: Any) -> Any:
+    """The `LoRAModel` of a staged adapter, validated by vLLM as if it came from a directory."""
+    from tink_rl.server import host_store
+    from tink_rl.server.vllm_names import LoRAAdapterNotFoundError, LoRAModel, PEFTHelper
+
+    staged = host_store.get(lora_request.lora_path)
+    if staged is None:
+        raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+    rank = staged.header.rank
+    modules = sorted({name.split(".")[-3] for name in staged.tensors})
+    # alpha = r, because the scaling is already folded into B.
+    helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": modules})
+    helper.validate_legal(manager.lora_config)
+    mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
+    return LoRAModel.from_lora_tensors(
+        lora_model_id=lora_request.lora_int_id,
+        tensors={f"base_model.model.{name}": t for name, t in staged.tensors.items()},
+        peft_helper=helper,
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )

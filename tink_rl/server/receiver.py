@@ -1,0 +1,362 @@
+"""The receiver in every vLLM worker (`--worker-extension-cls`): join, receive, check, commit, report.
+
+vLLM's engine loop calls these methods between steps, so none may block: joining and receiving run in
+threads of the worker, and the routes ask for their state. Every method answers `{"ok": True, ...}` or
+`{"ok": False, "error": ...}`; an exception that escaped would end the engine for everybody.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tink_rl.errors import (
+    ChannelLost,
+    ConfigError,
+    DtypeMismatch,
+    StaleEpoch,
+    TinkError,
+    TruncatedPacket,
+    UnknownVersion,
+)
+from tink_rl.policy import packet
+from tink_rl.policy.adapter import check_values
+from tink_rl.server import host_store, modules
+from tink_rl.server.folding import Folder
+from tink_rl.server.golden import GoldenWeights
+from tink_rl.transport import communicator
+from tink_rl.types import SyncMode, Transport
+
+logger = logging.getLogger("tink_rl.server")
+
+
+def _answers(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Turn the return value or exception of a worker method into a plain answer."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return {"ok": True, "value": method(self, *args, **kwargs)}
+        except TinkError as error:
+            return {"ok": False, **error.to_wire()}
+        except Exception as error:  # anything that escapes here ends the engine for all its users
+            logger.exception("tink_rl: %s failed", method.__name__)
+            return {"ok": False, **TinkError(f"{type(error).__name__}: {error}").to_wire()}
+
+    return call
+
+
+class _Task:
+    """A thread whose outcome is asked for, never waited for."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self.error: TinkError | None = None
+        self.value: Any = None
+        self._thread = threading.Thread(target=self._main, daemon=True, name="tink-receiver")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _main(self) -> None:
+        try:
+            self.value = self._run()
+        except TinkError as error:
+            self.error = error
+        except Exception as error:  # reported to whoever asks for the state
+            logger.exception("tink_rl: receiver thread failed")
+            self.error = TinkError(f"{type(error).__name__}: {error}")
+
+    def state(self) -> str:
+        """"running", or "done"; raises what the thread raised."""
+        if self._thread.is_alive():
+            return "running"
+        if self.error is not None:
+            raise self.error
+        return "done"
+
+
+class _Stage:
+    """One packet on its way in: buffer, header, and the thread that receives and checks it."""
+
+    def __init__(self, header: packet.PacketHeader, buffer: torch.Tensor) -> None:
+        self.header = header
+        self.buffer = buffer
+        self.received = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.task: _Task | None = None
+
+
+class _State:
+    """What one worker remembers between calls."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, modules.Layer] = {}
+        self.shards: dict[str, modules.Shard] = {}
+        self.golden: GoldenWeights | None = None
+        self.folder: Folder | None = None
+        self.max_lora_rank = 0
+        self.adapter_dtype = "float32"
+        self.stores: dict[int, Any] = {}
+        self.joins: dict[int, _Task] = {}
+        self.stages: dict[str, _Stage] = {}
+        self.merged_digest: str | None = None
+
+
+class TinkWorkerExtension:
+    """Mixed into vLLM's worker class; every name starts with `tink_`."""
+
+    tink_state_: _State | None = None
+
+    def _tink(self) -> _State:
+        if self.tink_state_ is None:
+            raise ConfigError("the receiver was not prepared; was the endpoint plugin loaded?")
+        return self.tink_state_
+
+    # -- start ------------------------------------------------------------------------------------
+
+    @_answers
+    def tink_prepare(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Learn the model's layers and, for merged mode, load the golden weights.
+
+        Raises:
+            GoldenDoesNotFit, ConfigError: merged mode cannot work here.
+        """
+        worker: Any = self
+        state = _State()
+        model = worker.model_runner.get_model()
+        state.layers = modules.linear_layers(model)
+        state.shards = modules.by_checkpoint_name(state.layers)
+        lora = worker.vllm_config.lora_config
+        state.max_lora_rank = lora.max_lora_rank if lora is not None else 0
+        if lora is not None:
+            state.adapter_dtype = str(lora.lora_dtype).removeprefix("torch.")
+        if SyncMode.MERGED in options["modes"]:
+            self._tink_load_golden(state, options)
+        self.tink_state_ = state
+        return {
+            "num_modules": len(state.shards),
+            "adapter_dtype": state.adapter_dtype,
+            "golden": state.golden.describe() if state.golden is not None else {},
+        }
+
+    def _tink_load_golden(self, state: _State, options: dict[str, Any]) -> None:
+        worker: Any = self
+        state.golden = GoldenWeights(
+            options["model_dir"],
+            state.layers,
+            dtype=worker.model_config.dtype,
+            device=worker.device,
+            tier=options["golden_tier"],
+            budget_gib=options["golden_budget_gib"],
+        )
+        state.golden.load()
+        state.folder = Folder(
+            state.layers, state.golden, vllm_config=worker.vllm_config, device=worker.device
+        )
+
+    # -- channel ----------------------------------------------------------------------------------
+
+    @_answers
+    def tink_bind(self, epoch: int, host: str, port: int, timeout_s: float) -> int | None:
+        """Rank 0 binds the rendezvous store of `epoch` and gives its port; the others give None."""
+        worker: Any = self
+        if worker.rank != 0:
+            return None
+        store, bound = communicator.bind_store(host, port, timeout_s)
+        self._tink().stores[epoch] = store
+        return bound
+
+    @_answers
+    def tink_join(self, epoch: int, spec: dict[str, Any]) -> None:
+        """Start joining the channel of `epoch`; closes every older channel of the same policy."""
+        worker: Any = self
+        state = self._tink()
+        store = state.stores.get(epoch)
+
+        def join() -> communicator.Channel:
+            timeout_s = spec["timeout_s"]
+            return communicator.open_channel(
+                Transport(spec["transport"]),
+                store or communicator.dial_store(spec["host"], spec["port"], timeout_s),
+                nonce=spec["nonce"],
+                rank=worker.rank,
+                world_size=spec["world_size"],
+                host=spec["host"],
+                device=worker.device,
+                timeout_s=timeout_s,
+            )
+
+        task = state.joins[epoch] = _Task(join)
+        task.start()
+
+    @_answers
+    def tink_join_state(self, epoch: int) -> str:
+        """"running" or "done".
+
+        Raises:
+            StaleEpoch: no such channel. ChannelLost: joining failed.
+        """
+        return self._tink_join_task(epoch).state()
+
+    def _tink_join_task(self, epoch: int) -> _Task:
+        task = self._tink().joins.get(epoch)
+        if task is None:
+            raise StaleEpoch(f"channel {epoch} was closed or replaced; join again")
+        return task
+
+    @_answers
+    def tink_close(self, epoch: int) -> None:
+        """Close the channel of `epoch`; unknown ones are fine."""
+        state = self._tink()
+        task = state.joins.pop(epoch, None)
+        state.stores.pop(epoch, None)
+        if task is not None and task.value is not None:
+            task.value.close()
+
+    # -- stage ------------------------------------------------------------------------------------
+
+    @_answers
+    def tink_stage(self, stage_id: str, header_json: dict[str, Any], options: dict[str, Any]) -> None:
+        """Check the header against the model, then receive and check the bytes in a thread.
+
+        Raises:
+            RankExceeded, UnknownModules, ShapeMismatch, DtypeMismatch: before a byte was sent.
+        """
+        state = self._tink()
+        header = packet.PacketHeader.from_json(header_json)
+        modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
+        _check_dtypes(header, state.adapter_dtype)
+        channel = None
+        if options["transport"] != Transport.HTTP:
+            task = self._tink_join_task(header.epoch)
+            if task.state() != "done":
+                raise ChannelLost(f"channel {header.epoch} is still joining")
+            channel = task.value
+        device = channel.device if channel is not None else torch.device("cpu")
+        stage = _Stage(header, torch.empty(header.num_bytes, dtype=torch.uint8, device=device))
+        state.stages[stage_id] = stage
+        if channel is not None:
+            stage.task = _Task(lambda: _receive(stage, channel, options))
+            stage.task.start()
+
+    @_answers
+    def tink_chunk(self, stage_id: str, offset: int, data: bytes) -> int:
+        """Take one chunk of a packet that travels as HTTP body; gives the bytes received so far.
+
+        Raises:
+            TruncatedPacket: the chunk is not the next one, or exceeds the buffer.
+        """
+        stage = self._tink_stage(stage_id)
+        end = offset + len(data)
+        if offset != stage.received or end > stage.header.num_bytes:
+            raise TruncatedPacket(
+                f"chunk of bytes {offset}-{end}: expected to start at {stage.received} and to end "
+                f"by {stage.header.num_bytes}"
+            )
+        if data:
+            stage.buffer[offset:end] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        stage.received = end
+        return end
+
+    @_answers
+    def tink_chunks_done(self, stage_id: str) -> None:
+        """All chunks were sent: check them in a thread."""
+        stage = self._tink_stage(stage_id)
+        stage.buffer = stage.buffer[: stage.received]
+        stage.task = _Task(lambda: _check(stage))
+        stage.task.start()
+
+    @_answers
+    def tink_stage_state(self, stage_id: str) -> str:
+        """"running" or "done"; raises why the packet was refused, and forgets it then."""
+        stage = self._tink_stage(stage_id)
+        if stage.task is None:
+            return "running"
+        try:
+            return stage.task.state()
+        except TinkError:
+            self._tink().stages.pop(stage_id, None)
+            raise
+
+    def _tink_stage(self, stage_id: str) -> _Stage:
+        stage = self._tink().stages.get(stage_id)
+        if stage is None:
+            raise UnknownVersion(f"nothing is staged as {stage_id!r}; stage it first")
+        return stage
+
+    @_answers
+    def tink_discard(self, stage_id: str) -> None:
+        """Forget a stage; unknown ones are fine."""
+        self._tink().stages.pop(stage_id, None)
+
+    # -- commit -----------------------------------------------------------------------------------
+
+    @_answers
+    def tink_keep(self, stage_id: str, path: str) -> str:
+        """Adapter mode: let vLLM's LoRA manager find the staged tensors under `path`; the digest."""
+        stage = self._tink_stage(stage_id)
+        host_store.put(path, host_store.StagedAdapter(header=stage.header, tensors=stage.tensors))
+        self._tink().stages.pop(stage_id)
+        return stage.header.digest
+
+    @_answers
+    def tink_fold(self, stage_id: str | None) -> str | None:
+        """Merged mode: serve golden + B·A of the stage (None: the base again); the digest.
+
+        No request may be running. After an exception the weights are undefined.
+        """
+        state = self._tink()
+        if state.folder is None:
+            raise ConfigError("the server was not started for merged mode; use --mode merged or both")
+        if stage_id is None:
+            state.folder.fold({})
+            state.merged_digest = None
+            return None
+        stage = self._tink_stage(stage_id)
+        state.merged_digest = "undefined"
+        state.folder.fold(stage.tensors)
+        state.merged_digest = stage.header.digest
+        state.stages.pop(stage_id)
+        return state.merged_digest
+
+    @_answers
+    def tink_release(self, path: str, lora_id: int) -> None:
+        """Forget an adapter that no request can name any more, in vLLM's cache and in ours."""
+        worker: Any = self
+        worker.model_runner.remove_lora(lora_id)
+        host_store.pop(path)
+
+    @_answers
+    def tink_report(self) -> dict[str, Any]:
+        """What this worker holds: digest of the folded version, and of every adapter by path."""
+        return {"merged": self._tink().merged_digest, "adapters": host_store.digests()}
+
+
+def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
+    allowed = {adapter_dtype} if header.mode is SyncMode.ADAPTER else {"float32", "bfloat16", "float16"}
+    for spec in header.tensors:
+        if spec.dtype not in allowed:
+            raise DtypeMismatch(
+                f"tensor {spec.name!r} is {spec.dtype}, the server's slots take {adapter_dtype}; "
+                "publish with the dtype that the server's status names",
+                given=spec.dtype,
+                expected=adapter_dtype,
+            )
+
+
+def _receive(stage: _Stage, channel: communicator.Channel, options: dict[str, Any]) -> None:
+    channel.broadcast(stage.buffer, src=options["src"], timeout_s=options["timeout_s"])
+    _check(stage)
+
+
+def _check(stage: _Stage) -> None:
+    """Digest first, so that damage on the way is not mistaken for a bad adapter."""
+    packet.check_bytes(stage.header, stage.buffer)
+    stage.tensors = packet.unpack(stage.header, stage.buffer.cpu())
+    check_values(stage.tensors)

@@ -1,0 +1,44 @@
+"""The private names of vLLM that this package leans on, all of them, in one place.
+
+Checked on vLLM 0.31.0 (CPU build). `tests/unit/test_vllm_contract.py` fails loudly when one moves.
+Imported only inside vLLM's processes.
+"""
+
+from __future__ import annotations
+
+from vllm.config import set_current_vllm_config
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.v1.worker import lora_model_runner_mixin
+
+TESTED_VLLM = ("0.31.0",)
+
+__all__ = [
+    "TESTED_VLLM",
+    "LRUCacheWorkerLoRAManager",
+    "LinearBase",
+    "LoRAAdapterNotFoundError",
+    "LoRAModel",
+    "LoRARequest",
+    "MergedColumnParallelLinear",
+    "PEFTHelper",
+    "QKVParallelLinear",
+    "RowParallelLinear",
+    "finalize_layerwise_reload",
+    "initialize_layerwise_reload",
+    "lora_model_runner_mixin",
+    "set_current_vllm_config",
+]

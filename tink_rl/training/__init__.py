@@ -1,0 +1,1 @@
+"""The doors into training; the only rooms that import trl."""

@@ -1,0 +1,86 @@
+"""What is checked before the first step: settings under which a run would be wrong in silence."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from tink_rl.errors import ConfigError
+from tink_rl.types import ServerStatus
+
+_TESTED_TRL = "1.16"
+
+
+def check_trl_version(version: str) -> None:
+    """Raise unless `version` is the minor release of TRL whose seam was tested.
+
+    Raises:
+        ConfigError: another one is installed.
+    """
+    if not version.startswith(f"{_TESTED_TRL}."):
+        raise ConfigError(
+            f"trl {version} is installed; the generation seam was tested on {_TESTED_TRL}: "
+            f"pip install 'trl~={_TESTED_TRL}.0'"
+        )
+
+
+def check_arguments(args: Any) -> None:
+    """Check a trainer's arguments, before it is built.
+
+    Raises:
+        ConfigError: colocated vLLM was asked for, or VESPO with a mode that TRL refuses.
+    """
+    if args.use_vllm and args.vllm_mode == "colocate":
+        raise ConfigError(
+            "vllm_mode='colocate': this trainer samples from a server; set vllm_mode='server' (and "
+            "vllm_server_base_url), or use trl's own trainer"
+        )
+    # TRL makes this check only under use_vllm=True, which is set after its own __init__.
+    vespo = getattr(args, "loss_type", None) == "vespo"
+    if vespo and args.vllm_importance_sampling_correction:
+        mode = args.vllm_importance_sampling_mode
+        if mode not in ("token_truncate", "token_mask"):
+            raise ConfigError(
+                f"loss_type='vespo' with vllm_importance_sampling_mode={mode!r}: expected "
+                "'token_truncate' or 'token_mask'"
+            )
+
+
+def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
+    """Check that the sampler's logprobs mean what the importance ratio takes them for.
+
+    Raises:
+        ConfigError: the server returns raw logprobs, or a completion cannot fit.
+    """
+    corrected = getattr(args, "vllm_importance_sampling_correction", False)
+    if corrected and status.logprobs_mode != "processed_logprobs":
+        raise ConfigError(
+            f"the server runs with --logprobs-mode {status.logprobs_mode}, which biases the "
+            "importance ratio; restart it with --logprobs-mode processed_logprobs (`tink-rl serve` "
+            "does)"
+        )
+    if corrected and dropout > 0 and not getattr(args, "disable_dropout", False):
+        warnings.warn(
+            f"lora_dropout={dropout}: the trainer's logprobs are computed with dropout, the sampler's "
+            "without, so the importance ratio is noise; set lora_dropout=0 or disable_dropout=True",
+            stacklevel=3,
+        )
+    truncated = {
+        "top_p": args.top_p not in (None, 1.0),
+        "top_k": bool(args.top_k) and args.top_k > 0,
+        "min_p": bool(args.min_p),
+        "repetition_penalty": args.repetition_penalty not in (None, 1.0),
+    }
+    if corrected and any(truncated.values()):
+        names = ", ".join(name for name, used in truncated.items() if used)
+        warnings.warn(
+            f"{names} change what the sampler's logprobs mean (they are renormalised over the tokens "
+            "that are left), so the importance ratio is biased; leave them at their defaults",
+            stacklevel=3,
+        )
+    if args.max_completion_length >= status.max_model_len:
+        raise ConfigError(
+            f"max_completion_length={args.max_completion_length}: the server takes "
+            f"{status.max_model_len} tokens for prompt and completion; restart it with a larger "
+            "--max-model-len"
+        )

@@ -1,0 +1,100 @@
+"""The probe: does the server compute the trainer's policy? Asked before the first rollout.
+
+A fresh LoRA has B = 0 and equals its base, so a server that drops every adapter would look right. The
+first probe is therefore made with a synthetic adapter that is nowhere zero: it must agree with the
+trainer *and* differ from the base, and is dropped before version 1.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from tink_rl.errors import ProbeFailed
+from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.types import SyncMode
+from tink_rl.weight_sync import Probe, WeightSync
+
+logger = logging.getLogger("tink_rl")
+_SMALLEST_EFFECT = 10.0
+"""The synthetic adapter must move a logprob by this many tolerances, or the probe shows nothing."""
+_MERGED_GAP_FACTOR, _MERGED_GAP_SLACK = 2.0, 0.01
+"""`auto` leaves merged for a slot if merged's gap exceeds factor x the slot's + slack (nats)."""
+_PROBE_TOKENS = 24
+
+
+class Prober:
+    """Computes the trainer's logprobs of one prompt and compares them with the server's."""
+
+    def __init__(self, model: Any, *, vocab_size: int, temperature: float = 1.0) -> None:
+        """Store; the prompt is a fixed pseudo-random sequence over the vocabulary."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab_size, (_PROBE_TOKENS,), generator=generator)
+        self._model = model
+        self._prompt_ids: list[int] = ids.tolist()
+
+    @torch.no_grad()
+    def probe(self) -> Probe:
+        """The prompt with the trainer's logprobs under the weights it holds now, in eval mode."""
+        model = self._model
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        try:
+            ids_BT = torch.tensor([self._prompt_ids], device=device)
+            logits_TV = model(input_ids=ids_BT).logits[0, :-1].float()
+        finally:
+            model.train(was_training)
+        targets_T = ids_BT[0, 1:, None]
+        logprobs_T = logits_TV.log_softmax(-1).gather(-1, targets_T)[:, 0]
+        return Probe(prompt_ids=self._prompt_ids, logprobs=logprobs_T.tolist())
+
+    def prove(self, sync: WeightSync, collector: AdapterCollector) -> None:
+        """Publish a synthetic adapter, compare, drop it; with mode "auto", choose by the gap.
+
+        Raises:
+            ProbeFailed: the server does not apply it, or computes something else.
+        """
+        base = sync.fleet.replicas[0].client.prompt_logprobs(
+            self._prompt_ids, sync.status.merged or sync.status.base_model
+        )
+        std = 0.02
+        for _ in range(8):
+            synthetic = collector.random_like(seed=1, std=std)
+            with collector.swapped(synthetic):
+                wanted = self.probe()
+            effect = max(abs(a - b) for a, b in zip(wanted.logprobs, base, strict=True))
+            if effect > _SMALLEST_EFFECT * sync.tolerance():
+                break
+            std *= 2
+        else:
+            raise ProbeFailed(
+                f"a synthetic adapter moves no logprob of the probe prompt by more than {effect:.3g}; "
+                "the probe would show nothing. Are the target_modules part of the forward pass?"
+            )
+        gap = self._publish_and_drop(sync, synthetic, wanted)
+        if sync.config.mode == "auto":
+            self._weigh(sync, synthetic, wanted, gap)
+
+    def _publish_and_drop(self, sync: WeightSync, synthetic: Any, wanted: Probe) -> float:
+        record = sync.publish(synthetic)
+        try:
+            return sync.check_probe(wanted, record.name)
+        finally:
+            sync.drop_current()
+
+    def _weigh(self, sync: WeightSync, synthetic: Any, wanted: Probe, merged_gap: float) -> None:
+        """Say which mode `auto` took; below fp32, measure the slot's gap too where there is one."""
+        reason = f"logprob gap {merged_gap:.2g}"
+        both = SyncMode.ADAPTER in sync.status.modes and sync.mode is SyncMode.MERGED
+        if both and sync.status.dtype != "float32":
+            sync.use_mode(SyncMode.ADAPTER)
+            slot_gap = self._publish_and_drop(sync, synthetic, wanted)
+            worse = merged_gap > _MERGED_GAP_FACTOR * slot_gap + _MERGED_GAP_SLACK
+            sync.use_mode(SyncMode.ADAPTER if worse else SyncMode.MERGED)
+            reason = f"logprob gap merged {merged_gap:.2g}, slot {slot_gap:.2g}"
+        logger.info(
+            "mode auto took %s on a %s server (%s)", sync.mode.value, sync.status.dtype, reason
+        )

@@ -1,0 +1,1 @@
+"""How bytes and requests travel: the HTTP client, the communicator, the fleet."""

@@ -1,0 +1,298 @@
+"""One flat buffer from the trainer to every worker of one server, within a deadline.
+
+The server's first worker binds a rendezvous store on an address of its choice; the other workers and
+the trainer dial it. Ranks are the workers' own (0 .. world_size - 1); the trainer is the last one.
+A channel belongs to one epoch and is never mended: after any error it is closed, and the next publish
+opens a fresh one in the same process. Nothing here pickles: a broadcast carries raw bytes, and what
+they mean travels in the control request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from tink_rl.errors import ChannelLost, ConfigError
+from tink_rl.types import Transport
+
+_POLL_S = 0.0002
+
+
+class Channel(Protocol):
+    """A joined communicator. Not thread-safe: one transfer at a time."""
+
+    device: torch.device
+    """Where the buffer of a transfer must lie."""
+
+    def broadcast(
+        self,
+        buffer: torch.Tensor,
+        *,
+        src: int,
+        timeout_s: float,
+        abandon: Callable[[], bool] | None = None,
+    ) -> None:
+        """Move `buffer` `[num_bytes] uint8` from rank `src` to all others, in place.
+
+        Every rank must call it with a buffer of the same length. `abandon` is asked while waiting.
+
+        Raises:
+            ChannelLost: a peer is gone, the deadline passed, or `abandon` said so. Close it then.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the channel; idempotent, never raises."""
+        ...
+
+
+def bind_store(host: str, port: int, timeout_s: float) -> tuple[dist.TCPStore, int]:
+    """A rendezvous store listening on `host` only, and its port (`port` 0 = any free one).
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # TCPStore would bind every interface; it has no authentication, so it gets a socket
+        # that is bound to the interface we chose.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"the channel cannot bind {host}:{port} ({error.strerror}); give another "
+            "--channel-port, or 0 for any free one"
+        ) from error
+    bound = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        bound,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.fileno(),
+    )
+    listener.detach()  # the store owns the descriptor now
+    return store, bound
+
+
+def dial_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the store that the server's first worker bound.
+
+    Raises:
+        ChannelLost: nobody answers within `timeout_s`.
+    """
+    try:
+        return dist.TCPStore(
+            host,
+            port,
+            is_master=False,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ChannelLost(
+            f"no rendezvous at {host}:{port} within {timeout_s:g} s; is the port open between trainer "
+            "and server? Else use SyncConfig(transport='http')"
+        ) from error
+
+
+class GlooChannel:
+    """Gloo over TCP, for buffers on the CPU."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        nonce: str,
+        rank: int,
+        world_size: int,
+        host: str,
+        timeout_s: float,
+    ) -> None:
+        """Rendezvous with all `world_size` ranks; blocks until they are there.
+
+        Raises:
+            ChannelLost: not all ranks came within `timeout_s`.
+        """
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        try:
+            self._group: Any = dist.ProcessGroupGloo(
+                dist.PrefixStore(f"tink/{nonce}", store), rank, world_size, options
+            )
+        except RuntimeError as error:
+            raise ChannelLost(
+                f"rank {rank} of {world_size}: the others did not join within {timeout_s:g} s"
+            ) from error
+        self._store = store
+
+    def broadcast(
+        self,
+        buffer: torch.Tensor,
+        *,
+        src: int,
+        timeout_s: float,
+        abandon: Callable[[], bool] | None = None,
+    ) -> None:
+        """See `Channel.broadcast`."""
+        _broadcast(self._group, buffer, src, timeout_s, abandon)
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        group, self._group, self._store = self._group, None, None  # type: ignore[assignment]
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+
+
+class NcclChannel:
+    """NCCL, for buffers on a GPU; the unique id travels through the store."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        nonce: str,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        """Rendezvous on `device`.
+
+        Raises:
+            ConfigError: this torch has no NCCL, or `device` is no GPU.
+            ChannelLost: not all ranks came within `timeout_s`.
+        """
+        if device.type != "cuda" or not dist.is_nccl_available():
+            raise ConfigError(
+                f"transport 'nccl' on device {str(device)!r}: NCCL needs a GPU on both sides; "
+                "use SyncConfig(transport='gloo')"
+            )
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        self.device = device
+        try:
+            self._group: Any = dist.ProcessGroupNCCL(
+                dist.PrefixStore(f"tink/{nonce}", store), rank, world_size, options
+            )
+            # NCCL connects lazily: without a first transfer a missing peer would only be
+            # noticed in the middle of a publish.
+            _broadcast(self._group, torch.zeros(1, dtype=torch.uint8, device=device), 0, timeout_s)
+        except RuntimeError as error:
+            raise ChannelLost(
+                f"NCCL rank {rank} of {world_size}: the others did not join within {timeout_s:g} s"
+            ) from error
+        self._store = store
+
+    def broadcast(
+        self,
+        buffer: torch.Tensor,
+        *,
+        src: int,
+        timeout_s: float,
+        abandon: Callable[[], bool] | None = None,
+    ) -> None:
+        """See `Channel.broadcast`."""
+        _broadcast(self._group, buffer, src, timeout_s, abandon)
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        group, self._group, self._store = self._group, None, None  # type: ignore[assignment]
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+
+
+def _broadcast(
+    group: Any,
+    buffer: torch.Tensor,
+    src: int,
+    timeout_s: float,
+    abandon: Callable[[], bool] | None = None,
+) -> None:
+    if group is None:
+        raise ChannelLost("this channel was closed; the next publish opens a fresh one")
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = src, 0
+    options.timeout = timedelta(seconds=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    try:
+        work = group.broadcast([buffer], options)
+        # Polled instead of waited for, so that a refused stage or a dead server ends it at once.
+        while not work.is_completed():
+            if abandon is not None and abandon():
+                raise ChannelLost("the transfer was given up: the other side refused or is gone")
+            if time.monotonic() > deadline:
+                raise ChannelLost(f"{buffer.numel()} bytes did not arrive within {timeout_s:g} s")
+            time.sleep(_POLL_S)
+        work.wait()
+    except RuntimeError as error:
+        raise ChannelLost(
+            f"the peer of this channel is gone or too slow ({timeout_s:g} s): {str(error)[:200]}"
+        ) from error
+
+
+def choose_transport(wanted: Transport, *, trainer_device: str, server_device: str) -> Transport:
+    """What carries the bytes: NCCL if both sides have a GPU, else gloo, unless said otherwise.
+
+    Raises:
+        ConfigError: NCCL was asked for, but one side has no GPU.
+    """
+    both_gpu = trainer_device == "cuda" and server_device == "cuda"
+    if wanted is Transport.NCCL and not both_gpu:
+        raise ConfigError(
+            f"transport 'nccl' with the trainer on {trainer_device!r} and the server on "
+            f"{server_device!r}: NCCL needs a GPU on both; use SyncConfig(transport='gloo')"
+        )
+    if wanted is not Transport.AUTO:
+        return wanted
+    # Two ranks of one NCCL communicator cannot share one GPU, and a trainer cannot see whether
+    # they do: AUTO stays on gloo, which for an adapter's megabytes costs milliseconds.
+    return Transport.GLOO
+
+
+def open_channel(
+    transport: Transport,
+    store: dist.Store,
+    *,
+    nonce: str,
+    rank: int,
+    world_size: int,
+    host: str,
+    device: torch.device,
+    timeout_s: float,
+) -> Channel:
+    """Join as `rank`; blocks until all `world_size` ranks did.
+
+    Raises:
+        ChannelLost: not all came within `timeout_s`.
+        ConfigError: `transport` does not work on `device`.
+    """
+    if transport is Transport.NCCL:
+        return NcclChannel(
+            store,
+            nonce=nonce,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            timeout_s=timeout_s,
+        )
+    return GlooChannel(
+        store, nonce=nonce, rank=rank, world_size=world_size, host=host, timeout_s=timeout_s
+    )

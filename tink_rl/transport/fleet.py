@@ -1,0 +1,334 @@
+"""Several servers as one: every replica stages, then every replica commits.
+
+A `Replica` holds one server's channel, lease and incarnation; a `Fleet` does one thing on all of them
+at once and names the replica in the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.errors import TinkError
+from tink_rl.policy.packet import PacketHeader
+from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
+from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus, Transport
+
+if TYPE_CHECKING:
+    import torch
+
+    from tink_rl.transport.communicator import Channel
+
+logger = logging.getLogger("tink_rl")
+T = TypeVar("T")
+_HTTP_SLACK_S = 5.0
+
+
+class Replica:
+    """One server, as its publisher sees it."""
+
+    def __init__(self, client: VLLMClient, config: SyncConfig, *, writer: str) -> None:
+        self.client = client
+        self.url = client.base_url
+        self.last_version = 0
+        self._config, self._writer = config, writer
+        self._channel: Channel | None = None
+        self._joined: dict[str, Any] | None = None
+        self._transport = Transport(config.transport)
+        self._stop_heartbeat: threading.Event | None = None
+
+    @property
+    def incarnation(self) -> str | None:
+        """The server's life with which the channel was opened; None while there is no channel."""
+        return self._joined["incarnation"] if self._joined else None
+
+    def status(self) -> ServerStatus:
+        """See `VLLMClient.status`."""
+        return self.client.status()
+
+    # -- channel ----------------------------------------------------------------------------------
+
+    def ensure_channel(self) -> None:
+        """Open a channel if there is none: lease, rendezvous, heartbeat.
+
+        Raises:
+            LeaseHeld: another writer's lease did not expire within `lease_wait_s`.
+            ProtocolMismatch, ServerUnreachable, PluginMissing, ChannelLost.
+        """
+        if self._joined is not None:
+            return
+        status = self.status()
+        device = _device_type()
+        transport = _transport(self._transport, device, status.device)
+        joined = self._take_lease(transport)
+        try:
+            if transport is not Transport.HTTP:
+                self._channel = self._dial(joined)
+        except BaseException:
+            self._leave(joined["epoch"])
+            raise
+        self._joined = joined
+        self.last_version = int(joined["last_version"])
+        self._start_heartbeat(joined)
+
+    def _take_lease(self, transport: Transport) -> dict[str, Any]:
+        deadline = time.monotonic() + self._config.lease_wait_s
+        body = {
+            "protocol": PROTOCOL_VERSION,
+            "policy": self._config.policy,
+            "writer": self._writer,
+            "transport": transport,
+            "timeout_s": self._config.join_timeout_s,
+        }
+        while True:
+            try:
+                return self._control("join", body, self._config.join_timeout_s)
+            except errors.LeaseHeld as error:
+                # A writer that died leaves a lease that nobody renews: wait for it, but no longer.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(min(1.0, float(error.details.get("expires_in_s", 1.0)) + 0.05))
+
+    def _dial(self, joined: dict[str, Any]) -> Channel:
+        import torch
+
+        from tink_rl.transport import communicator
+
+        device = torch.device(
+            f"cuda:{torch.cuda.current_device()}" if joined["transport"] == "nccl" else "cpu"
+        )
+        timeout_s = self._config.join_timeout_s
+        store = communicator.dial_store(joined["host"], joined["port"], timeout_s)
+        channel = communicator.open_channel(
+            Transport(joined["transport"]),
+            store,
+            nonce=joined["nonce"],
+            rank=joined["rank"],
+            world_size=joined["world_size"],
+            host=joined["host"] if joined["host"].startswith("127.") else "",
+            device=device,
+            timeout_s=timeout_s,
+        )
+        body = {"policy": self._config.policy, "epoch": joined["epoch"], "timeout_s": timeout_s}
+        self._control("joined", body, timeout_s)
+        return channel
+
+    def _start_heartbeat(self, joined: dict[str, Any]) -> None:
+        stop = self._stop_heartbeat = threading.Event()
+        body = {"policy": self._config.policy, "epoch": joined["epoch"]}
+        client, every_s = self.client, joined["lease_s"] / 4
+
+        def beat() -> None:
+            while not stop.wait(every_s):
+                # A lost lease or server is found, with its reason, by the next publish.
+                with contextlib.suppress(TinkError):
+                    client.control("heartbeat", body, timeout_s=5.0)
+
+        threading.Thread(target=beat, daemon=True, name="tink-heartbeat").start()
+
+    def forget_channel(self) -> None:
+        """Drop the channel without asking the server; the next publish opens a fresh one."""
+        if self._stop_heartbeat is not None:
+            self._stop_heartbeat.set()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._joined = self._stop_heartbeat = None
+
+    def close(self) -> None:
+        """Give lease and channel back; never raises."""
+        if self._joined is not None:
+            self._leave(self._joined["epoch"])
+        self.forget_channel()
+
+    def _leave(self, epoch: int) -> None:
+        with contextlib.suppress(TinkError):
+            self._control("leave", {"policy": self._config.policy, "epoch": epoch}, 5.0)
+
+    def _control(self, action: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return self.client.control(action, body, timeout_s=timeout_s + _HTTP_SLACK_S)
+
+    # -- one publish ------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the open channel."""
+        if self._joined is None:
+            raise errors.ChannelLost("there is no channel; call ensure_channel() first")
+        return int(self._joined["epoch"])
+
+    def stage(self, header: PacketHeader, buffer: torch.Tensor) -> str:
+        """Send header and bytes; the stage's id once every worker has checked them.
+
+        Raises:
+            TinkError: what is wrong; the server serves what it served before.
+        """
+        timeout_s = self._config.stage_timeout_s
+        header = header.named(header.policy, header.version, self.epoch)
+        assert self._joined is not None
+        body = {
+            "header": header.to_json(),
+            "transport": self._joined["transport"],
+            "timeout_s": timeout_s,
+        }
+        if self._channel is None:
+            return self._stage_over_http(body, buffer, timeout_s)
+        answer: Future[dict[str, Any]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._control("stage", body, timeout_s))
+            except BaseException as error:  # handed to the thread that waits for the answer
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True, name="tink-stage").start()
+        try:
+            # The broadcast starts while the request is on its way; a refusal ends it at once.
+            self._channel.broadcast(
+                buffer.to(self._channel.device),
+                src=self._joined["rank"],
+                timeout_s=timeout_s,
+                abandon=lambda: answer.done() and answer.exception() is not None,
+            )
+        except errors.ChannelLost as error:
+            self.forget_channel()
+            reason = _exception_of(answer, 2.0)
+            raise (reason or error) from error
+        return str(answer.result(timeout_s + 2 * _HTTP_SLACK_S)["stage_id"])
+
+    def _stage_over_http(self, body: dict[str, Any], buffer: torch.Tensor, timeout_s: float) -> str:
+        stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
+        data = memoryview(buffer.numpy())
+        for offset in range(0, len(data), CHUNK_BYTES):
+            self.client.control(
+                f"stage/{stage_id}/chunk",
+                timeout_s=timeout_s,
+                content=bytes(data[offset : offset + CHUNK_BYTES]),
+                params={"offset": offset},
+            )
+        self._control("staged", {"stage_id": stage_id, "timeout_s": timeout_s}, timeout_s)
+        return stage_id
+
+    def discard(self, stage_id: str) -> None:
+        """Forget a stage; never raises."""
+        with contextlib.suppress(TinkError):
+            self._control("discard", {"stage_id": stage_id}, 5.0)
+
+    def commit(self, stage_id: str) -> dict[str, Any]:
+        """Serve a stage; `{"digest", "held_seconds"}` as the workers hold it then.
+
+        Raises:
+            DrainTimeout, CommitFailed, WorkersDiffer.
+        """
+        config = self._config
+        body = {
+            "stage_id": stage_id,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        return self._control("commit", body, config.commit_timeout_s + config.drain_timeout_s)
+
+    def drop(self, name: str) -> None:
+        """Stop serving `name`; a version that is not served is fine."""
+        config = self._config
+        body = {
+            "name": name,
+            "epoch": self.epoch,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        with contextlib.suppress(errors.UnknownVersion):
+            self._control("drop", body, config.commit_timeout_s + config.drain_timeout_s)
+
+
+class Fleet:
+    """Several replicas that serve the same policy."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        if not replicas:
+            raise errors.ConfigError("no vLLM server was given; set SyncConfig(servers=(URL,))")
+        self.replicas = list(replicas)
+        self._pool = (
+            ThreadPoolExecutor(len(self.replicas), thread_name_prefix="tink-fleet")
+            if len(self.replicas) > 1
+            else None
+        )
+
+    def each(self, work: Callable[[Replica], T]) -> list[T]:
+        """`work(replica)` on all at once, in order of the replicas.
+
+        Raises:
+            TinkError: the first that failed, with the replica's URL in its details, after all ended.
+        """
+        if self._pool is None:
+            return [_named(work, self.replicas[0])]
+        futures = [self._pool.submit(_named, work, replica) for replica in self.replicas]
+        failures = [f.exception() for f in futures]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return [future.result() for future in futures]
+
+    def statuses(self) -> list[ServerStatus]:
+        """Status of every replica; raises if one is NOT READY only when it is published to."""
+        return self.each(lambda replica: replica.status())
+
+    def check_alike(self) -> ServerStatus:
+        """The facts that all replicas share.
+
+        Raises:
+            ConfigError: they differ in base, dtype, modes or slots.
+        """
+        statuses = self.statuses()
+        for name in ("base_fingerprint", "dtype", "adapter_dtype", "modes", "max_lora_rank"):
+            values = {str(getattr(status, name)) for status in statuses}
+            if len(values) > 1:
+                raise errors.ConfigError(
+                    f"the servers differ in {name}: {sorted(values)}; start all of them alike"
+                )
+        return statuses[0]
+
+    def close(self) -> None:
+        """Give all leases back."""
+        for replica in self.replicas:
+            replica.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+
+def _named(work: Callable[[Replica], T], replica: Replica) -> T:
+    try:
+        return work(replica)
+    except TinkError as error:
+        error.details.setdefault("replica", replica.url)
+        raise
+
+
+def _exception_of(answer: Future[Any], timeout_s: float) -> BaseException | None:
+    try:
+        return answer.exception(timeout_s)
+    except TimeoutError:
+        return None
+
+
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _transport(wanted: Transport, trainer_device: str, server_device: str) -> Transport:
+    from tink_rl.transport.communicator import choose_transport
+
+    return choose_transport(wanted, trainer_device=trainer_device, server_device=server_device)
+
+
+def is_ready(status: ServerStatus) -> bool:
+    """Whether the server's weights are in a state that can be said."""
+    return status.state is not ServerState.NOT_READY

@@ -1,0 +1,163 @@
+"""Frozen records and enums that every room shares. A leaf: imports neither torch, TRL nor vLLM."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+PROTOCOL_VERSION = 1
+"""Version of the control routes and the packet header; both sides state it at join."""
+
+_POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class SyncMode(StrEnum):
+    """How a version becomes the served policy."""
+
+    ADAPTER = "adapter"
+    """Into one of vLLM's LoRA slots, served beside other versions."""
+    MERGED = "merged"
+    """Folded into the served weights by the receiver."""
+
+
+class Phase(StrEnum):
+    """The steps of one publish, in order; an error names the one it happened in."""
+
+    COLLECT = "collect"
+    NORMALISE = "normalise"
+    PACK = "pack"
+    JOIN = "join"
+    STAGE = "stage"
+    COMMIT = "commit"
+    VERIFY = "verify"
+    POINT = "point"
+
+
+class ServerState(StrEnum):
+    """Whether the weights that a server holds are in a state that can be said."""
+
+    READY = "ready"
+    COMMITTING = "committing"
+    NOT_READY = "not_ready"
+
+
+class Transport(StrEnum):
+    """What carries the packet's bytes."""
+
+    AUTO = "auto"
+    GLOO = "gloo"
+    NCCL = "nccl"
+    HTTP = "http"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyVersion:
+    """One version of one policy, written `policy@17`. Version 0 is the base, never published.
+
+    >>> str(PolicyVersion(policy="demo", version=17))
+    'demo@17'
+    """
+
+    policy: str
+    version: int
+
+    def __post_init__(self) -> None:
+        if not _POLICY_NAME.match(self.policy):
+            raise ValueError(
+                f"policy name {self.policy!r}: expected 1-64 letters, digits, '.', '_' or '-', "
+                "starting with a letter or digit; set SyncConfig(policy=...)"
+            )
+        if self.version < 0:
+            raise ValueError(f"policy version {self.version!r}: expected an integer >= 0")
+
+    def __str__(self) -> str:
+        return f"{self.policy}@{self.version}"
+
+    @classmethod
+    def parse(cls, name: str) -> PolicyVersion:
+        """The version that `policy@N` names.
+
+        Raises:
+            ValueError: `name` does not have that form.
+        """
+        policy, _, version = name.rpartition("@")
+        if not policy or not version.isdecimal():
+            raise ValueError(f"policy version {name!r}: expected NAME@NUMBER, such as policy@17")
+        return cls(policy=policy, version=int(version))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishRecord:
+    """What one publish did.
+
+    Example: `PublishRecord(policy="demo", version=17, digest="9f..", mode=SyncMode.MERGED,
+    num_bytes=393216, seconds=0.031, held_seconds=0.012, phase_seconds={"stage": 0.006, ...},
+    published=True)`
+    """
+
+    policy: str
+    version: int
+    digest: str
+    """blake3 of the packet, as read back from every replica."""
+    mode: SyncMode
+    num_bytes: int
+    """Bytes of the flat buffer that each replica received; 0 if nothing had to be sent."""
+    seconds: float
+    held_seconds: float
+    """Longest time that a replica held new requests (merged mode; 0 in adapter mode)."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    published: bool = True
+    """False if this digest was already served, so that nothing was sent."""
+    probe_gap: float | None = None
+    """Largest |trainer logprob - server logprob| on the probe prompt, if this publish probed."""
+
+    @property
+    def name(self) -> str:
+        """The model name under which the server serves this version."""
+        return f"{self.policy}@{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStatus:
+    """What `GET /tink/v1/status` says of one server."""
+
+    protocol: int
+    incarnation: str
+    """Identifier of one life of the server process."""
+    state: ServerState
+    modes: tuple[SyncMode, ...]
+    """Sync modes that the server was started for."""
+    world_size: int
+    """Number of vLLM workers, each of which joins a channel."""
+    base_model: str
+    """Name under which the untouched base is (or was) served."""
+    base_fingerprint: str
+    dtype: str
+    adapter_dtype: str
+    max_lora_rank: int
+    max_loras: int
+    max_model_len: int
+    logprobs_mode: str
+    device: str
+    served: dict[str, str]
+    """Name `policy@N` -> digest of every version that can be sampled."""
+    merged: str | None = None
+    """The version folded into the weights, or None for the base."""
+    reason: str | None = None
+    """Why the server is not ready."""
+    golden: dict[str, Any] = field(default_factory=dict)
+    """Golden weights: tier, bytes, budget."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of vllm, torch and tink_rl in the server."""
+    draining: dict[str, int] = field(default_factory=dict)
+    """Dropped names whose host copy waits for running requests."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ServerStatus:
+        """Build from the route's JSON, ignoring fields of newer servers."""
+        known = {k: data[k] for k in cls.__dataclass_fields__ if k in data}
+        known["state"] = ServerState(known["state"])
+        known["modes"] = tuple(SyncMode(m) for m in known["modes"])
+        return cls(**known)

@@ -1,0 +1,450 @@
+"""`WeightSync.publish()`: one policy version from the trainer to every replica, verified.
+
+collect -> normalise -> pack -> (join) -> stage on all -> commit on all -> verify -> point.
+A refused or failed stage leaves the served policy untouched; a version becomes current only after
+every replica holds it and its digest was read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.errors import TinkError
+from tink_rl.policy import packet
+from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir, from_peft_model
+from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.transport.fleet import Fleet, Replica
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("tink_rl")
+
+_TRIED_AGAIN = (
+    errors.ChannelLost,
+    errors.RequestTimeout,
+    errors.StaleEpoch,
+    errors.ServerUnreachable,
+    errors.ServerRestarted,
+    errors.DigestMismatch,
+    errors.TruncatedPacket,
+    errors.CommitFailed,
+    errors.UnknownVersion,
+)
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+_PUBLISHED_MODELS: weakref.WeakValueDictionary[int, WeightSync] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A prompt and the trainer's own logprobs of it under the policy that is being published."""
+
+    prompt_ids: list[int]
+    logprobs: list[float]
+    """Of every token but the first, `[T - 1]`."""
+
+
+class WeightSync:
+    """Publishes one policy to one or more servers. Not thread-safe: one publish at a time.
+
+    Example:
+        with WeightSync("http://127.0.0.1:8000", base_model="models/base") as sync:
+            record = sync.publish(peft_model)          # PeftModel, Adapter or PEFT directory
+            client.generate(prompts, model=record.name)
+    """
+
+    def __init__(
+        self,
+        servers: str | VLLMClient | Sequence[str | VLLMClient],
+        *,
+        base_model: str | Path,
+        config: SyncConfig | None = None,
+        writer: str | None = None,
+    ) -> None:
+        """Store; `open` (or the first publish) speaks to the servers.
+
+        Args:
+            servers: URL(s) or client(s) of the servers that serve the same policy.
+            base_model: Directory (or cached hub id) of the base that the adapter is trained on.
+            config: Settings; the default is one policy called "policy".
+            writer: Who publishes; another writer of the same policy name is refused.
+        """
+        self.config = config or SyncConfig()
+        given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers)
+        self.writer = writer or f"writer-{uuid.uuid4().hex[:12]}"
+        clients = [s if isinstance(s, VLLMClient) else self._client(s) for s in given]
+        self.fleet = Fleet([Replica(c, self.config, writer=self.writer) for c in clients])
+        self._base_model = str(base_model)
+        self._fingerprint: str | None = None
+        self._mode: SyncMode | None = None
+        self._status: ServerStatus | None = None
+        self._version = 0
+        self._kept: list[str] = []
+        self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
+        self.current: PublishRecord | None = None
+        """The version that new rollouts sample from."""
+
+    def _client(self, url: str) -> VLLMClient:
+        return VLLMClient(
+            url,
+            token=self.config.read_token(),
+            api_key=self.config.api_key,
+            request_timeout_s=self.config.request_timeout_s,
+        )
+
+    def __enter__(self) -> WeightSync:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- start and end ----------------------------------------------------------------------------
+
+    def open(self) -> ServerStatus:
+        """Check that the servers are alike, hold this base and offer the mode; join their channels.
+
+        Raises:
+            ServerUnreachable, PluginMissing, BadToken, BaseMismatch, ModeUnavailable, LeaseHeld.
+        """
+        if self._status is None:
+            status = self.fleet.check_alike()
+            self._fingerprint = base_fingerprint(self._base_model)
+            self._mode = choose_mode(self.config.mode, status)
+            self._check_base(status)
+            self._status = status
+        self.fleet.each(lambda replica: replica.ensure_channel())
+        return self._status
+
+    def _check_base(self, status: ServerStatus) -> None:
+        if status.base_fingerprint != self._fingerprint:
+            raise errors.BaseMismatch(
+                f"the trainer's base {self._base_model!r} is not the one that is served "
+                f"({status.base_model!r}); serve the directory that the trainer loads",
+                given=self._fingerprint,
+                expected=status.base_fingerprint,
+            )
+
+    @property
+    def mode(self) -> SyncMode:
+        """The mode in use; known after `open`."""
+        if self._mode is None:
+            raise errors.ConfigError("the mode is not known yet; call open() first")
+        return self._mode
+
+    def use_mode(self, mode: SyncMode) -> None:
+        """Publish in `mode` from now on (before the first version only)."""
+        if self.current is not None:
+            raise errors.ConfigError(f"{self.current.name} is published in {self._mode}; too late")
+        self._mode = mode
+
+    @property
+    def status(self) -> ServerStatus:
+        """The servers' facts as of `open`."""
+        if self._status is None:
+            raise errors.ConfigError("the servers were not asked yet; call open() first")
+        return self._status
+
+    def start_after(self, version: int) -> None:
+        """Number the next publish above `version` (a checkpoint's)."""
+        self._version = max(self._version, version)
+
+    def close(self) -> None:
+        """Give lease and channel back. What was published stays served."""
+        self.fleet.close()
+        for key in [key for key, sync in _PUBLISHED_MODELS.items() if sync is self]:
+            del _PUBLISHED_MODELS[key]
+
+    def claim(self, model: object) -> None:
+        """Say that this is the one publisher of `model` in this process.
+
+        Raises:
+            SecondPublisher: another one is.
+        """
+        other = _PUBLISHED_MODELS.get(id(model))
+        if other is not None and other is not self:
+            raise errors.SecondPublisher(
+                f"this model is already published as policy {other.config.policy!r}; use one trainer, "
+                "callback or attach() per model, or close() the other one"
+            )
+        _PUBLISHED_MODELS[id(model)] = self
+
+    # -- publish ----------------------------------------------------------------------------------
+
+    def publish(
+        self, source: Adapter | Any | Callable[[], Adapter], *, probe: Probe | None = None
+    ) -> PublishRecord:
+        """Make `source` the current version on every replica.
+
+        Args:
+            source: An `Adapter`, a live PEFT model, a PEFT directory, or a function that collects.
+            probe: Compare the server's logprobs of this prompt before the version becomes current.
+
+        Returns:
+            The record; `published` is False if this very digest is current already.
+
+        Raises:
+            PublishFailed: it failed twice; details name phase and replica.
+            TinkError: the packet was refused (with the reason); what was served stays served.
+        """
+        watch = _Watch()
+        with watch(Phase.JOIN):
+            self.open()
+        with watch(Phase.COLLECT):
+            adapter = _collect(source, self._wire_dtype())
+        with watch(Phase.NORMALISE):
+            check_values(adapter.tensors)
+        with watch(Phase.PACK):
+            header, buffer = packet.pack(
+                adapter.tensors,
+                mode=self.mode,
+                base_fingerprint=self._fingerprint or "",
+                rank=adapter.rank,
+            )
+        if self.current is not None and self.current.digest == header.digest:
+            return replace(
+                self.current,
+                published=False,
+                num_bytes=0,
+                seconds=watch.total,
+                held_seconds=0.0,
+                phase_seconds=watch.seconds,
+            )
+        return self._publish_packet(header, buffer, watch, probe)
+
+    def _publish_packet(
+        self,
+        header: packet.PacketHeader,
+        buffer: torch.Tensor,
+        watch: _Watch,
+        probe: Probe | None,
+    ) -> PublishRecord:
+        version = self._next_version()
+        name = f"{self.config.policy}@{version}"
+        named = header.named(self.config.policy, version, 0)
+        held_s = self._twice(name, watch, lambda: self._send(named, buffer, watch))
+        gap = None
+        if probe is not None:
+            with watch(Phase.VERIFY):
+                gap = self.check_probe(probe, name)
+        record = PublishRecord(
+            policy=self.config.policy,
+            version=version,
+            digest=header.digest,
+            mode=self.mode,
+            num_bytes=header.num_bytes,
+            seconds=watch.total,
+            held_seconds=held_s,
+            phase_seconds=watch.seconds,
+            probe_gap=gap,
+        )
+        with watch(Phase.POINT):
+            self._version = version
+            self.current = record
+            self._last = (named, buffer)
+            self._retire(name)
+        return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
+
+    def _next_version(self) -> int:
+        return max(self._version, *(r.last_version for r in self.fleet.replicas)) + 1
+
+    def _wire_dtype(self) -> torch.dtype:
+        import torch
+
+        # Merged weights are rounded once, at the fold, so their adapter travels in fp32.
+        wanted = "float32" if self.mode is SyncMode.MERGED else self.status.adapter_dtype
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+
+    def _twice(self, name: str, watch: _Watch, work: Callable[[], float]) -> float:
+        try:
+            return work()
+        except _TRIED_AGAIN as error:
+            logger.warning("publish of %s failed in %s, trying again: %s", name, watch.phase, error)
+        except TinkError as error:
+            error.details.setdefault("phase", watch.phase)
+            raise
+        for replica in self.fleet.replicas:
+            replica.close()
+        try:
+            return work()
+        except TinkError as error:
+            raise errors.PublishFailed(
+                f"{name} could not be published: phase {watch.phase!r}, replica "
+                f"{error.details.get('replica')}: {error.message}",
+                phase=watch.phase,
+                replica=error.details.get("replica"),
+                cause=error.code,
+            ) from error
+
+    def _send(self, header: packet.PacketHeader, buffer: torch.Tensor, watch: _Watch) -> float:
+        """Stage on all, then commit on all; the longest hold in seconds."""
+        stages: dict[str, str] = {}
+
+        def stage(replica: Replica) -> None:
+            stages[replica.url] = replica.stage(header, buffer)
+
+        with watch(Phase.JOIN):
+            self.fleet.each(lambda replica: replica.ensure_channel())
+        try:
+            with watch(Phase.STAGE):
+                self.fleet.each(stage)
+        except TinkError:
+            for replica in self.fleet.replicas:
+                if replica.url in stages:
+                    replica.discard(stages[replica.url])
+            raise
+        with watch(Phase.COMMIT):
+            answers = self.fleet.each(lambda replica: replica.commit(stages[replica.url]))
+        with watch(Phase.VERIFY):
+            for replica, answer in zip(self.fleet.replicas, answers, strict=True):
+                if answer["digest"] != header.digest:
+                    raise errors.DigestMismatch(
+                        f"{replica.url} holds {answer['digest']}, sent was {header.digest}",
+                        replica=replica.url,
+                    )
+        return max(float(answer["held_seconds"]) for answer in answers)
+
+    def _retire(self, name: str) -> None:
+        if self.mode is SyncMode.MERGED:
+            return
+        self._kept.append(name)
+        while len(self._kept) > self.config.keep_versions:
+            old = self._kept.pop(0)
+            self.fleet.each(lambda replica, old=old: replica.drop(old))
+
+    def drop_current(self) -> None:
+        """Stop serving the current version (merged: fold the base back); used after a probe."""
+        if self.current is None:
+            return
+        name = self.current.name
+        self.fleet.each(lambda replica: replica.drop(name))
+        self._kept = [kept for kept in self._kept if kept != name]
+        self.current = self._last = None
+
+    # -- trust ------------------------------------------------------------------------------------
+
+    def tolerance(self) -> float:
+        """Largest |logprob difference| that a probe may show."""
+        if self.config.probe_tolerance is not None:
+            return self.config.probe_tolerance
+        return _TOLERANCES.get(self.status.dtype, 0.15)
+
+    def probe_gap(self, probe: Probe, name: str) -> float:
+        """Largest |trainer - server| logprob of the probe prompt over all replicas and tokens."""
+        gaps = self.fleet.each(
+            lambda replica: _largest_gap(
+                probe.logprobs, replica.client.prompt_logprobs(probe.prompt_ids, name)
+            )
+        )
+        return max(gaps)
+
+    def check_probe(self, probe: Probe, name: str) -> float:
+        """The gap of `probe`.
+
+        Raises:
+            ProbeFailed: it exceeds the tolerance: the server does not serve what was trained.
+        """
+        gap = self.probe_gap(probe, name)
+        if not gap <= self.tolerance():
+            raise errors.ProbeFailed(
+                f"{name}: trainer and server differ by {gap:.3g} in a logprob of the probe prompt, "
+                f"allowed is {self.tolerance():.3g}; the server does not serve the policy that is "
+                "trained. Check its dtype and flags, or set SyncConfig(probe_tolerance=...)",
+                gap=gap,
+            )
+        return gap
+
+    def recover(self) -> bool:
+        """Publish the current version again to replicas that lost it (a restart); True if any did.
+
+        Raises:
+            PublishFailed: a replica does not take it.
+        """
+        if self.current is None or self._last is None:
+            return False
+        name, header = self.current.name, self._last[0]
+        lost = [r for r in self.fleet.replicas if name not in r.status().served]
+        if not lost:
+            return False
+        for replica in lost:
+            logger.warning("%s lost %s (restarted?); publishing it again", replica.url, name)
+            replica.forget_channel()
+        self._twice(name, _Watch(), lambda: self._send(header, self._last[1], _Watch()))  # type: ignore[index]
+        return True
+
+
+def choose_mode(wanted: str, status: ServerStatus) -> SyncMode:
+    """The sync mode for `wanted` on a server: `auto` is merged where offered and free, else adapter.
+
+    Raises:
+        ModeUnavailable: the server was not started for it.
+    """
+    if wanted != "auto":
+        mode = SyncMode(wanted)
+        if mode not in status.modes:
+            raise errors.ModeUnavailable(
+                f"mode {wanted!r}: the server offers {', '.join(status.modes)}; restart it with "
+                f"`tink-rl serve --mode {wanted}`"
+            )
+        return mode
+    slots_taken = bool(status.served) and status.merged is None
+    if SyncMode.MERGED in status.modes and not slots_taken:
+        return SyncMode.MERGED
+    return SyncMode.ADAPTER
+
+
+def _collect(source: Any, dtype: torch.dtype) -> Adapter:
+    if isinstance(source, Adapter):
+        return source.to(dtype)
+    if isinstance(source, (str, Path)):
+        return from_peft_dir(source, dtype=dtype)
+    if hasattr(source, "peft_config"):
+        return from_peft_model(source, dtype=dtype)
+    if callable(source):
+        return _collect(source(), dtype)
+    raise errors.UnsupportedAdapter(
+        f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an Adapter"
+    )
+
+
+def _largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    # max() would drop a NaN, and a NaN must fail the probe.
+    return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)
+
+
+class _Watch:
+    """Seconds per phase, and which phase is under way."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.phase = ""
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        self.phase = phase.value
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - begin
+            self.seconds[phase.value] = self.seconds.get(phase.value, 0.0) + took

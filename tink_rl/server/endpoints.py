@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,7 +66,7 @@ class TinkEndpoints:
             gate=GATE,
             modes=modes,
             facts=facts,
-            channel_host=os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1"),
+            channel_host=_channel_host(os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1")),
             channel_port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
             make_lora_request=LoRARequest,
         )
@@ -93,6 +94,11 @@ def _read_token() -> str:
     if len(token) < 16:
         raise ConfigError(f"the token in {path!r} has {len(token)} characters, expected at least 16")
     return token
+
+
+def _channel_host(host: str) -> str:
+    """The one interface that channels bind; for a wildcard, the one that this host's name means."""
+    return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::", "") else host
 
 
 def _check_layout(config: Any, args: Any) -> None:

@@ -107,6 +107,14 @@ def dial_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
         ) from error
 
 
+def local_address(host: str, port: int) -> str:
+    """Address of the interface of this machine from which `host` is reached."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])
+
+
 class GlooChannel:
     """Gloo over TCP, for buffers on the CPU."""
 

@@ -112,7 +112,7 @@ class Replica:
             nonce=joined["nonce"],
             rank=joined["rank"],
             world_size=joined["world_size"],
-            host=joined["host"] if joined["host"].startswith("127.") else "",
+            host=communicator.local_address(joined["host"], joined["port"]),
             device=device,
             timeout_s=timeout_s,
         )

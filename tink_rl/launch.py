@@ -1,0 +1,504 @@
+"""Start, watch and stop a stock vLLM server with our plugin loaded.
+
+`VLLMServer` is a context manager for scripts, tests and notebooks; `tink-rl serve` is the same from a
+shell. What can be known before loading is checked before loading. The server is a process group of
+its own, because killing vLLM's API server alone would leave its engine behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+from tink_rl import errors, placement
+from tink_rl.errors import ConfigError, LaunchFailed, TinkError
+from tink_rl.tokens import ensure_token_file
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import ServerState, SyncMode
+
+logger = logging.getLogger("tink_rl")
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM 0.31 has kernels."""
+_MODES = {
+    "merged": (SyncMode.MERGED,),
+    "adapter": (SyncMode.ADAPTER,),
+    "both": (SyncMode.ADAPTER, SyncMode.MERGED),
+}
+_PLUGIN = "tink_rl"
+_RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
+# Our own settings that vLLM would misread or warn about, and what a launcher such as torchrun or
+# accelerate leaves in the environment of a trainer.
+_NOT_FOR_THE_SERVER = re.compile(
+    r"^(USE_VLLM|USE_MEGATRON|MEGATRON_SERVER_URL|VLLM_(BASE_URL|HOST|PORT|GROUP_PORT|TIMEOUT|"
+    r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
+    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_TOKEN)$"
+)
+_MEMORY_PATTERN = re.compile(
+    r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|"
+    r"larger than the available KV cache memory|less than desired GPU memory utilization|"
+    r"not enough memory",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What to start. Example: `ServerOptions(model="models/base", mode="merged", port=8000)`"""
+
+    model: str
+    """Directory of the base model, or a hub id."""
+    mode: str = "both"
+    """`merged`, `adapter` or `both`."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 picks a free one."""
+    max_lora_rank: int = 32
+    max_loras: int = 4
+    max_cpu_loras: int | None = None
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU; None: 0.45 where a trainer shares it, else vLLM's default."""
+    shared_with_trainer: bool = False
+    """A trainer runs on the same machine: leave it cores, or its share of one GPU."""
+    token_file: str | None = None
+    golden_tier: str = "auto"
+    golden_budget_gib: float | None = None
+    channel_port: int = 0
+    startup_timeout_s: float = 300.0
+    log_file: str | None = None
+    worker_extension_cls: str = _RECEIVER
+    extra_args: tuple[str, ...] = ()
+    """Passed on to vLLM as they are."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the server's environment."""
+
+    @property
+    def modes(self) -> tuple[SyncMode, ...]:
+        """The sync modes of `mode`.
+
+        Raises:
+            ConfigError: `mode` is unknown.
+        """
+        if self.mode not in _MODES:
+            raise ConfigError(f"--mode {self.mode!r}: expected one of {', '.join(_MODES)}")
+        return _MODES[self.mode]
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+# -- before loading ---------------------------------------------------------------------------------
+
+
+def check_options(options: ServerOptions) -> ServerOptions:
+    """Everything that can be known before loading; the options with a port.
+
+    Raises:
+        PortTaken, ModelNotFound, RankNotAllowed, ConfigError.
+        ImportError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not available: serving needs it; install it with `make setup`, or "
+            "`pip install 'tink-rl[gpu]'` (with a GPU) or `pip install 'tink-rl[cpu]'`"
+        )
+    modes = options.modes
+    if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
+        fits = [rank for rank in LORA_RANKS if rank >= options.max_lora_rank]
+        hint = f"; take --max-lora-rank {fits[0]}" if fits and options.max_lora_rank > 0 else ""
+        raise errors.RankNotAllowed(
+            f"--max-lora-rank {options.max_lora_rank}: vLLM has kernels for "
+            f"{', '.join(map(str, LORA_RANKS))}{hint}"
+        )
+    _check_model(options.model)
+    return replace(options, port=_free_port(options.host, options.port))
+
+
+def _check_model(model: str) -> None:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise errors.ModelNotFound(
+                f"model directory {model!r} has no config.json; expected a saved transformers model"
+            )
+        return
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True", "yes")
+    if not looks_like_path and not offline:
+        return  # a hub id: vLLM downloads it
+    from tink_rl.policy.fingerprint import local_model_dir
+
+    try:
+        if looks_like_path:
+            raise ConfigError("not a directory")
+        local_model_dir(model)
+    except ConfigError as error:
+        raise errors.ModelNotFound(
+            f"model {model!r} was not found (neither a directory nor in the local hub cache); check the "
+            "path, or `hf download` it first"
+        ) from error
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise errors.PortTaken(
+                f"port {port} on {host} is in use{_holder(port)}; stop that process or give another "
+                f"--port ({error.strerror})"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _holder(port: int) -> str:
+    with contextlib.suppress(Exception):  # a hint only: psutil may be missing or not allowed to look
+        import psutil
+
+        for connection in psutil.net_connections("inet"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                return f" by process {connection.pid}"
+    return ""
+
+
+# -- command and environment (pure) -----------------------------------------------------------------
+
+
+def command(options: ServerOptions, *, has_gpu: bool) -> list[str]:
+    """The command line of the server."""
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    line += ["--host", options.host, "--port", str(options.port)]
+    line += ["--worker-extension-cls", options.worker_extension_cls]
+    # The importance ratio needs logprobs after temperature; -1 lets a probe ask for any number.
+    line += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    line += ["--dtype", options.dtype, "--tensor-parallel-size", str(options.tensor_parallel_size)]
+    line += ["--disable-uvicorn-access-log"]
+    if SyncMode.ADAPTER in options.modes:
+        cpu_loras = options.max_cpu_loras or 2 * options.max_loras
+        line += ["--enable-lora", "--max-lora-rank", str(options.max_lora_rank)]
+        line += ["--max-loras", str(options.max_loras), "--max-cpu-loras", str(cpu_loras)]
+    if options.max_model_len is not None:
+        line += ["--max-model-len", str(options.max_model_len)]
+    if not has_gpu:
+        line += ["--enforce-eager"]
+    share = options.gpu_memory_utilization
+    if share is None and has_gpu and options.shared_with_trainer:
+        share = 0.45  # the trainer needs its copy of the base, activations and optimizer state
+    if share is not None and has_gpu:
+        line += ["--gpu-memory-utilization", str(share)]
+    return line + list(options.extra_args)
+
+
+def environment(
+    options: ServerOptions,
+    current: Mapping[str, str],
+    *,
+    token_file: Path,
+    server_binding: str | None,
+    has_gpu: bool,
+) -> dict[str, str]:
+    """The server's environment: the current one without what is not for it, plus ours."""
+    env = {k: v for k, v in current.items() if not _NOT_FOR_THE_SERVER.match(k)}
+    env["VLLM_PLUGINS"] = _plugins(current.get("VLLM_PLUGINS"))
+    env["TINK_SERVER_MODES"] = ",".join(options.modes)
+    env["TINK_SERVER_TOKEN_FILE"] = str(token_file)
+    env["TINK_SERVER_CHANNEL_HOST"] = options.host
+    env["TINK_SERVER_CHANNEL_PORT"] = str(options.channel_port)
+    env["TINK_SERVER_GOLDEN_TIER"] = options.golden_tier
+    if options.golden_budget_gib is not None:
+        env["TINK_SERVER_GOLDEN_BUDGET_GIB"] = str(options.golden_budget_gib)
+    env.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if Path(options.model).is_dir():
+        env.setdefault("HF_HUB_OFFLINE", "1")
+    if not has_gpu:
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if server_binding is not None:
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
+    return {**env, **options.env}
+
+
+def _plugins(current: str | None) -> str:
+    """VLLM_PLUGINS filters every plugin group: name what would be loaded anyway, and ours."""
+    if current is not None:
+        names = [name for name in current.split(",") if name]
+    else:
+        groups = ("general", "platform", "io_processor", "stat_logger")
+        found = {e.name for group in groups for e in entry_points(group=f"vllm.{group}_plugins")}
+        names = sorted(found)
+    return ",".join(dict.fromkeys([*names, _PLUGIN]))
+
+
+# -- the process --------------------------------------------------------------------------------------
+
+
+class VLLMServer:
+    """A managed vLLM server.
+
+    Example:
+        with VLLMServer("models/base", mode="merged") as server:
+            client = server.client()
+            client.generate(["12="], max_tokens=4)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        options: ServerOptions | None = None,
+        on_wait: Callable[[str, float], None] | None = None,
+        **settings: object,
+    ) -> None:
+        """Store; `start` (or `with`) starts it.
+
+        Args:
+            model: Directory or hub id; the rest of `ServerOptions` as keywords.
+            options: Instead of `model` and keywords.
+            on_wait: Called about once a second with what is waited for, and since how long (s).
+        """
+        if options is None:
+            if model is None:
+                raise ConfigError("VLLMServer needs a model: VLLMServer('path/to/base')")
+            options = ServerOptions(model=str(model), **settings)  # type: ignore[arg-type]
+        self.options = options
+        self._on_wait = on_wait or (lambda text, seconds: None)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.token_file: Path | None = None
+        self.log_path: Path | None = None
+        self._log_offset = 0
+
+    def __enter__(self) -> VLLMServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """`http://HOST:PORT`."""
+        return self.options.url
+
+    @property
+    def token(self) -> str:
+        """Token of the control routes."""
+        if self.token_file is None:
+            raise ConfigError("the server was not started yet; call start()")
+        return self.token_file.read_text().strip()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id (and process group) of the API server."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the API server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def client(self) -> VLLMClient:
+        """A client with this server's token."""
+        return VLLMClient(self.url, token=self.token)
+
+    def start(self) -> VLLMServer:
+        """Start and wait until a first completion was sampled; nothing is left behind on failure.
+
+        Raises:
+            LaunchFailed: or one of its kinds, in one line, with the log's path.
+            ImportError: vLLM is not installed.
+        """
+        if self.alive:
+            return self
+        self.options = check_options(self.options)
+        self.token_file = ensure_token_file(self.options.token_file)
+        atexit.register(self.stop)
+        try:
+            self._spawn()
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _spawn(self) -> None:
+        assert self.token_file is not None
+        gpu = placement.has_gpu()
+        plan = placement.plan_here(self.options.tensor_parallel_size)
+        binding = plan.server_binding if self.options.shared_with_trainer else None
+        if binding is None and self.options.tensor_parallel_size > 1:
+            binding = plan.server_binding
+        env = environment(
+            self.options,
+            os.environ,
+            token_file=self.token_file,
+            server_binding=binding,
+            has_gpu=gpu,
+        )
+        self.log_path = Path(
+            self.options.log_file or Path(tempfile.mkdtemp(prefix="tink-vllm-")) / "server.log"
+        )
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._log_offset = log.tell()
+            self._process = subprocess.Popen(
+                _watched(command(self.options, has_gpu=gpu)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                preexec_fn=_all_cores,
+            )
+
+    def _wait_ready(self) -> None:
+        start = time.monotonic()
+        client = self.client()
+        deadline = start + self.options.startup_timeout_s
+        said = -1.0
+        while not _answers(client):
+            seconds = time.monotonic() - start
+            if not self.alive:
+                raise self._failure("vLLM ended while starting")
+            if time.monotonic() > deadline:
+                raise errors.StartTimeout(
+                    f"vLLM was not ready after {self.options.startup_timeout_s:g} s "
+                    f"({self._stage()}); raise --startup-timeout; log: {self.log_path}"
+                )
+            if seconds - said >= 1.0:
+                self._on_wait(self._stage(), seconds)
+                said = seconds
+            time.sleep(0.1)
+        self._on_wait("first request", time.monotonic() - start)
+        try:
+            client.generate([[1]], max_tokens=1)  # the first request takes seconds more
+        except TinkError as error:
+            raise self._failure(f"the first request failed: {error}") from error
+        finally:
+            client.close()
+
+    def _stage(self) -> str:
+        text = self.log_tail(20_000)
+        for mark, stage in (
+            ("Application startup complete", "server is up"),
+            ("Starting vLLM server", "preparing the receiver"),
+            ("KV cache", "sizing the KV cache"),
+            ("Loading weights", "loading the model"),
+            ("Initializing a V1 LLM engine", "starting the engine"),
+            ("non-default args", "reading the model's config"),
+        ):
+            if mark in text:
+                return stage
+        return "importing vLLM"
+
+    def log_tail(self, num_bytes: int = 4000) -> str:
+        """The end of this start's log."""
+        if self.log_path is None or not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_offset, size - num_bytes))
+            return log.read().decode(errors="replace")
+
+    def _failure(self, what: str) -> LaunchFailed | TinkError:
+        return explain_failure(what, self.log_tail(200_000), str(self.log_path))
+
+    def exit_reason(self) -> str:
+        """One line on why the server is not alive any more."""
+        code = self._process.poll() if self._process else None
+        return f"{self._failure(f'the server ended with exit code {code}')}"
+
+    def stop(self) -> None:
+        """End the whole process group; idempotent. Afterwards none of its processes is left."""
+        process, self._process = self._process, None
+        atexit.unregister(self.stop)
+        if process is None:
+            return
+        _end_group(process.pid, signal.SIGTERM, 15.0)
+        _end_group(process.pid, signal.SIGKILL, 10.0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5.0)
+
+
+def _watched(line: list[str]) -> list[str]:
+    """Start `line` under a tiny parent that ends the group when *its* parent, our process, dies.
+
+    A pipe or PR_SET_PDEATHSIG would do without a second process, but the signal fires when the thread
+    that started the server ends, which in a notebook happens long before the kernel does.
+    """
+    return [sys.executable, "-m", "tink_rl.watchdog", str(os.getpid()), *line]
+
+
+def _all_cores() -> None:
+    # A trainer that pinned itself must not hand its narrow mask down to the server.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _answers(client: VLLMClient) -> bool:
+    try:
+        return client.status(timeout_s=5.0).state is ServerState.READY
+    except (errors.ServerUnreachable, errors.RequestTimeout, errors.NotReady):
+        return False
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a process group that are not zombies."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def _end_group(group: int, number: signal.Signals, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    if not group_members(group):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def explain_failure(what: str, log: str, log_path: str) -> TinkError:
+    """The one line that a user needs of a failed start."""
+    lines = [line for line in log.splitlines() if re.search(r"Error|error:|Exception", line)]
+    last = re.sub(r"^\(.*?\)\s*|ERROR [\d\- :.]+\[.*?\]\s*", "", lines[-1]).strip() if lines else ""
+    for cls, mark in ((errors.GoldenDoesNotFit, "golden_does_not_fit: "),):
+        found = [line for line in lines if mark in line]
+        if found:
+            return cls(f"{found[-1].partition(mark)[2]}; log: {log_path}")
+    memory = [line for line in log.splitlines() if _MEMORY_PATTERN.search(line)]
+    if memory:
+        hint = re.sub(r"^.*?\]\s", "", memory[-1]).strip()[:200]
+        return errors.OutOfMemory(
+            f"{what}: out of memory ({hint}); lower --max-model-len or --gpu-memory-utilization (on a "
+            f"CPU: VLLM_CPU_KVCACHE_SPACE), or take a smaller model; log: {log_path}"
+        )
+    if "address already in use" in log.lower():
+        return errors.PortTaken(f"{what}: its port is in use; give another --port; log: {log_path}")
+    return LaunchFailed(f"{what}: {last[:300] or 'no error line in its log'}; log: {log_path}")

@@ -28,6 +28,11 @@ from pathlib import Path
 # `accelerate launch recipes/grpo.py` puts recipes/ on the path, not the folder that holds it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tink_rl import placement
+
+if __name__ == "__main__":
+    placement.apply_to_trainer(placement.plan_here())  # before torch is imported
+
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import AutoTokenizer
@@ -36,7 +41,6 @@ from trl import GRPOConfig, TrlParser
 import tink_rl
 from recipes.tasks import TASKS, load_task
 from recipes.tiny_base import ensure_tiny_base
-from tink_rl import placement
 from tink_rl.cli import show_wait
 
 
@@ -70,7 +74,6 @@ def main() -> None:
     recipe, config = TrlParser((RecipeArguments, GRPOConfig)).parse_args_and_config()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tink_rl").setLevel(logging.INFO)
-    placement.apply_to_trainer(placement.plan_here())
     with ExitStack() as stack:
         model = recipe.model_name_or_path or _tiny_base(config)
         trainer = tink_rl.GRPOTrainer(

@@ -451,7 +451,7 @@ def _watched(line: list[str]) -> list[str]:
 def _all_cores() -> None:
     # A trainer that pinned itself must not hand its narrow mask down to the server.
     with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.sched_setaffinity(0, placement.CORES)
 
 
 def _answers(client: VLLMClient) -> bool:

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 
 _SMALL_MACHINE_CORES = 8
+CORES = tuple(sorted(os.sched_getaffinity(0)))
+"""Cores of this process as of its start, before it pinned itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,7 @@ def plan_here(num_workers: int = 1) -> Placement:
     """The plan for this machine; `TINK_PLACEMENT=off` pins nothing."""
     if os.environ.get("TINK_PLACEMENT", "").lower() == "off":
         return Placement(server_binding=None, trainer_cores=None)
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    return plan(cores=cores, num_workers=num_workers, has_gpu=has_gpu())
+    return plan(cores=CORES, num_workers=num_workers, has_gpu=has_gpu())
 
 
 def has_gpu() -> bool:
@@ -57,10 +58,12 @@ def has_gpu() -> bool:
 
 
 def apply_to_trainer(placement: Placement) -> None:
-    """Pin this process to the trainer's cores, with one torch thread per core."""
+    """Pin this process to the trainer's cores, with one thread per core.
+
+    Call it before torch is imported: OpenMP reads its number of threads once, and threads without a
+    core of their own cost a demo step 0.55 s instead of 0.39 s.
+    """
     if placement.trainer_cores is None:
         return
-    import torch
-
     os.sched_setaffinity(0, placement.trainer_cores)
-    torch.set_num_threads(len(placement.trainer_cores))
+    os.environ["OMP_NUM_THREADS"] = str(len(placement.trainer_cores))

@@ -203,7 +203,7 @@ class Policies:
     # -- stage ------------------------------------------------------------------------------------
 
     async def stage(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Check a header and start receiving; with gloo or NCCL, answer when the bytes were checked.
+        """Check a header and start receiving; the bytes may be sent once this has answered.
 
         Raises:
             TinkError: whatever is wrong with the packet; nothing has changed then.
@@ -231,8 +231,6 @@ class Policies:
             staged, self.rpc("tink_stage", staged.stage_id, header.to_json(), options)
         )
         self._stages[staged.stage_id] = staged
-        if transport is not Transport.HTTP:
-            await self._checked(staged, timeout_s)
         return {"stage_id": staged.stage_id}
 
     async def _all_or_none(self, staged: Staged, work: Any) -> None:
@@ -243,12 +241,10 @@ class Policies:
             await self._engine.collective_rpc("tink_discard", args=(staged.stage_id,))
             raise
 
-    async def _checked(self, staged: Staged, timeout_s: float) -> None:
-        await self._all_or_none(
-            staged,
-            self._rpc_until_done(
-                "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
-            ),
+    async def _received(self, staged: Staged, timeout_s: float) -> None:
+        await self.rpc("tink_sent", staged.stage_id)
+        await self._rpc_until_done(
+            "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
         )
 
     def _check_mode(self, header: PacketHeader) -> None:
@@ -279,10 +275,9 @@ class Policies:
         return {}
 
     async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
-        """All chunks were sent: answer when they were checked."""
+        """All bytes were sent: answer when every worker has received and checked them."""
         staged = self._find_stage(body["stage_id"])
-        await self._all_or_none(staged, self.rpc("tink_chunks_done", staged.stage_id))
-        await self._checked(staged, float(body["timeout_s"]))
+        await self._all_or_none(staged, self._received(staged, float(body["timeout_s"])))
         return {"stage_id": staged.stage_id}
 
     async def discard(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -265,12 +265,13 @@ class TinkWorkerExtension:
         return end
 
     @_answers
-    def tink_chunks_done(self, stage_id: str) -> None:
-        """All chunks were sent: check them in a thread."""
+    def tink_sent(self, stage_id: str) -> None:
+        """The sender is done: check chunks in a thread (a broadcast is checked by its receiver)."""
         stage = self._tink_stage(stage_id)
-        stage.buffer = stage.buffer[: stage.received]
-        stage.task = _Task(lambda: _check(stage))
-        stage.task.start()
+        if stage.task is None:
+            stage.buffer = stage.buffer[: stage.received]
+            stage.task = _Task(lambda: _check(stage))
+            stage.task.start()
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:

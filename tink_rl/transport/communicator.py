@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -21,8 +19,6 @@ import torch.distributed as dist
 
 from tink_rl.errors import ChannelLost, ConfigError
 from tink_rl.types import Transport
-
-_POLL_S = 0.0002
 
 
 class Channel(Protocol):
@@ -37,14 +33,13 @@ class Channel(Protocol):
         *,
         src: int,
         timeout_s: float,
-        abandon: Callable[[], bool] | None = None,
     ) -> None:
         """Move `buffer` `[num_bytes] uint8` from rank `src` to all others, in place.
 
-        Every rank must call it with a buffer of the same length. `abandon` is asked while waiting.
+        Every rank must call it with a buffer of the same length.
 
         Raises:
-            ChannelLost: a peer is gone, the deadline passed, or `abandon` said so. Close it then.
+            ChannelLost: a peer is gone or the deadline passed. Close the channel then.
         """
         ...
 
@@ -154,10 +149,9 @@ class GlooChannel:
         *,
         src: int,
         timeout_s: float,
-        abandon: Callable[[], bool] | None = None,
     ) -> None:
         """See `Channel.broadcast`."""
-        _broadcast(self._group, buffer, src, timeout_s, abandon)
+        _broadcast(self._group, buffer, src, timeout_s)
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -213,10 +207,9 @@ class NcclChannel:
         *,
         src: int,
         timeout_s: float,
-        abandon: Callable[[], bool] | None = None,
     ) -> None:
         """See `Channel.broadcast`."""
-        _broadcast(self._group, buffer, src, timeout_s, abandon)
+        _broadcast(self._group, buffer, src, timeout_s)
         torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
@@ -227,32 +220,20 @@ class NcclChannel:
                 group.abort()
 
 
-def _broadcast(
-    group: Any,
-    buffer: torch.Tensor,
-    src: int,
-    timeout_s: float,
-    abandon: Callable[[], bool] | None = None,
-) -> None:
+def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> None:
     if group is None:
         raise ChannelLost("this channel was closed; the next publish opens a fresh one")
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = src, 0
     options.timeout = timedelta(seconds=timeout_s)
-    deadline = time.monotonic() + timeout_s
     try:
         work = group.broadcast([buffer], options)
-        # Polled instead of waited for, so that a refused stage or a dead server ends it at once.
-        while not work.is_completed():
-            if abandon is not None and abandon():
-                raise ChannelLost("the transfer was given up: the other side refused or is gone")
-            if time.monotonic() > deadline:
-                raise ChannelLost(f"{buffer.numel()} bytes did not arrive within {timeout_s:g} s")
-            time.sleep(_POLL_S)
+        # Not wait(timeout): gloo's work ends by itself at the deadline of its options.
         work.wait()
     except RuntimeError as error:
         raise ChannelLost(
-            f"the peer of this channel is gone or too slow ({timeout_s:g} s): {str(error)[:200]}"
+            f"{buffer.numel()} bytes did not get through within {timeout_s:g} s; the peer of this "
+            f"channel is gone or too slow: {str(error)[:200]}"
         ) from error
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tink_rl import errors
@@ -177,33 +177,27 @@ class Replica:
             "transport": self._joined["transport"],
             "timeout_s": timeout_s,
         }
-        if self._channel is None:
-            return self._stage_over_http(body, buffer, timeout_s)
-        answer: Future[dict[str, Any]] = Future()
-
-        def ask() -> None:
-            try:
-                answer.set_result(self._control("stage", body, timeout_s))
-            except BaseException as error:  # handed to the thread that waits for the answer
-                answer.set_exception(error)
-
-        threading.Thread(target=ask, daemon=True, name="tink-stage").start()
-        try:
-            # The broadcast starts while the request is on its way; a refusal ends it at once.
-            self._channel.broadcast(
-                buffer.to(self._channel.device),
-                src=self._joined["rank"],
-                timeout_s=timeout_s,
-                abandon=lambda: answer.done() and answer.exception() is not None,
-            )
-        except errors.ChannelLost as error:
-            self.forget_channel()
-            reason = _exception_of(answer, 2.0)
-            raise (reason or error) from error
-        return str(answer.result(timeout_s + 2 * _HTTP_SLACK_S)["stage_id"])
-
-    def _stage_over_http(self, body: dict[str, Any], buffer: torch.Tensor, timeout_s: float) -> str:
         stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
+        # The header was accepted and every worker is receiving: only now do bytes travel.
+        if self._channel is None:
+            self._send_chunks(stage_id, buffer, timeout_s)
+        else:
+            self._broadcast(stage_id, buffer, timeout_s)
+        self._control("staged", {"stage_id": stage_id, "timeout_s": timeout_s}, timeout_s)
+        return stage_id
+
+    def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
+        assert self._channel is not None and self._joined is not None
+        try:
+            self._channel.broadcast(
+                buffer.to(self._channel.device), src=self._joined["rank"], timeout_s=timeout_s
+            )
+        except errors.ChannelLost:
+            self.discard(stage_id)
+            self.close()
+            raise
+
+    def _send_chunks(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
         data = memoryview(buffer.numpy())
         for offset in range(0, len(data), CHUNK_BYTES):
             self.client.control(
@@ -212,8 +206,6 @@ class Replica:
                 content=bytes(data[offset : offset + CHUNK_BYTES]),
                 params={"offset": offset},
             )
-        self._control("staged", {"stage_id": stage_id, "timeout_s": timeout_s}, timeout_s)
-        return stage_id
 
     def discard(self, stage_id: str) -> None:
         """Forget a stage; never raises."""
@@ -308,13 +300,6 @@ def _named(work: Callable[[Replica], T], replica: Replica) -> T:
     except TinkError as error:
         error.details.setdefault("replica", replica.url)
         raise
-
-
-def _exception_of(answer: Future[Any], timeout_s: float) -> BaseException | None:
-    try:
-        return answer.exception(timeout_s)
-    except TimeoutError:
-        return None
 
 
 def _device_type() -> str:

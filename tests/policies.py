@@ -1,0 +1,134 @@
+"""What the server tests share: a PEFT model beside a server, and what it would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny_models import VOCAB
+from tink_rl.config import SyncConfig
+from tink_rl.launch import VLLMServer
+from tink_rl.policy.adapter import Adapter, AdapterCollector
+from tink_rl.weight_sync import WeightSync
+
+NUM_TOKENS = 8
+CLEAR_GAP = 0.05
+"""Greedy answers are compared only where the top two logits are further apart: near ties flip."""
+
+
+class PeftTwin:
+    """The same base in transformers with a LoRA of given settings."""
+
+    def __init__(self, directory: Path, **lora: Any) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **lora}
+        self.directory = directory
+        self.model = get_peft_model(base, LoraConfig(**settings)).eval()
+        self.collector = AdapterCollector(self.model)
+
+    def randomise(self, seed: int) -> None:
+        """Random A and B, of a size that changes the answers."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_A" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+
+    @torch.no_grad()
+    def greedy(self, prompt: list[int], adapter: bool = True) -> tuple[list[int], bool]:
+        """Greedy tokens, and whether every choice was clear."""
+        context = self.model.disable_adapter() if not adapter else _nothing()
+        with context:
+            output = self.model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NUM_TOKENS,
+                min_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        top2 = torch.stack(output.logits)[:, 0].topk(2).values
+        return output.sequences[0, len(prompt) :].tolist(), bool(
+            (top2[:, 0] - top2[:, 1] > CLEAR_GAP).all()
+        )
+
+    def clear_cases(self, count: int = 4, adapter: bool = True) -> dict[tuple[int, ...], list[int]]:
+        """Prompts whose greedy answers are clear, with the answers."""
+        generator = torch.Generator().manual_seed(5)
+        cases: dict[tuple[int, ...], list[int]] = {}
+        for _ in range(60):
+            length = int(torch.randint(3, 12, (1,), generator=generator))
+            prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+            tokens, clear = self.greedy(prompt, adapter)
+            if clear:
+                cases[tuple(prompt)] = tokens
+            if len(cases) == count:
+                return cases
+        raise AssertionError(f"only {len(cases)} of 60 prompts have clear answers")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def served_greedy(server: VLLMServer, model: str, prompts: Any) -> list[list[int]]:
+    """Greedy tokens of the server under the name `model`."""
+    with server.client() as client:
+        output = client.generate(
+            [list(p) for p in prompts],
+            temperature=0.0,
+            max_tokens=NUM_TOKENS,
+            model=model,
+            generation_kwargs={"ignore_eos": True},
+        )
+    return list(output["completion_ids"])
+
+
+def assert_served(server: VLLMServer, name: str, cases: dict[tuple[int, ...], list[int]]) -> None:
+    """The server's greedy tokens under `name` are those of `cases`, for every prompt."""
+    assert served_greedy(server, name, cases) == list(cases.values())
+
+
+@contextmanager
+def sync_to(server: VLLMServer, base: Path, mode: str, **settings: Any) -> Iterator[WeightSync]:
+    """An open `WeightSync`; drops what it published at the end, so that the next test starts clean."""
+    config = SyncConfig(mode=mode, token=server.token, lease_wait_s=0.0, **settings)
+    sync = WeightSync(server.url, base_model=base, config=config)
+    try:
+        sync.open()
+        yield sync
+    finally:
+        drop_all(server, sync)
+        sync.close()
+
+
+def drop_all(server: VLLMServer, sync: WeightSync) -> None:
+    """Leave nothing of this policy served."""
+    if not server.alive:
+        return
+    replica = sync.fleet.replicas[0]
+    mine = f"{sync.config.policy}@"
+    served = [name for name in replica.status().served if name.startswith(mine)]
+    if served:
+        replica.ensure_channel()
+    for name in served:
+        replica.drop(name)
+
+
+def random_adapter(twin: PeftTwin, seed: int = 0) -> Adapter:
+    """The twin's adapter after `randomise`."""
+    twin.randomise(seed)
+    return twin.collector.collect()

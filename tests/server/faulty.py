@@ -1,0 +1,53 @@
+"""Receivers that fail on purpose, given to a test server with `--worker-extension-cls`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tink_rl.server.receiver import TinkWorkerExtension
+
+SWITCH = "TINK_TEST_SWITCH"
+"""Environment variable: a file; its text says which fault is on."""
+
+
+def _fault() -> str:
+    import os
+
+    path = Path(os.environ[SWITCH])
+    return path.read_text().strip() if path.exists() else ""
+
+
+class FaultyExtension(TinkWorkerExtension):
+    """Fails as the switch file says: `fold` midway, `drop-adapters`, `damage` on arrival."""
+
+    def tink_fold(self, stage_id: Any) -> Any:
+        """Fail after the first layer was written."""
+        folder = self._tink().folder
+        assert folder is not None
+        original, written = type(folder).write_layer, []
+
+        def write(layer: Any, tensors: Any) -> None:
+            if _fault() == "fold" and written:
+                raise RuntimeError("injected: the second layer failed")
+            written.append(layer)
+            original(folder, layer, tensors)
+
+        folder.write_layer = write  # type: ignore[method-assign]
+        try:
+            return super().tink_fold(stage_id)
+        finally:
+            del folder.write_layer
+
+    def tink_keep(self, stage_id: Any, path: Any) -> Any:
+        """Serve an adapter of zeros under the right digest: every adapter is dropped."""
+        if _fault() == "drop-adapters":
+            for tensor in self._tink().stages[stage_id].tensors.values():
+                tensor.zero_()
+        return super().tink_keep(stage_id, path)
+
+    def tink_sent(self, stage_id: Any) -> Any:
+        """Damage a byte of a packet that came over HTTP."""
+        if _fault() == "damage":
+            self._tink().stages[stage_id].buffer[3] ^= 1
+        return super().tink_sent(stage_id)

@@ -1,0 +1,208 @@
+"""Servers that fail: midway in a commit, in silence, by dying, by restarting behind our back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tests.server.faulty import SWITCH
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.launch import VLLMServer, group_members
+from tink_rl.training.generation import PolicyGeneration, SamplingSettings
+from tink_rl.training.probe import Prober
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.weight_sync import WeightSync
+
+pytestmark = [pytest.mark.server, pytest.mark.chaos]
+
+
+@pytest.fixture(scope="module")
+def twin(model_dir):
+    return PeftTwin(model_dir("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory):
+    return tmp_path_factory.mktemp("switch") / "fault"
+
+
+@pytest.fixture
+def faulty(servers, switch):
+    switch.unlink(missing_ok=True)
+    yield servers.get(
+        "qwen3",
+        mode="both",
+        worker_extension_cls="tests.server.faulty.FaultyExtension",
+        env={SWITCH: str(switch), "PYTHONPATH": os.getcwd()},
+    )
+    switch.unlink(missing_ok=True)
+
+
+def test_commit_that_fails_midway_leaves_not_ready_and_the_next_publish_heals(
+    faulty, twin, switch
+):
+    with sync_to(faulty, twin.directory, "merged") as sync:
+        name = sync.publish(random_adapter(twin, 1)).name
+        switch.write_text("fold")
+        with pytest.raises(errors.PublishFailed) as caught:
+            sync.publish(random_adapter(twin, 2))
+        assert caught.value.details["phase"] == "commit"
+        assert caught.value.details["cause"] == "commit_failed"
+        status = faulty.client().status()
+        assert status.state == "not_ready" and "midway" in (status.reason or "")
+        with pytest.raises(errors.NotReady, match="publish again"):
+            served_greedy(faulty, name, [[5, 6]])
+        switch.unlink()
+        twin.randomise(3)
+        assert_served(faulty, sync.publish(twin.model).name, twin.clear_cases())
+
+
+def test_commit_that_fails_once_is_healed_by_the_second_try(faulty, twin, switch):
+    with sync_to(faulty, twin.directory, "merged") as sync:
+        sync.publish(random_adapter(twin, 1))
+        switch.write_text("fold")
+        replica = sync.fleet.replicas[0]
+        commit = replica.commit
+
+        def heal_after_first(stage_id):
+            try:
+                return commit(stage_id)
+            finally:
+                switch.unlink(missing_ok=True)
+
+        replica.commit = heal_after_first
+        twin.randomise(2)
+        assert_served(faulty, sync.publish(twin.model).name, twin.clear_cases())
+
+
+def test_probe_stops_a_run_whose_server_drops_every_adapter(faulty, twin, switch):
+    # A fresh LoRA equals its base, so only the synthetic adapter can tell.
+    switch.write_text("drop-adapters")
+    fresh = PeftTwin(twin.directory)
+    prober = Prober(fresh.model, vocab_size=64)
+    with sync_to(faulty, twin.directory, "adapter") as sync:
+        with pytest.raises(errors.ProbeFailed, match="does not serve the policy"):
+            prober.prove(sync, fresh.collector)
+        assert faulty.client().status().served == {}
+        switch.unlink()
+        prober.prove(sync, fresh.collector)
+        record = sync.publish(fresh.model, probe=prober.probe())
+        assert record.version >= 1 and record.probe_gap is not None and record.probe_gap < 1e-3
+
+
+def test_damage_on_the_way_is_tried_again_then_named(faulty, twin, switch):
+    with sync_to(faulty, twin.directory, "merged", transport="http") as sync:
+        twin.randomise(1)
+        name, cases = sync.publish(twin.model).name, twin.clear_cases()
+        switch.write_text("damage")
+        with pytest.raises(errors.PublishFailed, match="hash to") as caught:
+            sync.publish(random_adapter(twin, 2))
+        assert caught.value.details["cause"] == "digest_mismatch"
+        assert_served(faulty, name, cases)
+
+
+@pytest.fixture(scope="module")
+def mortal(servers, model_dir, tmp_path_factory):
+    """A server that the tests of this module may kill; always on the same port."""
+    servers.stop()
+    server = VLLMServer(
+        model_dir("qwen3"),
+        mode="merged",
+        dtype="float32",
+        max_model_len=256,
+        token_file=str(tmp_path_factory.mktemp("mortal") / "token"),
+    )
+    server.start()
+    yield server
+    server.stop()
+
+
+def _sync(server, twin, **settings):
+    config = SyncConfig(
+        mode="merged", token=server.token, stage_timeout_s=3.0, join_timeout_s=5.0, **settings
+    )
+    return WeightSync(server.url, base_model=twin.directory, config=config)
+
+
+def test_peer_that_dies_is_an_exception_within_the_deadline_and_the_next_publish_works(
+    mortal, twin
+):
+    sync = _sync(mortal, twin)
+    sync.publish(random_adapter(twin, 1))
+    replica = sync.fleet.replicas[0]
+    replica._channel.close()  # the trainer's end of the wire is gone
+    twin.randomise(2)
+    assert_served(mortal, sync.publish(twin.model).name, twin.clear_cases())
+    sync.close()
+
+
+def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mortal, twin):
+    sync = _sync(mortal, twin)
+    twin.randomise(3)
+    record, cases = sync.publish(twin.model), twin.clear_cases()
+    generation = PolicyGeneration(
+        [mortal.client()],
+        SamplingSettings(
+            max_completion_length=8, temperature=0.0, generation_kwargs={"ignore_eos": True}
+        ),
+        current=lambda: record.name,
+        sync=lambda: None,
+        recover=sync.recover,
+    )
+    before = sync.fleet.replicas[0].incarnation
+    mortal.stop()
+    mortal.start()
+    assert mortal.client().status().incarnation != before
+    _, tokens, _, _ = generation.generate([list(p) for p in cases], None, 1)
+    assert tokens == list(cases.values())
+    assert generation.last_model == record.name
+    sync.close()
+
+
+def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(mortal, twin):
+    sync = _sync(mortal, twin)
+    sync.publish(random_adapter(twin, 1))
+    os.killpg(mortal.pid, signal.SIGKILL)
+    with pytest.raises(errors.PublishFailed, match="can't be reached") as caught:
+        sync.publish(random_adapter(twin, 2))
+    assert caught.value.details["replica"] == mortal.url
+    assert caught.value.details["cause"] == "server_unreachable"
+    with pytest.raises(errors.ServerUnreachable, match="The vLLM server can't be reached at"):
+        VLLMClient(mortal.url, token="x" * 20).status()
+    pid = mortal.pid
+    mortal.stop()
+    assert group_members(pid) == []
+    sync.close()
+
+
+def test_golden_weights_that_do_not_fit_are_refused_at_start(servers, model_dir, tmp_path):
+    servers.stop()
+    server = VLLMServer(
+        model_dir("qwen3"),
+        mode="merged",
+        golden_budget_gib=0.0001,
+        token_file=str(tmp_path / "token"),
+        max_model_len=256,
+    )
+    with pytest.raises(errors.GoldenDoesNotFit, match="--golden-budget-gib"):
+        server.start()
+    assert server.pid is None and threading.active_count() < 50
+
+
+def test_server_without_the_plugin_is_named(servers, model_dir, tmp_path, twin):
+    servers.stop()
+    server = VLLMServer(
+        model_dir("qwen3"),
+        mode="merged",
+        token_file=str(tmp_path / "token"),
+        max_model_len=256,
+        env={"VLLM_PLUGINS": ""},
+        startup_timeout_s=120.0,
+    )
+    with pytest.raises(errors.PluginMissing, match="tink-rl serve"):
+        server.start()

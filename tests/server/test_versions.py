@@ -1,0 +1,192 @@
+"""Names, caches, running requests and leases around a commit, on a real server."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.transport.fleet import Replica
+from tink_rl.weight_sync import WeightSync
+
+pytestmark = pytest.mark.server
+MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])
+
+
+@pytest.fixture
+def server(servers):
+    return servers.get("qwen3", mode="both")
+
+
+@pytest.fixture(scope="module")
+def twin(model_dir):
+    return PeftTwin(model_dir("qwen3"))
+
+
+@MODES
+def test_same_digest_is_not_sent_again(server, twin, mode):
+    with sync_to(server, twin.directory, mode) as sync:
+        first = sync.publish(random_adapter(twin, 1))
+        again = sync.publish(random_adapter(twin, 1))
+        assert (again.published, again.num_bytes, again.name) == (False, 0, first.name)
+
+
+@MODES
+def test_long_shared_prompt_is_never_answered_from_the_old_versions_cache(server, twin, mode):
+    prompt = [3 + i % 50 for i in range(200)]
+    with sync_to(server, twin.directory, mode) as sync:
+        for seed in range(3):
+            twin.randomise(seed)
+            name = sync.publish(twin.model).name
+            expected, _ = twin.greedy(prompt)
+            for _ in range(2):  # the second one comes from this version's own cache
+                assert served_greedy(server, name, [prompt])[0][0] == expected[0]
+            assert_served(server, name, twin.clear_cases())
+
+
+def test_merged_answers_under_the_new_name_only(server, twin):
+    base = server.client().status().base_model
+    with sync_to(server, twin.directory, "merged") as sync:
+        old = sync.publish(random_adapter(twin, 1)).name
+        new = sync.publish(random_adapter(twin, 2)).name
+        assert server.client().models() == [new]
+        for stale in (old, base):
+            with pytest.raises(errors.UnknownVersion, match="does not serve"):
+                served_greedy(server, stale, [[5, 6]])
+
+
+def test_adapter_versions_stay_side_by_side_until_they_retire(server, twin):
+    with sync_to(server, twin.directory, "adapter", keep_versions=2) as sync:
+        cases = {}
+        for seed in range(3):
+            twin.randomise(seed)
+            cases[sync.publish(twin.model).name] = twin.clear_cases()
+        first, second, third = cases
+        assert_served(server, second, cases[second])
+        assert_served(server, third, cases[third])
+        with pytest.raises(errors.UnknownVersion):
+            served_greedy(server, first, [[5, 6]])
+
+
+@MODES
+def test_requests_that_run_during_a_commit_end_whole_on_one_version(server, twin, mode):
+    with sync_to(server, twin.directory, mode) as sync:
+        twin.randomise(1)
+        name = sync.publish(twin.model).name
+        client = server.client()
+        ask = {"n": 1, "temperature": 0.0, "max_tokens": 200, "model": name}
+        expected = client.generate([[7, 8, 9]], generation_kwargs={"ignore_eos": True}, **ask)
+        answers: list[list[int]] = []
+
+        def run():
+            found = client.generate([[7, 8, 9]] * 4, generation_kwargs={"ignore_eos": True}, **ask)
+            answers.extend(found["completion_ids"])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not client.control("status", timeout_s=5)["running"]:
+            pass
+        record = sync.publish(random_adapter(twin, 2))
+        thread.join()
+        assert answers == expected["completion_ids"] * 4
+        assert record.name != name and (record.held_seconds > 0) == (mode == "merged")
+
+
+def test_abort_ends_running_requests_early(server, twin):
+    with sync_to(server, twin.directory, "merged", on_running="abort") as sync:
+        name = sync.publish(random_adapter(twin, 1)).name
+        client = server.client()
+        reasons: list[str] = []
+
+        def run():
+            found = client.generate(
+                [[7, 8, 9]] * 4, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
+            )
+            reasons.extend(found["finish_reasons"])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not client.control("status", timeout_s=5)["running"]:
+            pass
+        twin.randomise(2)
+        record = sync.publish(twin.model)
+        thread.join()
+        assert set(reasons) == {"abort"}
+        assert_served(server, record.name, twin.clear_cases())
+
+
+def test_drain_timeout_writes_nothing(server, twin):
+    with sync_to(server, twin.directory, "merged", drain_timeout_s=0.05) as sync:
+        twin.randomise(1)
+        name, cases = sync.publish(twin.model).name, twin.clear_cases()
+        client = server.client()
+        thread = threading.Thread(
+            target=lambda: client.generate(
+                [[7, 8, 9]] * 8, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
+            )
+        )
+        thread.start()
+        while not client.control("status", timeout_s=5)["running"]:
+            pass
+        with pytest.raises(errors.DrainTimeout, match="nothing was written"):
+            sync.publish(random_adapter(twin, 2))
+        thread.join()
+        assert_served(server, name, cases)
+
+
+def test_http_transport_needs_no_port(server, twin):
+    for mode in ("adapter", "merged"):
+        with sync_to(server, twin.directory, mode, transport="http") as sync:
+            twin.randomise(3)
+            name = sync.publish(twin.model).name
+            assert_served(server, name, twin.clear_cases())
+
+
+def test_second_writer_is_refused_and_the_name_is_free_after_close(server, twin):
+    with sync_to(server, twin.directory, "adapter", policy="mine") as sync:
+        sync.publish(random_adapter(twin, 1))
+        config = SyncConfig(mode="adapter", policy="mine", token=server.token, lease_wait_s=0.0)
+        other = WeightSync(server.url, base_model=twin.directory, config=config)
+        with pytest.raises(errors.LeaseHeld, match="another name"):
+            other.open()
+        with sync_to(server, twin.directory, "adapter", policy="yours") as free:
+            free.publish(random_adapter(twin, 2))
+        sync.drop_current()
+        sync.close()
+        assert other.open() is not None
+        other.close()
+
+
+def test_newer_channel_of_the_same_writer_makes_the_older_one_stale(server, twin):
+    config = SyncConfig(mode="adapter", policy="epochs", token=server.token, lease_wait_s=0.0)
+    old, new = (Replica(server.client(), config, writer="same") for _ in range(2))
+    old.ensure_channel()
+    new.ensure_channel()
+    with pytest.raises(errors.StaleEpoch, match="join again"):
+        old.drop("epochs@1")
+    old.forget_channel()
+    new.close()
+
+
+def test_next_version_is_above_checkpoint_and_server(server, twin):
+    with sync_to(server, twin.directory, "adapter", policy="resumed") as sync:
+        sync.start_after(41)
+        assert sync.publish(random_adapter(twin, 1)).version == 42
+    with sync_to(server, twin.directory, "adapter", policy="resumed") as sync:
+        sync.start_after(7)
+        assert sync.publish(random_adapter(twin, 2)).version == 43
+
+
+def test_merged_policy_and_slot_policies_exclude_each_other(server, twin):
+    with sync_to(server, twin.directory, "merged", policy="a") as sync:
+        name = sync.publish(random_adapter(twin, 1)).name
+        for mode in ("adapter", "merged"):
+            with (
+                pytest.raises(errors.ModeUnavailable, match="second server"),
+                sync_to(server, twin.directory, mode, policy="b") as other,
+            ):
+                other.publish(random_adapter(twin, 2))
+        assert server.client().models() == [name]

@@ -48,6 +48,7 @@ _NOT_FOR_THE_SERVER = re.compile(
     r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
     r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_TOKEN)$"
 )
+_GOLDEN_MARK = "golden_does_not_fit: "
 _MEMORY_PATTERN = re.compile(
     r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|"
     r"larger than the available KV cache memory|less than desired GPU memory utilization|"
@@ -488,10 +489,9 @@ def explain_failure(what: str, log: str, log_path: str) -> TinkError:
     """The one line that a user needs of a failed start."""
     lines = [line for line in log.splitlines() if re.search(r"Error|error:|Exception", line)]
     last = re.sub(r"^\(.*?\)\s*|ERROR [\d\- :.]+\[.*?\]\s*", "", lines[-1]).strip() if lines else ""
-    for cls, mark in ((errors.GoldenDoesNotFit, "golden_does_not_fit: "),):
-        found = [line for line in lines if mark in line]
-        if found:
-            return cls(f"{found[-1].partition(mark)[2]}; log: {log_path}")
+    _, golden, reason = log.partition(_GOLDEN_MARK)
+    if golden:
+        return errors.GoldenDoesNotFit(f"{reason.splitlines()[0]}; log: {log_path}")
     memory = [line for line in log.splitlines() if _MEMORY_PATTERN.search(line)]
     if memory:
         hint = re.sub(r"^.*?\]\s", "", memory[-1]).strip()[:200]

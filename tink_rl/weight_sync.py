@@ -412,7 +412,7 @@ def _collect(source: Any, dtype: torch.dtype) -> Adapter:
         return source.to(dtype)
     if isinstance(source, (str, Path)):
         return from_peft_dir(source, dtype=dtype)
-    if hasattr(source, "peft_config"):
+    if hasattr(source, "get_base_model"):
         return from_peft_model(source, dtype=dtype)
     if callable(source):
         return _collect(source(), dtype)

@@ -107,7 +107,7 @@ class AdapterCollector:
         Raises:
             UnsupportedAdapter: not a PEFT model, or it uses a feature that cannot be expressed.
         """
-        if not hasattr(model, "peft_config"):
+        if not hasattr(model, "get_base_model"):
             raise UnsupportedAdapter(
                 f"{type(model).__name__} is not a PEFT model; pass peft_config=LoraConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model"

@@ -109,7 +109,7 @@ def attach(
         trainer.accelerator,
         clients=clients,
         config=sync,
-        base_model=model.get_base_model().name_or_path if hasattr(model, "peft_config") else "",
+        base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
         prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
     )
     trainer.policy_link = link

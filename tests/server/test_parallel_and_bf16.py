@@ -1,0 +1,90 @@
+"""Tensor parallel in both modes, two replicas, and the gap on a bf16 server."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.launch import VLLMServer
+from tink_rl.training.probe import Prober
+from tink_rl.weight_sync import WeightSync
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj"]])
+def test_every_worker_of_a_tensor_parallel_server_joins_and_slices(
+    servers, model_dir, mode, targets
+):
+    server = servers.get("qwen3", mode="both", tensor_parallel_size=2)
+    twin = PeftTwin(model_dir("qwen3"), target_modules=targets)
+    assert server.client().status().world_size == 2
+    with sync_to(server, twin.directory, mode) as sync:
+        for seed in range(3):
+            twin.randomise(seed)
+            assert_served(server, sync.publish(twin.model).name, twin.clear_cases())
+        sync.drop_current()
+    base = server.client().status().base_model
+    assert_served(server, base, twin.clear_cases(adapter=False))
+
+
+def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir, caplog):
+    server = servers.get("qwen3", mode="both", dtype="bfloat16")
+    twin = PeftTwin(model_dir("qwen3"))
+    caplog.set_level(logging.INFO, logger="tink_rl")
+    # A random model with weights this large rounds coarsely in bf16.
+    config = SyncConfig(mode="auto", token=server.token, probe_tolerance=3.0, policy="bf16")
+    with WeightSync(server.url, base_model=twin.directory, config=config) as sync:
+        Prober(twin.model, vocab_size=64).prove(sync, twin.collector)
+        assert f"mode auto took {sync.mode.value} on a bfloat16 server" in caplog.text
+        assert "logprob gap merged" in caplog.text and "slot" in caplog.text
+        record = sync.publish(random_adapter(twin, 1))
+        assert record.mode is sync.mode
+        sync.drop_current()
+
+
+@pytest.fixture(scope="module")
+def second(model_dir, tmp_path_factory, servers):
+    first = servers.get("qwen3", mode="both")
+    server = VLLMServer(
+        model_dir("qwen3"),
+        mode="both",
+        dtype="float32",
+        max_model_len=256,
+        max_lora_rank=16,
+        token_file=str(first.token_file),
+    )
+    with server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+def test_version_is_current_only_after_every_replica_holds_it(servers, second, model_dir, mode):
+    first = servers.get("qwen3", mode="both")
+    twin = PeftTwin(model_dir("qwen3"))
+    config = SyncConfig(mode=mode, token=first.token, stage_timeout_s=5.0)
+    with WeightSync([first.url, second.url], base_model=twin.directory, config=config) as sync:
+        twin.randomise(1)
+        name = sync.publish(twin.model).name
+        cases = twin.clear_cases()
+        for server in (first, second):
+            assert_served(server, name, cases)
+        stage = sync.fleet.replicas[1].stage
+
+        def refuse(header, buffer):
+            raise errors.RankExceeded("refused by the second replica")
+
+        sync.fleet.replicas[1].stage = refuse
+        with pytest.raises(errors.RankExceeded) as caught:
+            sync.publish(random_adapter(twin, 2))
+        assert caught.value.details["replica"] == second.url
+        assert sync.current.name == name
+        sync.fleet.replicas[1].stage = stage
+        for server in (first, second):
+            assert served_greedy(server, name, cases) == list(cases.values())
+        sync.drop_current()

@@ -1,0 +1,199 @@
+"""Real GRPO on a real server: both modes, the logprob gap, checks, attach, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig
+from trl import GRPOTrainer as PlainGRPOTrainer
+
+import tink_rl
+from tests.policies import PeftTwin, assert_served, drop_all, sync_to
+from tink_rl import SyncConfig, errors
+from tink_rl.training import checks
+
+pytestmark = pytest.mark.server
+PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
+
+
+def reward_sevens(completions, **_):
+    """Share of sevens: something a random model can learn a little of."""
+    return [text.count("7") / max(len(text), 1) for text in completions]
+
+
+def config(path, **changes):
+    settings = {
+        "output_dir": str(path),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "learning_rate": 5e-3,
+        "beta": 0.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+        **changes,
+    }
+    return GRPOConfig(**settings)
+
+
+def make_trainer(server, model_dir, path, *, sync=None, cls=tink_rl.GRPOTrainer, lora=None, **changes):
+    directory = model_dir("qwen3")
+    extra = {"servers": server.url, "sync": sync} if cls is tink_rl.GRPOTrainer else {}
+    return cls(
+        model=str(directory),
+        reward_funcs=reward_sevens,
+        args=config(path, **changes),
+        train_dataset=PROMPTS,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **(lora or {})),
+        **extra,
+    )
+
+
+@pytest.fixture
+def server(servers):
+    server = servers.get("qwen3", mode="both")
+    yield server
+    if server.alive:  # a run leaves its last version served: fold it back, drop it
+        with server.client() as client:
+            names = list(client.status().served)
+        for policy in {name.rpartition("@")[0] for name in names}:
+            mode = "merged" if client_merged(server) else "adapter"
+            with sync_to(server, server.options.model, mode, policy=policy) as sync:
+                drop_all(server, sync)
+
+
+def client_merged(server):
+    with server.client() as client:
+        return client.status().merged
+
+
+def settings(server, **changes):
+    return SyncConfig(token=server.token, **changes)
+
+
+def rows(trainer):
+    return [row for row in trainer.state.log_history if "reward" in row]
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+def test_run_samples_every_rollout_from_the_version_just_published(server, model_dir, tmp_path, mode):
+    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server, mode=mode))
+    trainer.train()
+    history = rows(trainer)
+    assert len(history) == 4
+    first = trainer.policy_link.records[0].version
+    assert [row["rollout/policy_version"] for row in history] == [first, first + 1, first + 2, first + 3]
+    assert [row["sync/policy_version"] for row in history][1:] == [first + 2, first + 3, first + 4]
+    assert max(row["rollout/logprob_gap"] for row in history) <= 1e-4
+    assert all(row["sampling/importance_sampling_ratio/mean"] > 0.99 for row in history)
+    for key in ("sync/seconds", "sync/held_seconds", "sync/bytes", "sync/phase/stage"):
+        assert all(key in row for row in history)
+    twin = PeftTwin(model_dir("qwen3"))
+    twin.model = trainer.model.eval()
+    assert_served(server, trainer.policy_link.current, twin.clear_cases())
+
+
+def test_auto_takes_merged_and_says_so(server, model_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tink_rl")
+    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server), max_steps=1)
+    trainer.train()
+    assert trainer.policy_link.sync.mode == "merged"
+    assert "mode auto took merged on a float32 server" in caplog.text
+
+
+def test_attach_gives_a_built_trainer_the_same(server, model_dir, tmp_path):
+    trainer = make_trainer(server, model_dir, tmp_path, cls=PlainGRPOTrainer, max_steps=2)
+    link = tink_rl.attach(trainer, server.url, sync=settings(server, mode="adapter"))
+    with pytest.raises(errors.ConfigError, match="already"):
+        tink_rl.attach(trainer, server.url, sync=settings(server))
+    trainer.train()
+    assert len(link.records) == 3
+    assert all("rollout/logprob_gap" in row for row in rows(trainer))
+
+
+def test_evaluate_before_training_publishes_first_and_is_not_sent_twice(
+    server, model_dir, tmp_path
+):
+    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server), max_steps=1)
+    trainer.evaluate(PROMPTS.select(range(16)))
+    assert len(trainer.policy_link.records) == 1
+    trainer.train()
+    assert len(trainer.policy_link.records) == 2
+
+
+def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(
+    server, model_dir, tmp_path
+):
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    sync = settings(server, mode="adapter", keep_versions=1)
+    trainer = make_trainer(server, model_dir, tmp_path, sync=sync, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Crash())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-2" / "tink_policy.json").read_text())
+    by_version = {r.version: r.digest for r in trainer.policy_link.records}
+    assert by_version[saved["version"]] == saved["digest"]
+    last = max(by_version)
+
+    resumed = make_trainer(server, model_dir, tmp_path, sync=sync)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    records = resumed.policy_link.records
+    assert (records[0].version, records[0].digest) == (last + 1, saved["digest"])
+    history = [row for row in rows(resumed) if row["step"] > 2]
+    assert history[0]["rollout/policy_version"] == last + 1
+
+
+def test_second_publisher_of_one_model_is_refused(server, model_dir, tmp_path):
+    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server), max_steps=1)
+    other = tink_rl.WeightSync(server.url, base_model=model_dir("qwen3"), config=settings(server))
+    with pytest.raises(errors.SecondPublisher, match="already published"):
+        other.claim(trainer.model)
+    trainer.policy_link.close()
+    other.claim(trainer.model)
+    other.close()
+
+
+def test_colocate_vespo_and_dora_are_refused_before_the_first_step(server, model_dir, tmp_path):
+    with pytest.raises(errors.ConfigError, match="vllm_mode='server'"):
+        make_trainer(server, model_dir, tmp_path, use_vllm=True, vllm_mode="colocate")
+    with pytest.raises(errors.ConfigError, match="token_truncate"):
+        make_trainer(server, model_dir, tmp_path, loss_type="vespo")
+    with pytest.raises(errors.UnsupportedAdapter, match="use_dora=False"):
+        make_trainer(server, model_dir, tmp_path, sync=settings(server), lora={"use_dora": True})
+
+
+def test_settings_that_bias_the_importance_ratio_are_told(server):
+    status = server.client().status()
+    args = GRPOConfig(use_cpu=True, bf16=False, top_p=0.9, max_completion_length=8)
+    with pytest.warns(UserWarning, match="top_p change"):
+        checks.check_sampling(args, status, dropout=0.0)
+    plain = GRPOConfig(use_cpu=True, bf16=False, max_completion_length=8)
+    with pytest.warns(UserWarning, match="lora_dropout=0.1"):
+        checks.check_sampling(plain, status, dropout=0.1)
+    raw = type(status)(**{**status.__dict__, "logprobs_mode": "raw_logprobs"})
+    with pytest.raises(errors.ConfigError, match="--logprobs-mode processed_logprobs"):
+        checks.check_sampling(plain, raw, dropout=0.0)
+    long = GRPOConfig(use_cpu=True, bf16=False, max_completion_length=4096)
+    with pytest.raises(errors.ConfigError, match="--max-model-len"):
+        checks.check_sampling(long, status, dropout=0.0)
+
+
+def test_other_trl_minor_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"trl~=1\.16"):
+        checks.check_trl_version("1.17.0")

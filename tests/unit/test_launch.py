@@ -1,0 +1,184 @@
+"""Start-up checks, command and environment, the token file, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tink_rl import errors, launch
+from tink_rl.errors import ConfigError
+from tink_rl.launch import ServerOptions, VLLMServer
+from tink_rl.placement import plan
+from tink_rl.tokens import ensure_token_file
+
+
+def _options(model_dir, **changes):
+    return ServerOptions(model=str(model_dir("qwen3")), **changes)
+
+
+def test_taken_port_is_named_before_loading(model_dir):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(errors.PortTaken, match=f"port {port} .*{os.getpid()}.*--port"):
+            launch.check_options(_options(model_dir, port=port))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "org/not-cached"])
+def test_missing_model_is_named_before_loading(model):
+    with pytest.raises(errors.ModelNotFound, match="was not found"):
+        launch.check_options(ServerOptions(model=model))
+
+
+def test_directory_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(errors.ModelNotFound, match=r"config\.json"):
+        launch.check_options(ServerOptions(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("rank", "hint"), [(12, "--max-lora-rank 16"), (600, "512"), (0, "1, 8")])
+def test_rank_without_kernels_is_refused_with_the_next_one(model_dir, rank, hint):
+    with pytest.raises(errors.RankNotAllowed, match=hint):
+        launch.check_options(_options(model_dir, max_lora_rank=rank))
+
+
+def test_unknown_mode_lists_the_modes(model_dir):
+    with pytest.raises(ConfigError, match="merged, adapter, both"):
+        launch.check_options(_options(model_dir, mode="full"))
+
+
+def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        launch.check_options(_options(model_dir))
+
+
+def test_command_has_the_flags_of_its_mode(model_dir):
+    merged = launch.command(_options(model_dir, mode="merged", extra_args=("--seed", "3")), has_gpu=False)
+    assert "--enable-lora" not in merged and merged[-2:] == ["--seed", "3"]
+    both = launch.command(_options(model_dir, mode="both"), has_gpu=True)
+    assert "--enable-lora" in both and "--enforce-eager" not in both
+    shared = launch.command(_options(model_dir, shared_with_trainer=True), has_gpu=True)
+    assert shared[shared.index("--gpu-memory-utilization") + 1] == "0.45"
+
+
+def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model_dir, tmp_path):
+    current = {
+        **{"VLLM_PORT": "1", "VLLM_HOST": "x", "USE_VLLM": "true", "RANK": "0", "TINK_TOKEN": "s"},
+        **{"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PATH": "p", "VLLM_PLUGINS": "mine"},
+    }
+    env = launch.environment(
+        _options(model_dir, mode="both"),
+        current,
+        token_file=tmp_path / "token",
+        server_binding="0",
+        has_gpu=False,
+    )
+    assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
+    assert env["PATH"] == "p" and env["VLLM_PLUGINS"] == "mine,tink_rl"
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert env["TINK_SERVER_MODES"] == "adapter,merged"
+    assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
+
+
+def test_two_cores_are_split_between_server_and_trainer():
+    assert plan(cores=(0, 1), num_workers=1, has_gpu=False).server_binding == "0"
+    assert plan(cores=(0, 1), num_workers=1, has_gpu=False).trainer_cores == (1,)
+    assert plan(cores=(0, 1), num_workers=2, has_gpu=False).server_binding == "0|1"
+    assert plan(cores=(3,), num_workers=1, has_gpu=False).trainer_cores is None
+    assert plan(cores=(0, 1), num_workers=1, has_gpu=True).server_binding is None
+    assert plan(cores=tuple(range(64)), num_workers=1, has_gpu=False).server_binding is None
+
+
+def test_token_file_is_made_once_and_refused_if_others_can_read_it(tmp_path):
+    path = ensure_token_file(tmp_path / "deep" / "token")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ensure_token_file(path).read_text() == path.read_text()
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        ensure_token_file(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "text"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", errors.OutOfMemory, "--max-model-len"),
+        ("ValueError: No available memory for the cache blocks.", errors.OutOfMemory, "smaller"),
+        ("X: golden_does_not_fit: need 3 GiB", errors.GoldenDoesNotFit, "need 3 GiB"),
+        ("ERROR [x] KeyError: 'oops'", errors.LaunchFailed, "oops"),
+        ("nothing", errors.LaunchFailed, "no error line"),
+    ],
+)
+def test_log_of_a_failed_start_becomes_one_line(line, error, text):
+    found = launch.explain_failure("vLLM ended while starting", line, "server.log")
+    assert type(found) is error and text in str(found) and "\n" not in str(found)
+
+
+_FAKE = textwrap.dedent("""
+    import os, signal, time
+    if os.fork() == 0:  # like vLLM's engine: a child that outlives its parent
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("started", flush=True)
+    time.sleep(600)
+""")
+
+
+def _fake_server(model_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", _FAKE])
+    monkeypatch.setattr(launch, "_answers", lambda client: "started\nstarted" in server.log_tail())
+    monkeypatch.setattr(launch.VLLMClient, "generate", lambda *_, **__: {})
+    server = VLLMServer(model_dir("qwen3"), token_file=str(tmp_path / "token"))
+    return server
+
+
+def test_stop_ends_the_whole_group_children_that_ignore_sigterm_included(
+    model_dir, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(launch, "_end_group", _quick(launch._end_group))
+    with _fake_server(model_dir, monkeypatch, tmp_path) as server:
+        pid = server.pid
+        assert len(launch.group_members(pid)) == 3  # watchdog, server, engine
+    assert launch.group_members(pid) == [] and not server.alive
+
+
+def _quick(end_group):
+    return lambda group, number, timeout_s: end_group(group, number, min(timeout_s, 2.0))
+
+
+def test_start_that_fails_leaves_nothing_and_says_why(model_dir, monkeypatch, tmp_path):
+    crash = [sys.executable, "-c", "raise SystemExit('ValueError: bad flag')"]
+    monkeypatch.setattr(launch, "command", lambda *_, **__: crash)
+    server = VLLMServer(model_dir("qwen3"), token_file=str(tmp_path / "token"))
+    with pytest.raises(errors.LaunchFailed, match="bad flag"):
+        server.start()
+    assert server.pid is None
+
+
+def test_server_does_not_outlive_a_killed_parent(tmp_path):
+    script = textwrap.dedent("""
+        import subprocess, sys, os, time
+        child = subprocess.Popen([sys.executable, "-m", "tink_rl.watchdog", str(os.getpid()),
+                                  sys.executable, "-c", "import time; time.sleep(600)"],
+                                 start_new_session=True)
+        print(child.pid, flush=True)
+        time.sleep(600)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    group = int(parent.stdout.readline())
+    deadline = time.monotonic() + 20
+    while len(launch.group_members(group)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(launch.group_members(group)) == 2
+    parent.kill()
+    parent.wait()
+    while launch.group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert launch.group_members(group) == []

@@ -1,0 +1,97 @@
+"""The wire format: round trips, digests, layout checks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tink_rl import errors
+from tink_rl.policy import packet
+from tink_rl.types import SyncMode
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+TENSORS = st.dictionaries(
+    st.text("abc.", min_size=1, max_size=8),
+    st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=3), DTYPES),
+    min_size=1,
+    max_size=6,
+)
+
+
+def _pack(tensors):
+    return packet.pack(tensors, mode=SyncMode.MERGED, base_fingerprint="f" * 32, rank=8)
+
+
+def _example():
+    return _pack({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(TENSORS)
+def test_packed_tensors_come_back_bit_for_bit_as_views(spec):
+    tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in spec.items()}
+    header, buffer = _pack(tensors)
+    header = packet.PacketHeader.from_json(header.to_json())
+    packet.check_bytes(header, buffer)
+    found = packet.unpack(header, buffer)
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        assert found[name].untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_changes_the_digest(data):
+    header, buffer = _example()
+    position = data.draw(st.integers(0, buffer.numel() - 1))
+    buffer[position] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(errors.DigestMismatch, match="publish again"):
+        packet.check_bytes(header, buffer)
+
+
+def test_digest_is_that_of_the_weights_not_of_the_name():
+    header, buffer = _example()
+    assert packet.digest_of(header.named("other", 7, 3), buffer) == header.digest
+    assert packet.digest_of(dataclasses.replace(header, rank=4), buffer) != header.digest
+
+
+def test_truncated_buffer_is_told_from_damage():
+    header, buffer = _example()
+    with pytest.raises(errors.TruncatedPacket, match="announced"):
+        packet.check_bytes(header, buffer[:-1])
+
+
+def _broken(**changes):
+    data = _example()[0].to_json()
+    return {**data, **changes}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"protocol": 1},
+        _broken(tensors=[]),
+        _broken(mode="full"),
+        _broken(rank=-1),
+        _broken(num_bytes=1),
+        _broken(tensors=[{"name": "a", "shape": [-2], "dtype": "float32", "offset": 0}]),
+        _broken(tensors=[{"name": "a", "shape": [2], "dtype": "int8", "offset": 0}]),
+        _broken(tensors=[{"name": "a", "shape": [2], "dtype": "float32", "offset": 3}]),
+        _broken(tensors=[{"name": "a", "shape": [True], "dtype": "float32", "offset": 0}]),
+        _broken(tensors=[{"name": "a", "shape": [2], "dtype": "float32", "offset": 0}] * 2),
+    ],
+)
+def test_malformed_header_is_refused(data):
+    with pytest.raises(errors.BadRequest):
+        packet.PacketHeader.from_json(data)
+
+
+def test_other_protocol_version_says_so():
+    with pytest.raises(errors.ProtocolMismatch, match="same tink-rl release"):
+        packet.PacketHeader.from_json(_broken(protocol=2))

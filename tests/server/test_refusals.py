@@ -189,7 +189,7 @@ def test_other_protocol_version_is_told_at_join(server):
 
 def test_malformed_control_requests_are_answered_not_crashed(server):
     headers = {"authorization": f"Bearer {server.token}"}
-    for body in (b"", b"[]", b"{", b'{"policy": 1}', b"\xff"):
+    for body in (b"", b"[]", b"{", b'{"protocol": 1}', b"\xff"):
         for action in ("join", "stage", "commit", "drop"):
             response = httpx.post(f"{server.url}/tink/v1/{action}", content=body, headers=headers)
             assert response.status_code == 400, (action, body, response.text)

@@ -16,6 +16,12 @@ pytestmark = pytest.mark.server
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])
 
 
+def wait_until_running(client, thread):
+    """Return once the server has admitted the thread's request."""
+    while not client.control("status", timeout_s=5)["running"]:
+        assert thread.is_alive(), "the request ended before it was seen"
+
+
 @pytest.fixture
 def server(servers):
     return servers.get("qwen3", mode="both")
@@ -82,16 +88,15 @@ def test_requests_that_run_during_a_commit_end_whole_on_one_version(server, twin
         answers: list[list[int]] = []
 
         def run():
-            found = client.generate([[7, 8, 9]] * 4, generation_kwargs={"ignore_eos": True}, **ask)
+            found = client.generate([[7, 8, 9]] * 16, generation_kwargs={"ignore_eos": True}, **ask)
             answers.extend(found["completion_ids"])
 
         thread = threading.Thread(target=run)
         thread.start()
-        while not client.control("status", timeout_s=5)["running"]:
-            pass
+        wait_until_running(client, thread)
         record = sync.publish(random_adapter(twin, 2))
         thread.join()
-        assert answers == expected["completion_ids"] * 4
+        assert answers == expected["completion_ids"] * 16
         assert record.name != name and (record.held_seconds > 0) == (mode == "merged")
 
 
@@ -103,14 +108,13 @@ def test_abort_ends_running_requests_early(server, twin):
 
         def run():
             found = client.generate(
-                [[7, 8, 9]] * 4, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
+                [[7, 8, 9]] * 16, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
             )
             reasons.extend(found["finish_reasons"])
 
         thread = threading.Thread(target=run)
         thread.start()
-        while not client.control("status", timeout_s=5)["running"]:
-            pass
+        wait_until_running(client, thread)
         twin.randomise(2)
         record = sync.publish(twin.model)
         thread.join()
@@ -125,12 +129,11 @@ def test_drain_timeout_writes_nothing(server, twin):
         client = server.client()
         thread = threading.Thread(
             target=lambda: client.generate(
-                [[7, 8, 9]] * 8, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
+                [[7, 8, 9]] * 16, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
             )
         )
         thread.start()
-        while not client.control("status", timeout_s=5)["running"]:
-            pass
+        wait_until_running(client, thread)
         with pytest.raises(errors.DrainTimeout, match="nothing was written"):
             sync.publish(random_adapter(twin, 2))
         thread.join()

@@ -120,7 +120,8 @@ class VLLMClient:
             PluginMissing: the server runs without the tink_rl plugin.
             TinkError: what the server raised.
         """
-        kwargs: dict[str, Any] = {"headers": {"authorization": f"Bearer {self._token or ''}"}}
+        bearer = {"authorization": f"Bearer {self._token}"} if self._token else {}
+        kwargs: dict[str, Any] = {"headers": bearer}
         if content is not None:
             kwargs |= {"content": content, "params": params}
         elif body is not None:

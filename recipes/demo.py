@@ -71,7 +71,9 @@ def _train_and_measure(
     tokenizer = AutoTokenizer.from_pretrained(base)
     with server.client() as client:
         before = _measure(client, task, tokenizer, str(base))
-        print(f"base: held-out accuracy {before[0]:.2f} sampled, {before[1]:.2f} greedy", flush=True)
+        print(
+            f"base: held-out accuracy {before[0]:.2f} sampled, {before[1]:.2f} greedy", flush=True
+        )
         start = time.perf_counter()
         _launch_training(server, arguments)
         seconds = time.perf_counter() - start
@@ -183,16 +185,24 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 
 
 def _explain(s: dict[str, Any], run: Path) -> None:
-    print(f"""
-A 4-layer model learned to sort four digits by reinforcement learning, on this machine, in
-{s["train_seconds"]:.0f} s: {s["versions_published"]} policy versions were published into a running vLLM server ({s["mode"]} mode).
-  training reward     {s["reward_first5"]:.2f} (first 5 steps) -> {s["reward_last5"]:.2f} (last 5 steps)
-  held-out, sampled   {s["heldout_before"]:.2f} (base) -> {s["heldout_after"]:.2f} (last version)
-  held-out, greedy    {s["heldout_greedy_before"]:.2f} (base) -> {s["heldout_greedy_after"]:.2f} (last version)
-  one step            {s["step_seconds_median"]:.2f} s, of which publishing {1e3 * s["publish_seconds_median"]:.0f} ms (medians)
-  trainer and sampler differ by at most {s["max_logprob_gap"]:.1e} in a logprob: the server sampled the policy
-  that was trained, at every step.
-Plot: {run / "demo.png"}   Figures: {run / "summary.json"}   Logs: {run / "train.log"}, {run / "vllm.log"}""")
+    lines = (
+        "",
+        "A 4-layer model learned to sort four digits by reinforcement learning, on this machine, in "
+        f"{s['train_seconds']:.0f} s.",
+        f"{s['versions_published']} policy versions were published into a running vLLM server "
+        f"({s['mode']} mode).",
+        f"  training reward     {s['reward_first5']:.2f} (first 5 steps) -> {s['reward_last5']:.2f} (last 5)",
+        f"  held-out, sampled   {s['heldout_before']:.2f} (base) -> {s['heldout_after']:.2f} (last version)",
+        f"  held-out, greedy    {s['heldout_greedy_before']:.2f} (base) -> "
+        f"{s['heldout_greedy_after']:.2f} (last version)",
+        f"  one step            {s['step_seconds_median']:.2f} s, of which publishing "
+        f"{1e3 * s['publish_seconds_median']:.0f} ms (medians)",
+        f"Trainer and sampler differ by at most {s['max_logprob_gap']:.1e} in a logprob: the server "
+        "sampled the policy that was trained, at every step.",
+        f"Plot: {run / 'demo.png'}   Figures: {run / 'summary.json'}",
+        f"Logs: {run / 'train.log'}, {run / 'vllm.log'}",
+    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

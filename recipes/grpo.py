@@ -53,16 +53,21 @@ class RecipeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base; default: the tiny base, trained on first use."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the trainer's base; tiny base: float32."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the trainer's base; tiny base: float32."}
+    )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "all-linear, or module names joined by commas."}
     )
     vllm_server: str = field(
-        default="auto", metadata={"help": "URL of a running server; auto: start one, stop it at the end."}
+        default="auto",
+        metadata={"help": "URL of a running server; auto: start one, stop it at the end."},
     )
-    server_mode: str = field(default="both", metadata={"help": "auto server: merged, adapter or both."})
+    server_mode: str = field(
+        default="both", metadata={"help": "auto server: merged, adapter or both."}
+    )
     server_max_model_len: int = field(default=0, metadata={"help": "auto server; 0: the model's."})
     sync_mode: str = field(default="auto", metadata={"help": "merged, adapter or auto."})
     policy: str = field(default="policy", metadata={"help": "Name of the policy on the server."})
@@ -78,7 +83,9 @@ def main() -> None:
         model = recipe.model_name_or_path or _tiny_base(config)
         trainer = tink_rl.GRPOTrainer(
             model=model,
-            reward_funcs=(task := load_task(recipe.task, seed=config.seed, data_path=recipe.data_path)).reward,
+            reward_funcs=(
+                task := load_task(recipe.task, seed=config.seed, data_path=recipe.data_path)
+            ).reward,
             args=_with_dtype(config, recipe),
             train_dataset=task.train,
             processing_class=AutoTokenizer.from_pretrained(model),

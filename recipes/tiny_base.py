@@ -24,7 +24,15 @@ import torch
 from recipes.tasks import digits
 
 DEFAULT_CACHE = Path(".cache/tiny_base")
-SYMBOLS = ("<pad>", "<bos>", "<eos>", "<unk>", *"0123456789", *"=+-*/<>,. ", *"abcdefghijklmnopqrstuvwx")
+SYMBOLS = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    *"0123456789",
+    *"=+-*/<>,. ",
+    *"abcdefghijklmnopqrstuvwx",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,9 @@ def _wrong(answer: str, rng: random.Random) -> str:
     return answer[:position] + rng.choice(others) + answer[position + 1 :]
 
 
-def _batch(texts: list[str], wrong_share: float, rng: random.Random, tokenizer: Any) -> torch.Tensor:
+def _batch(
+    texts: list[str], wrong_share: float, rng: random.Random, tokenizer: Any
+) -> torch.Tensor:
     rows = []
     for text in texts:
         answer = digits.answer_of(text)
@@ -139,7 +149,9 @@ def ensure_tiny_base(settings: BaseSettings | None = None, cache: Path = DEFAULT
     directory = cache / key
     if (directory / "config.json").is_file():
         return directory
-    print("tiny base: training a 4-layer model to sort digits (once; cached afterwards)", flush=True)
+    print(
+        "tiny base: training a 4-layer model to sort digits (once; cached afterwards)", flush=True
+    )
     tokenizer = make_tokenizer()
     model = _train(settings, tokenizer)
     partial = directory.with_suffix(".partial")

@@ -69,8 +69,12 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="no trainer shares this machine: take all its cores, or all of its GPU",
     )
-    serve.add_argument("--token-file", help="token of the control routes; made if it does not exist")
-    serve.add_argument("--golden-budget-gib", type=float, help="merged: memory for the base weights")
+    serve.add_argument(
+        "--token-file", help="token of the control routes; made if it does not exist"
+    )
+    serve.add_argument(
+        "--golden-budget-gib", type=float, help="merged: memory for the base weights"
+    )
     serve.add_argument("--golden-tier", default="auto", help="auto, device, host or file")
     serve.add_argument("--channel-port", type=int, default=0, help="0: any free port")
     serve.add_argument("--startup-timeout", type=float, default=300.0, help="seconds")

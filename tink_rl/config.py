@@ -28,7 +28,9 @@ class SyncConfig:
             "says which."
         },
     )
-    policy: str = field(default="policy", metadata={"help": "Name; versions are NAME@1, NAME@2, ..."})
+    policy: str = field(
+        default="policy", metadata={"help": "Name; versions are NAME@1, NAME@2, ..."}
+    )
     servers: tuple[str, ...] = field(
         default=(),
         metadata={"help": "URLs of the vLLM servers; empty: TRL's vllm_server_* arguments."},
@@ -36,30 +38,41 @@ class SyncConfig:
     token: str | None = field(default=None, metadata={"help": "Token of the control routes."})
     token_file: str | None = field(
         default=None,
-        metadata={"help": "File with that token; else TINK_TOKEN, TINK_TOKEN_FILE, then the default."},
+        metadata={
+            "help": "File with that token; else TINK_TOKEN, TINK_TOKEN_FILE, then the default."
+        },
     )
-    api_key: str | None = field(default=None, metadata={"help": "vLLM's own --api-key, if it has one."})
+    api_key: str | None = field(
+        default=None, metadata={"help": "vLLM's own --api-key, if it has one."}
+    )
     transport: str = field(
         default="auto",
-        metadata={"help": "What carries the bytes: `gloo`, `nccl`, `http` (no port needed) or `auto`."},
+        metadata={
+            "help": "What carries the bytes: `gloo`, `nccl`, `http` (no port needed) or `auto`."
+        },
     )
     on_running: str = field(
         default="drain",
         metadata={"help": "Merged commit: `drain` running requests, or `abort` them."},
     )
     keep_versions: int = field(
-        default=2, metadata={"help": "Adapter mode: versions that stay served, the newest included."}
+        default=2,
+        metadata={"help": "Adapter mode: versions that stay served, the newest included."},
     )
     probe_every: int = field(
         default=10,
-        metadata={"help": "Compare trainer and server logprobs on every k-th publish; 0: only at start."},
+        metadata={
+            "help": "Compare trainer and server logprobs on every k-th publish; 0: only at start."
+        },
     )
     probe_tolerance: float | None = field(
         default=None,
         metadata={"help": "Largest allowed |logprob difference| of a probe; None: by dtype."},
     )
     join_timeout_s: float = field(default=30.0, metadata={"help": "Deadline of opening a channel."})
-    stage_timeout_s: float = field(default=60.0, metadata={"help": "Deadline of moving one packet."})
+    stage_timeout_s: float = field(
+        default=60.0, metadata={"help": "Deadline of moving one packet."}
+    )
     commit_timeout_s: float = field(default=60.0, metadata={"help": "Deadline of one commit."})
     drain_timeout_s: float = field(
         default=30.0, metadata={"help": "Merged commit: how long running requests may take to end."}

@@ -174,7 +174,9 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _holder(port: int) -> str:
-    with contextlib.suppress(Exception):  # a hint only: psutil may be missing or not allowed to look
+    with contextlib.suppress(
+        Exception
+    ):  # a hint only: psutil may be missing or not allowed to look
         import psutil
 
         for connection in psutil.net_connections("inet"):

@@ -39,9 +39,7 @@ def plan(*, cores: tuple[int, ...], num_workers: int, has_gpu: bool) -> Placemen
     per_worker = max(1, len(cores) // (2 * num_workers))
     taken = [cores[i * per_worker : (i + 1) * per_worker] for i in range(num_workers)]
     binding = "|".join(",".join(str(core) for core in part) for part in taken)
-    return Placement(
-        server_binding=binding, trainer_cores=tuple(cores[num_workers * per_worker :])
-    )
+    return Placement(server_binding=binding, trainer_cores=tuple(cores[num_workers * per_worker :]))
 
 
 def plan_here(num_workers: int = 1) -> Placement:

@@ -31,7 +31,9 @@ def ensure_token_file(path: str | Path | None = None) -> Path:
             stream.write(secrets.token_urlsafe(32) + "\n")
     mode = stat.S_IMODE(file.stat().st_mode)
     if mode & 0o077:
-        raise ConfigError(f"token file {file} has mode {mode:04o}, others can read it: chmod 600 {file}")
+        raise ConfigError(
+            f"token file {file} has mode {mode:04o}, others can read it: chmod 600 {file}"
+        )
     if len(file.read_text().strip()) < _MIN_LENGTH:
         raise ConfigError(
             f"token file {file} holds fewer than {_MIN_LENGTH} characters; delete it and start again"

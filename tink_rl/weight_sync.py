@@ -324,14 +324,17 @@ class WeightSync:
         self._kept.append(name)
         while len(self._kept) > self.config.keep_versions:
             old = self._kept.pop(0)
-            self.fleet.each(lambda replica, old=old: replica.drop(old))
+            self._drop(old)
+
+    def _drop(self, name: str) -> None:
+        self.fleet.each(lambda replica: replica.drop(name))
 
     def drop_current(self) -> None:
         """Stop serving the current version (merged: fold the base back); used after a probe."""
         if self.current is None:
             return
         name = self.current.name
-        self.fleet.each(lambda replica: replica.drop(name))
+        self._drop(name)
         self._kept = [kept for kept in self._kept if kept != name]
         self.current = self._last = None
 

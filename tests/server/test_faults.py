@@ -43,9 +43,7 @@ def faulty(servers, switch):
     switch.unlink(missing_ok=True)
 
 
-def test_commit_that_fails_midway_leaves_not_ready_and_the_next_publish_heals(
-    faulty, twin, switch
-):
+def test_commit_that_fails_midway_leaves_not_ready_and_the_next_publish_heals(faulty, twin, switch):
     with sync_to(faulty, twin.directory, "merged") as sync:
         name = sync.publish(random_adapter(twin, 1)).name
         switch.write_text("fold")

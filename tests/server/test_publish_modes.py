@@ -32,7 +32,9 @@ def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode,
         for seed in range(5):
             twin.randomise(seed)
             record = sync.publish(twin.model)
-            assert record.published and record.digest == server.client().status().served[record.name]
+            assert (
+                record.published and record.digest == server.client().status().served[record.name]
+            )
             assert_served(server, record.name, twin.clear_cases())
 
 

@@ -47,7 +47,9 @@ def config(path, **changes):
     return GRPOConfig(**settings)
 
 
-def make_trainer(server, model_dir, path, *, sync=None, cls=tink_rl.GRPOTrainer, lora=None, **changes):
+def make_trainer(
+    server, model_dir, path, *, sync=None, cls=tink_rl.GRPOTrainer, lora=None, **changes
+):
     directory = model_dir("qwen3")
     extra = {"servers": server.url, "sync": sync} if cls is tink_rl.GRPOTrainer else {}
     return cls(
@@ -88,13 +90,20 @@ def rows(trainer):
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merged"])
-def test_run_samples_every_rollout_from_the_version_just_published(server, model_dir, tmp_path, mode):
+def test_run_samples_every_rollout_from_the_version_just_published(
+    server, model_dir, tmp_path, mode
+):
     trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server, mode=mode))
     trainer.train()
     history = rows(trainer)
     assert len(history) == 4
     first = trainer.policy_link.records[0].version
-    assert [row["rollout/policy_version"] for row in history] == [first, first + 1, first + 2, first + 3]
+    assert [row["rollout/policy_version"] for row in history] == [
+        first,
+        first + 1,
+        first + 2,
+        first + 3,
+    ]
     assert [row["sync/policy_version"] for row in history][1:] == [first + 2, first + 3, first + 4]
     assert max(row["rollout/logprob_gap"] for row in history) <= 1e-4
     assert all(row["sampling/importance_sampling_ratio/mean"] > 0.99 for row in history)
@@ -142,7 +151,9 @@ def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(
                 raise KeyboardInterrupt
 
     sync = settings(server, mode="adapter", keep_versions=1)
-    trainer = make_trainer(server, model_dir, tmp_path, sync=sync, save_strategy="steps", save_steps=2)
+    trainer = make_trainer(
+        server, model_dir, tmp_path, sync=sync, save_strategy="steps", save_steps=2
+    )
     trainer.add_callback(Crash())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

@@ -68,7 +68,9 @@ def test_trainer_side_never_imports_the_server_side():
 @pytest.mark.parametrize("module", ["tink_rl", "tink_rl.config", "tink_rl.errors", "tink_rl.types"])
 def test_leaves_load_neither_torch_nor_trl_nor_vllm(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'trl', 'vllm') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -77,7 +79,9 @@ def test_client_and_weight_sync_work_without_vllm_trl_and_peft():
         "import sys\nfor m in ('vllm', 'trl', 'peft'): sys.modules[m] = None\n"
         "import tink_rl; tink_rl.WeightSync; tink_rl.VLLMClient; print('fine')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "fine"
 
 

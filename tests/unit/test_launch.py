@@ -61,7 +61,9 @@ def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
 
 
 def test_command_has_the_flags_of_its_mode(model_dir):
-    merged = launch.command(_options(model_dir, mode="merged", extra_args=("--seed", "3")), has_gpu=False)
+    merged = launch.command(
+        _options(model_dir, mode="merged", extra_args=("--seed", "3")), has_gpu=False
+    )
     assert "--enable-lora" not in merged and merged[-2:] == ["--seed", "3"]
     both = launch.command(_options(model_dir, mode="both"), has_gpu=True)
     assert "--enable-lora" in both and "--enforce-eager" not in both
@@ -109,7 +111,11 @@ def test_token_file_is_made_once_and_refused_if_others_can_read_it(tmp_path):
 @pytest.mark.parametrize(
     ("line", "error", "text"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried", errors.OutOfMemory, "--max-model-len"),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried",
+            errors.OutOfMemory,
+            "--max-model-len",
+        ),
         ("ValueError: No available memory for the cache blocks.", errors.OutOfMemory, "smaller"),
         ("X: golden_does_not_fit: need 3 GiB", errors.GoldenDoesNotFit, "need 3 GiB"),
         ("ERROR [x] KeyError: 'oops'", errors.LaunchFailed, "oops"),

@@ -50,7 +50,9 @@ class Adapter:
     @property
     def modules(self) -> list[str]:
         """Names of the adapted modules, sorted."""
-        return sorted({name.removesuffix(".lora_A.weight") for name in self.tensors if "lora_A" in name})
+        return sorted(
+            {name.removesuffix(".lora_A.weight") for name in self.tensors if "lora_A" in name}
+        )
 
     def to(self, dtype: torch.dtype) -> Adapter:
         """The same adapter in another dtype."""
@@ -117,7 +119,9 @@ class AdapterCollector:
         check_supported(config.to_dict(), where=f"adapter {self._name!r}")
         self._modules = list(_find_modules(model, self._name))
         if not self._modules:
-            raise UnsupportedAdapter(f"adapter {self._name!r} has no LoRA module; set target_modules")
+            raise UnsupportedAdapter(
+                f"adapter {self._name!r} has no LoRA module; set target_modules"
+            )
         self.rank = max(module.lora_a.shape[0] for module in self._modules)
         self.dropout = float(config.lora_dropout or 0.0)
 
@@ -154,7 +158,9 @@ class AdapterCollector:
             tensors[f"{module.name}.lora_A.weight"] = torch.randn(
                 a.shape, generator=generator
             ) / math.sqrt(a.shape[1])
-            tensors[f"{module.name}.lora_B.weight"] = torch.randn(b.shape, generator=generator) * std
+            tensors[f"{module.name}.lora_B.weight"] = (
+                torch.randn(b.shape, generator=generator) * std
+            )
         return Adapter(tensors=tensors, rank=self.rank)
 
     @contextmanager
@@ -194,7 +200,9 @@ def _active_adapter(model: Any) -> str:
 def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
     for name, layer in model.named_modules():
         if adapter in (getattr(layer, "lora_embedding_A", None) or {}):
-            raise UnsupportedAdapter(f"{name}: LoRA on an embedding; leave it out of target_modules")
+            raise UnsupportedAdapter(
+                f"{name}: LoRA on an embedding; leave it out of target_modules"
+            )
         if adapter not in (getattr(layer, "lora_A", None) or {}):
             continue
         short = name.removeprefix(_PREFIX)
@@ -224,7 +232,9 @@ def from_peft_dir(path: str | Path, dtype: torch.dtype = torch.float32) -> Adapt
     for module in sorted({name.rpartition(".lora_")[0] for name in raw}):
         lora_a, lora_b = (raw.get(f"{module}.lora_{part}.weight") for part in "AB")
         if lora_a is None or lora_b is None:
-            raise AdapterFilesInvalid(f"{directory}: {module} lacks lora_A or lora_B; save it again")
+            raise AdapterFilesInvalid(
+                f"{directory}: {module} lacks lora_A or lora_B; save it again"
+            )
         expected = _pattern(config, "rank_pattern", module, int(config["r"]))
         if not (lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[0] == lora_b.shape[1] == expected):
             raise AdapterFilesInvalid(
@@ -250,16 +260,23 @@ def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "adapter_config.json"
     if not path.is_file():
-        raise AdapterFilesInvalid(f"{directory} has no adapter_config.json; expected a PEFT directory")
+        raise AdapterFilesInvalid(
+            f"{directory} has no adapter_config.json; expected a PEFT directory"
+        )
     text = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
     try:
         config = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         raise AdapterFilesInvalid(f"{path} is not strict JSON: {error}") from error
-    rank, alpha = (config.get(k) if isinstance(config, dict) else None for k in ("r", "lora_alpha"))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
+    found: dict[str, Any] = config if isinstance(config, dict) else {}
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not _positive(alpha):
         raise AdapterFilesInvalid(f"{path}: r={rank!r}, lora_alpha={alpha!r}; expected numbers > 0")
-    return dict(config)
+    return found
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 def _refuse_constant(text: str) -> None:

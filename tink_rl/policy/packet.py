@@ -207,7 +207,7 @@ def digest_of(header: PacketHeader, buffer: torch.Tensor) -> str:
 
     hasher = blake3(max_threads=2)
     hasher.update(header.canonical())
-    hasher.update(memoryview(buffer.cpu().numpy()))
+    hasher.update(buffer.cpu().numpy().data)
     return hasher.hexdigest()
 
 

@@ -92,7 +92,9 @@ def _read_token() -> str:
         )
     token = Path(path).read_text().strip()
     if len(token) < 16:
-        raise ConfigError(f"the token in {path!r} has {len(token)} characters, expected at least 16")
+        raise ConfigError(
+            f"the token in {path!r} has {len(token)} characters, expected at least 16"
+        )
     return token
 
 

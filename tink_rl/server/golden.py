@@ -112,7 +112,9 @@ def _choose_tier(
     budgets = {"host": _host_budget(), "device": _device_budget(device)}
     if budget_gib is not None:
         budgets = dict.fromkeys(budgets, int(budget_gib * _GIB))
-    wanted = [tier] if tier != "auto" else (["device", "host"] if device.type == "cuda" else ["host"])
+    wanted = (
+        [tier] if tier != "auto" else (["device", "host"] if device.type == "cuda" else ["host"])
+    )
     for candidate in wanted:
         if num_bytes <= budgets[candidate]:
             return candidate, budgets[candidate]

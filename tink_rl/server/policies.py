@@ -135,7 +135,7 @@ class Policies:
             "base_model": self.base_name,
             "served": {v.name: v.digest for v in self._served.values()},
             "merged": merged[0] if merged else None,
-            "draining": {name: 1 for name in self._draining},
+            "draining": dict.fromkeys(self._draining, 1),
             "running": self._gate.num_running,
         }
 
@@ -435,9 +435,7 @@ class Policies:
                     f"{name} is not served; served are {sorted(self._served) or 'none'}"
                 )
             if served.mode is SyncMode.MERGED:
-                await self._commit_merged(
-                    None, float(body["drain_timeout_s"]), body["on_running"]
-                )
+                await self._commit_merged(None, float(body["drain_timeout_s"]), body["on_running"])
             else:
                 del self._served[name]
                 self._models.lora_requests.pop(name, None)

@@ -73,7 +73,7 @@ class _Task:
             self.error = TinkError(f"{type(error).__name__}: {error}")
 
     def state(self) -> str:
-        """"running", or "done"; raises what the thread raised."""
+        """ "running", or "done"; raises what the thread raised."""
         if self._thread.is_alive():
             return "running"
         if self.error is not None:
@@ -197,7 +197,7 @@ class TinkWorkerExtension:
 
     @_answers
     def tink_join_state(self, epoch: int) -> str:
-        """"running" or "done".
+        """ "running" or "done".
 
         Raises:
             StaleEpoch: no such channel. ChannelLost: joining failed.
@@ -222,7 +222,9 @@ class TinkWorkerExtension:
     # -- stage ------------------------------------------------------------------------------------
 
     @_answers
-    def tink_stage(self, stage_id: str, header_json: dict[str, Any], options: dict[str, Any]) -> None:
+    def tink_stage(
+        self, stage_id: str, header_json: dict[str, Any], options: dict[str, Any]
+    ) -> None:
         """Check the header against the model, then receive and check the bytes in a thread.
 
         Raises:
@@ -275,7 +277,7 @@ class TinkWorkerExtension:
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:
-        """"running" or "done"; raises why the packet was refused, and forgets it then."""
+        """ "running" or "done"; raises why the packet was refused, and forgets it then."""
         stage = self._tink_stage(stage_id)
         if stage.task is None:
             return "running"
@@ -314,7 +316,9 @@ class TinkWorkerExtension:
         """
         state = self._tink()
         if state.folder is None:
-            raise ConfigError("the server was not started for merged mode; use --mode merged or both")
+            raise ConfigError(
+                "the server was not started for merged mode; use --mode merged or both"
+            )
         if stage_id is None:
             state.folder.fold({})
             state.merged_digest = None
@@ -340,7 +344,9 @@ class TinkWorkerExtension:
 
 
 def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
-    allowed = {adapter_dtype} if header.mode is SyncMode.ADAPTER else {"float32", "bfloat16", "float16"}
+    allowed = (
+        {adapter_dtype} if header.mode is SyncMode.ADAPTER else {"float32", "bfloat16", "float16"}
+    )
     for spec in header.tensors:
         if spec.dtype not in allowed:
             raise DtypeMismatch(

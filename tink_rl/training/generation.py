@@ -131,10 +131,10 @@ class PolicyGeneration:
         groups = [(list(key), len(list(run))) for key, run in itertools.groupby(prompts)]
         requests = list(_requests(groups, len(self.clients)))
         if len(requests) == 1:
-            answers = [self._ask(*requests[0], model)]
+            answers = [self._ask(client, n, items, model) for client, n, items in requests]
         else:
             with ThreadPoolExecutor(min(len(requests), 16)) as pool:
-                answers = list(pool.map(lambda request: self._ask(*request, model), requests))
+                answers = list(pool.map(lambda r: self._ask(r[0], r[1], r[2], model), requests))
         by_group: dict[int, list[dict[str, Any]]] = {}
         for answer in answers:
             by_group |= answer

@@ -135,7 +135,9 @@ def _clients(
 ) -> list[VLLMClient]:
     given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers or sync.servers)
     if not given:
-        given = [args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"]
+        given = [
+            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        ]
     return [
         server
         if isinstance(server, VLLMClient)

@@ -198,7 +198,7 @@ class Replica:
             raise
 
     def _send_chunks(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
-        data = memoryview(buffer.numpy())
+        data = buffer.numpy().data
         for offset in range(0, len(data), CHUNK_BYTES):
             self.client.control(
                 f"stage/{stage_id}/chunk",

@@ -315,9 +315,7 @@ class VLLMClient:
         shared.setdefault("cache_salt", _salt(shared["model"]))
         choices: list[dict[str, Any]] = []
         for conversation in messages:
-            data = self._sample(
-                "/v1/chat/completions", {**shared, "messages": list(conversation)}
-            )
+            data = self._sample("/v1/chat/completions", {**shared, "messages": list(conversation)})
             choices += [_chat_choice(c, data["prompt_token_ids"]) for c in data["choices"]]
         return _as_trl(choices, shared["n"], shared["model"])
 
@@ -436,9 +434,7 @@ def _logprob_rows(choice: dict[str, Any]) -> list[tuple[list[float], list[int]]]
     if found is None:
         return None
     rows = []
-    tokens = zip(
-        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
-    )
+    tokens = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
     for (token, logprob, top), token_id in zip(tokens, choice["token_ids"], strict=True):
         by_id = {_token_id(key): value for key, value in (top or {}).items()}
         by_id[_token_id(token)] = logprob

@@ -1,0 +1,198 @@
+"""Decisions without a server: settings, modes, leases, the gate, requests, client answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+
+import httpx
+import pytest
+
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.server.gate import Gate
+from tink_rl.server.leases import LEASE_S, Leases
+from tink_rl.training.generation import _requests
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
+from tink_rl.weight_sync import _largest_gap, choose_mode
+
+
+def status(modes=("adapter", "merged"), **changes):
+    base = {
+        **{"protocol": 1, "incarnation": "i", "state": "ready", "modes": modes, "world_size": 1},
+        **{"base_model": "b", "base_fingerprint": "f", "dtype": "float32"},
+        **{"adapter_dtype": "float32", "max_lora_rank": 16, "max_loras": 2, "max_model_len": 256},
+        **{"logprobs_mode": "processed_logprobs", "device": "cpu", "served": {}},
+    }
+    return ServerStatus.from_json({**base, "a_field_of_a_newer_server": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "full"},
+        {"transport": "carrier-pigeon"},
+        {"on_running": "ignore"},
+        {"policy": "a@b"},
+        {"policy": ""},
+        {"keep_versions": 0},
+        {"probe_every": -1},
+        {"stage_timeout_s": -1.0},
+        {"stage_timeout_s": "soon"},
+    ],
+)
+def test_wrong_setting_names_the_field(wrong):
+    with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
+        SyncConfig(**wrong)
+
+
+def test_token_comes_from_argument_file_or_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("TINK_TOKEN", raising=False)
+    monkeypatch.delenv("TINK_TOKEN_FILE", raising=False)
+    (tmp_path / "token").write_text("from-file\n")
+    assert SyncConfig(token="given").read_token() == "given"
+    assert SyncConfig(token_file=str(tmp_path / "token")).read_token() == "from-file"
+    monkeypatch.setenv("TINK_TOKEN", "from-environment")
+    assert SyncConfig().read_token() == "from-environment"
+    with pytest.raises(errors.ConfigError, match="tink-rl serve"):
+        SyncConfig(token_file=str(tmp_path / "none")).read_token()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "server", "mode"),
+    [
+        ("auto", status(), SyncMode.MERGED),
+        ("auto", status(("adapter",)), SyncMode.ADAPTER),
+        ("auto", status(served={"other@3": "d"}), SyncMode.ADAPTER),
+        ("auto", status(served={"p@3": "d"}, merged="p@3"), SyncMode.MERGED),
+        ("adapter", status(), SyncMode.ADAPTER),
+    ],
+)
+def test_mode_follows_what_the_server_offers(wanted, server, mode):
+    assert choose_mode(wanted, server) is mode
+
+
+def test_mode_that_is_not_offered_is_refused():
+    with pytest.raises(errors.ModeUnavailable, match="--mode merged"):
+        choose_mode("merged", status(("adapter",)))
+
+
+def test_versions_are_written_and_read():
+    assert str(PolicyVersion.parse("my.policy@17")) == "my.policy@17"
+    for wrong in ("policy", "@3", "policy@-1", "policy@x", "a b@1"):
+        with pytest.raises(ValueError):
+            PolicyVersion.parse(wrong)
+
+
+def test_nan_never_passes_as_a_small_gap():
+    assert math.isnan(_largest_gap([0.0, math.nan, 0.0], [0.0, 0.0, 0.5]))
+    assert _largest_gap([0.0, 1.0], [0.25, 1.0]) == 0.25
+
+
+def test_lease_expires_only_unrenewed_and_epochs_grow():
+    now = [0.0]
+    leases = Leases(clock=lambda: now[0])
+    first, _ = leases.take("p", "a")
+    now[0] = LEASE_S - 1
+    with pytest.raises(errors.LeaseHeld, match="SyncConfig"):
+        leases.take("p", "b")
+    leases.check("p", first.epoch)
+    now[0] += 2
+    with pytest.raises(errors.LeaseHeld):
+        leases.take("p", "b")
+    now[0] += LEASE_S
+    second, old = leases.take("p", "b")
+    assert old is first and second.epoch > first.epoch
+    with pytest.raises(errors.StaleEpoch):
+        leases.check("p", first.epoch)
+    leases.release("p", first.epoch)
+    leases.check("p", second.epoch)
+
+
+def test_gate_holds_new_requests_and_waits_only_for_older_ones():
+    async def run():
+        gate = Gate()
+        old = await gate.enter()
+        gate.close()
+        held = asyncio.create_task(gate.enter())
+        assert not await gate.drained(0.02)
+        gate.leave(old)
+        assert await gate.drained(1.0)
+        assert not held.done()
+        gate.open()
+        ticket = await asyncio.wait_for(held, 1.0)
+        gate.refusal = errors.NotReady("half a policy")
+        with pytest.raises(errors.NotReady):
+            await gate.enter()
+        assert gate.num_running == 1
+        gate.leave(ticket)
+
+    asyncio.run(run())
+
+
+def test_prompts_of_one_group_size_travel_together():
+    groups = [([1], 4), ([2], 4), ([3], 2)]
+    assert _requests(groups, 1) == [(0, 2, [(2, [3])]), (0, 4, [(0, [1]), (1, [2])])]
+    assert _requests(groups, 2) == [
+        (0, 2, [(2, [3])]),
+        (0, 4, [(0, [1])]),
+        (1, 4, [(1, [2])]),
+    ]
+
+
+def _client(handler):
+    return VLLMClient("http://server", token="t" * 20, transport=httpx.MockTransport(handler))
+
+
+def test_server_without_plugin_is_told_from_one_that_refuses():
+    plain = _client(lambda request: httpx.Response(404, json={"detail": "Not Found"}))
+    with pytest.raises(errors.PluginMissing, match="tink-rl serve"):
+        plain.status()
+    body = errors.UnknownVersion("gone").to_wire()
+    with pytest.raises(errors.UnknownVersion):
+        _client(lambda request: httpx.Response(404, json=body)).status()
+
+
+def test_every_error_survives_the_wire():
+    for cls in errors._all_subclasses(errors.TinkError):
+        found = errors.from_wire(json.loads(json.dumps(cls("why", a=1).to_wire())), cls.status)
+        assert type(found) is cls and found.message == "why" and found.details == {"a": 1}
+    assert "502" in str(errors.from_wire("<html>", 502))
+
+
+def test_completion_of_another_version_is_not_taken():
+    answer = {"model": "p@2", "choices": []}
+    client = _client(lambda request: httpx.Response(200, json=answer))
+    with pytest.raises(errors.UnknownVersion, match="answered as 'p@2'"):
+        client.generate([[1]], model="p@1")
+
+
+def test_deadline_and_missing_server_are_errors_with_a_remedy():
+    def slow(request):
+        raise httpx.ReadTimeout("slow", request=request)
+
+    with pytest.raises(errors.RequestTimeout, match="not answered within"):
+        _client(slow).status()
+    with pytest.raises(ConnectionError, match="The vLLM server can't be reached at http://127"):
+        VLLMClient("http://127.0.0.1:9", token="t").status()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.generate([], model="m"),
+        lambda c: c.generate([[1]], features=[{}], model="m"),
+        lambda c: c.generate([[1]], model="m", generation_kwargs={"chat_template": "x"}),
+        lambda c: c.chat([[{}]], model="m", chat_template="x"),
+        lambda c: c.update_named_param("w", None),
+        lambda c: c.update_model_params(None),
+    ],
+)
+def test_what_the_client_cannot_do_is_refused_before_a_request(call):
+    def never(request):
+        raise AssertionError("a request was sent")
+
+    with pytest.raises(errors.TinkError):
+        call(_client(never))

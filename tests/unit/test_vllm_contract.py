@@ -1,0 +1,70 @@
+"""The private names of vLLM and the seam of TRL: fails loudly when one moves."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import trl
+
+vllm = pytest.importorskip("vllm", reason="the server extra is not installed")
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_names_of_vllm_are_where_they_were():
+    from tink_rl.server import vllm_names as names
+
+    for name in names.__all__:
+        assert getattr(names, name) is not None
+    load = names.LRUCacheWorkerLoRAManager._load_adapter
+    assert parameters(load) == ["self", "lora_request"]
+    wanted = ["lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size"]
+    assert parameters(names.LoRAModel.from_lora_tensors)[:6] == wanted
+    assert parameters(names.initialize_layerwise_reload) == ["model"]
+    assert hasattr(names.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager")
+
+
+def test_engine_client_has_the_methods_that_a_commit_needs():
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "mode" in parameters(AsyncLLM.pause_generation)
+    assert "args" in parameters(AsyncLLM.collective_rpc)
+    for name in ("add_lora", "remove_lora", "reset_prefix_cache", "resume_generation"):
+        assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+
+
+def test_api_server_finds_adapters_and_base_names_where_we_write_them():
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    source = inspect.getsource(OpenAIServingModels.__init__)
+    for name in ("self.lora_requests", "self.base_model_paths", "self.lora_id_counter"):
+        assert name in source
+
+
+def test_plugin_replaces_the_manager_once():
+    from tink_rl.server.plugin import register
+    from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
+
+    try:
+        register()
+        first = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+        register()
+        assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is first
+        assert issubclass(first, LRUCacheWorkerLoRAManager) and first.resolves_tink_paths
+    finally:
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LRUCacheWorkerLoRAManager
+
+
+def test_trl_reads_only_sync_weights_and_generate_of_its_vllm_object():
+    source = inspect.getsource(trl.GRPOTrainer)
+    used = {
+        line.split("self.vllm_generation.")[1].split("(")[0].split(".")[0].strip()
+        for line in source.splitlines()
+        if "self.vllm_generation." in line
+    }
+    # llm belongs to colocate, vllm_client to the check that we repeat ourselves.
+    assert used <= {"sync_weights", "generate", "llm", "vllm_client"}
+    assert "self._last_loaded_step" in source and "self.use_vllm" in source

@@ -18,7 +18,7 @@ from tink_rl.types import SyncMode
 from tink_rl.weight_sync import Probe, WeightSync
 
 logger = logging.getLogger("tink_rl")
-_SMALLEST_EFFECT = 10.0
+_SMALLEST_EFFECT = 4.0
 """The synthetic adapter must move a logprob by this many tolerances, or the probe shows nothing."""
 _MERGED_GAP_FACTOR, _MERGED_GAP_SLACK = 2.0, 0.01
 """`auto` leaves merged for a slot if merged's gap exceeds factor x the slot's + slack (nats)."""

@@ -1,0 +1,165 @@
+"""Publishing: adapter and merged mode against TRL's own adapter route, and decoding under each."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from recipes.tiny_base import ensure_tiny_base, make_tokenizer
+from tink_rl import SyncConfig, VLLMServer, WeightSync
+from tink_rl.policy import packet
+from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.types import SyncMode
+
+RAM_DISK = Path("/dev/shm")
+NUM_SEQUENCES, NUM_TOKENS = 64, 64
+
+
+def random_100m(directory: Path) -> Path:
+    """A randomly initialised Qwen3 of 110M parameters."""
+    if (directory / "config.json").is_file():
+        return directory
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **{"vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048},
+        **{"num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12},
+        **{"head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": False},
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def measure(repeats: int = 15) -> dict[str, Any]:
+    """Medians by model and route."""
+    models = {
+        "tiny (0.6M, r=16)": (ensure_tiny_base(), 16),
+        "random (110M, r=32)": (random_100m(Path(".cache/random_100m")), 32),
+    }
+    results: dict[str, Any] = {"publish_seconds": {}, "decode_tokens_per_second": {}, "detail": {}}
+    for name, (directory, rank) in models.items():
+        print(f"publish: {name}", flush=True)
+        found = _measure_model(directory, rank, repeats)
+        for key in ("publish_seconds", "decode_tokens_per_second"):
+            results[key][name] = found.pop(key)
+        results["detail"][name] = found
+    return results
+
+
+def _measure_model(directory: Path, rank: int, repeats: int) -> dict[str, Any]:
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    model = get_peft_model(base, settings)
+    collector = AdapterCollector(model)
+    with VLLMServer(
+        directory,
+        mode="both",
+        dtype="float32",
+        max_model_len=256,
+        max_lora_rank=rank,
+        max_loras=2,
+        shared_with_trainer=True,
+        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},  # for TRL's route, on the same server
+    ) as server:
+        decode = {"base": _decode(server, server.client().status().base_model)}
+        trl = [_trl_route(server, model, collector, k) for k in range(repeats)]
+        with _sync(server, directory, "adapter") as sync:
+            adapter = [_publish(sync, model, collector, k) for k in range(repeats)]
+            decode["slot"] = _decode(server, sync.current.name)  # type: ignore[union-attr]
+            sync.drop_current()
+            sync.fleet.each(lambda replica: [replica.drop(n) for n in replica.status().served])
+        with _sync(server, directory, "merged") as sync:
+            merged = [_publish(sync, model, collector, k) for k in range(repeats)]
+            decode["merged"] = _decode(server, sync.current.name)  # type: ignore[union-attr]
+    median = statistics.median
+    return {
+        "publish_seconds": {
+            "adapter": median(r.seconds for r in adapter),
+            "merged": median(r.seconds for r in merged),
+            "trl_adapter_route": median(trl),
+            "memcpy": _memcpy(adapter[0].num_bytes),
+        },
+        "decode_tokens_per_second": decode,
+        "bytes": adapter[0].num_bytes,
+        "held_seconds": median(r.held_seconds for r in merged),
+        "phase_seconds": {
+            mode: {p: median(r.phase_seconds.get(p, 0.0) for r in rs) for p in rs[0].phase_seconds}
+            for mode, rs in (("adapter", adapter), ("merged", merged))
+        },
+        "pack_and_digest_seconds": _pack(collector),
+    }
+
+
+def _sync(server: VLLMServer, directory: Path, mode: str) -> WeightSync:
+    return WeightSync(
+        server.url, base_model=directory, config=SyncConfig(mode=mode, token=server.token)
+    )
+
+
+def _publish(sync: WeightSync, model: Any, collector: AdapterCollector, k: int) -> Any:
+    with collector.swapped(collector.random_like(k)):
+        return sync.publish(collector.collect)
+
+
+def _trl_route(server: VLLMServer, model: Any, collector: AdapterCollector, k: int) -> float:
+    """TRL's asynchronous trainer: save_pretrained, then /v1/load_lora_adapter; here on a RAM disk."""
+    directory = Path(tempfile.mkdtemp(dir=RAM_DISK))
+    try:
+        with collector.swapped(collector.random_like(k)):
+            start = time.perf_counter()
+            model.save_pretrained(directory)
+            body = {"lora_name": f"trl-{k}", "lora_path": str(directory)}
+            httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).raise_for_status()
+            seconds = time.perf_counter() - start
+        body = {"lora_name": f"trl-{k}"}
+        httpx.post(f"{server.url}/v1/unload_lora_adapter", json=body).raise_for_status()
+        return seconds
+    finally:
+        shutil.rmtree(directory)
+
+
+def _decode(server: VLLMServer, name: str) -> float:
+    """Tokens per second, median of 5 after a warm-up."""
+    prompts = [[4 + i % 40, 5, 6, 7] for i in range(NUM_SEQUENCES)]
+    speeds = []
+    with server.client() as client:
+        for _ in range(6):
+            start = time.perf_counter()
+            client.generate(
+                prompts,
+                max_tokens=NUM_TOKENS,
+                model=name,
+                generation_kwargs={"ignore_eos": True},
+            )
+            speeds.append(NUM_SEQUENCES * NUM_TOKENS / (time.perf_counter() - start))
+    return statistics.median(speeds[1:])
+
+
+def _memcpy(num_bytes: int) -> float:
+    source = torch.ones(num_bytes, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(21):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _pack(collector: AdapterCollector) -> float:
+    adapter = collector.collect()
+    times = []
+    for _ in range(11):
+        start = time.perf_counter()
+        packet.pack(adapter.tensors, mode=SyncMode.ADAPTER, base_fingerprint="", rank=adapter.rank)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

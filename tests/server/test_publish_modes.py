@@ -22,9 +22,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+# The decorator nearest to the function varies slowest: one server start per shape.
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode, variant):
     server = servers.get(shape, mode="both")
     twin = PeftTwin(model_dir(shape), **VARIANTS[variant])

@@ -47,7 +47,7 @@ def test_long_shared_prompt_is_never_answered_from_the_old_versions_cache(server
         for seed in range(3):
             twin.randomise(seed)
             name = sync.publish(twin.model).name
-            expected, _ = twin.greedy(prompt)
+            expected, _ = twin.greedy([prompt])[0]
             for _ in range(2):  # the second one comes from this version's own cache
                 assert served_greedy(server, name, [prompt])[0][0] == expected[0]
             assert_served(server, name, twin.clear_cases())

@@ -20,6 +20,7 @@ alpha 32, no dropout, and about ten times the learning rate of full fine-tuning.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -77,6 +78,8 @@ class RecipeArguments:
 def main() -> None:
     """Train; prints where the run's files are."""
     recipe, config = TrlParser((RecipeArguments, GRPOConfig)).parse_args_and_config()
+    if "WANDB_API_KEY" not in os.environ and not Path("~/.netrc").expanduser().exists():
+        os.environ.setdefault("WANDB_MODE", "offline")  # logged out: keep the run on disk
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tink_rl").setLevel(logging.INFO)
     with ExitStack() as stack:

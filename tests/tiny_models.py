@@ -77,6 +77,7 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}=",
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",

@@ -170,6 +170,30 @@ def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(
     assert history[0]["rollout/policy_version"] == last + 1
 
 
+def test_publish_that_fails_twice_ends_the_run_with_a_checkpoint(server, model_dir, tmp_path):
+    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server))
+    send = trainer.policy_link.sync._send
+
+    def lose_the_wire_after_two_versions(header, buffer, watch):
+        if header.version > trainer.policy_link.records[0].version + 1:
+            raise errors.ChannelLost("injected", replica=server.url)
+        return send(header, buffer, watch)
+
+    def start_losing(*_):
+        trainer.policy_link.sync._send = lose_the_wire_after_two_versions
+
+    class Later(TrainerCallback):
+        def on_step_begin(self, *args, **_):
+            start_losing()
+
+    trainer.add_callback(Later())
+    with pytest.raises(errors.PublishFailed, match="--resume_from_checkpoint") as caught:
+        trainer.train()
+    assert caught.value.details["replica"] == server.url
+    step = trainer.state.global_step
+    assert (tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
+
+
 def test_second_publisher_of_one_model_is_refused(server, model_dir, tmp_path):
     trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server), max_steps=1)
     other = tink_rl.WeightSync(server.url, base_model=model_dir("qwen3"), config=settings(server))

@@ -148,6 +148,27 @@ def test_http_transport_needs_no_port(server, twin):
             assert_served(server, name, twin.clear_cases())
 
 
+def test_client_answers_in_trls_shapes_for_completions_and_chat(server, twin):
+    client = server.client()
+    ask = {"n": 2, "temperature": 0.0001, "max_tokens": 4, "logprobs": 1}
+    plain = client.generate(["12=", "345="], generation_kwargs={"ignore_eos": True}, **ask)
+    conversations = [[{"role": "user", "content": text}] for text in ("12", "345")]
+    chat = client.chat(conversations, generation_kwargs={"ignore_eos": True}, **ask)
+    for output in (plain, chat):
+        assert [len(ids) for ids in output["prompt_ids"]] == [3, 4]
+        assert [len(ids) for ids in output["completion_ids"]] == [4] * 4
+        for rows, ids in zip(output["logprobs"], output["logprob_token_ids"], strict=True):
+            assert len(rows) == len(ids) == 4
+            assert all(
+                1 <= len(r) == len(i) <= 2 and r == sorted(r)[::-1]
+                for r, i in zip(rows, ids, strict=True)
+            )
+    assert chat["prompt_ids"] == plain["prompt_ids"]
+    assert chat["completion_ids"] == plain["completion_ids"]
+    with pytest.raises(errors.SamplingRefused, match="vLLM refused"):
+        client.generate(["1"], temperature=-1.0)
+
+
 def test_second_writer_is_refused_and_the_name_is_free_after_close(server, twin):
     with sync_to(server, twin.directory, "adapter", policy="mine") as sync:
         sync.publish(random_adapter(twin, 1))

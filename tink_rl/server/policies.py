@@ -153,6 +153,8 @@ class Policies:
         lease, old = self._leases.take(policy, str(body["writer"]))
         if old is not None:
             await self.rpc("tink_close", old.epoch)
+        for staged in [s for s in self._stages.values() if s.header.policy == policy]:
+            await self._forget(staged)  # of a writer that died between stage and commit
         answer = {
             "epoch": lease.epoch,
             "incarnation": self.incarnation,
@@ -234,13 +236,17 @@ class Policies:
         self._stages[staged.stage_id] = staged
         return {"stage_id": staged.stage_id}
 
-    async def _all_or_none(self, staged: Staged, work: Any) -> None:
+    async def _all_or_none(self, staged: Staged, work: Any) -> Any:
+        """What `work` gives; if it fails, no worker keeps the stage."""
         try:
-            await work
+            return await work
         except Exception:
-            self._stages.pop(staged.stage_id, None)
-            await self._engine.collective_rpc("tink_discard", args=(staged.stage_id,))
+            await self._forget(staged)
             raise
+
+    async def _forget(self, staged: Staged) -> None:
+        self._stages.pop(staged.stage_id, None)
+        await self._engine.collective_rpc("tink_discard", args=(staged.stage_id,))
 
     async def _received(self, staged: Staged, timeout_s: float) -> None:
         await self.rpc("tink_sent", staged.stage_id)
@@ -307,11 +313,12 @@ class Policies:
         async with self._lock:
             self._check_mode(staged.header)
             if staged.header.mode is SyncMode.ADAPTER:
-                held_s = await self._commit_adapter(staged)
+                work = self._commit_adapter(staged)
             else:
-                held_s = await self._commit_merged(
+                work = self._commit_merged(
                     staged, float(body["drain_timeout_s"]), body["on_running"]
                 )
+            held_s: float = await self._all_or_none(staged, work)
         self._stages.pop(staged.stage_id, None)
         policy, version = staged.header.policy, staged.header.version
         self._last_version[policy] = max(version, self._last_version.get(policy, 0))

@@ -19,7 +19,7 @@ import trl
 from transformers import TrainerCallback
 
 from tink_rl.config import SyncConfig
-from tink_rl.errors import ConfigError
+from tink_rl.errors import ConfigError, PublishFailed
 from tink_rl.training import checks
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
@@ -50,11 +50,24 @@ class _PublishCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Publish the policy that this optimizer step made."""
         _copy_logprob_gap(self._trainer)
-        self._trainer.vllm_generation.sync_weights()
+        self._publish_or_save(args, state)
         self._trainer._last_loaded_step = state.global_step
         now = time.perf_counter()
         self._trainer._metrics["train"]["step_seconds"].append(now - self._last_step_end)
         self._last_step_end = now
+
+    def _publish_or_save(self, args: Any, state: Any) -> None:
+        """A publish that failed twice ends the run, but not before a checkpoint was written."""
+        try:
+            self._trainer.vllm_generation.sync_weights()
+        except PublishFailed as error:
+            self._trainer._save_checkpoint(self._trainer.model, trial=None)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            raise PublishFailed(
+                f"{error.message}; the state of step {state.global_step} was saved: resume with "
+                f"--resume_from_checkpoint {checkpoint}",
+                **error.details,
+            ) from error
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write version and digest beside the checkpoint."""

@@ -185,13 +185,19 @@ class WeightSync:
     # -- publish ----------------------------------------------------------------------------------
 
     def publish(
-        self, source: Adapter | Any | Callable[[], Adapter], *, probe: Probe | None = None
+        self,
+        source: Adapter | Any | Callable[[], Adapter],
+        *,
+        probe: Probe | None = None,
+        synthetic: bool = False,
     ) -> PublishRecord:
         """Make `source` the current version on every replica.
 
         Args:
             source: An `Adapter`, a live PEFT model, a PEFT directory, or a function that collects.
             probe: Compare the server's logprobs of this prompt before the version becomes current.
+            synthetic: Publish as version 0, which is no version of the policy: for a probe that is
+                dropped again before the first one.
 
         Returns:
             The record; `published` is False if this very digest is current already.
@@ -223,16 +229,17 @@ class WeightSync:
                 held_seconds=0.0,
                 phase_seconds=watch.seconds,
             )
-        return self._publish_packet(header, buffer, watch, probe)
+        version = 0 if synthetic else self._next_version()
+        return self._publish_packet(header, buffer, version, watch, probe)
 
     def _publish_packet(
         self,
         header: packet.PacketHeader,
         buffer: torch.Tensor,
+        version: int,
         watch: _Watch,
         probe: Probe | None,
     ) -> PublishRecord:
-        version = self._next_version()
         name = f"{self.config.policy}@{version}"
         named = header.named(self.config.policy, version, 0)
         held_s = self._twice(name, watch, lambda: self._send(named, buffer, watch))
@@ -252,7 +259,7 @@ class WeightSync:
             probe_gap=gap,
         )
         with watch(Phase.POINT):
-            self._version = version
+            self._version = max(self._version, version)
             self.current = record
             self._last = (named, buffer)
             self._retire(name)

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.server
 PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
 
 
-def reward_sevens(completions, **_):
-    """Share of sevens: something a random model can learn a little of."""
-    return [text.count("7") / max(len(text), 1) for text in completions]
+def reward_noise(completions, **_):
+    """Varies between any two completions, so that every step changes the policy."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
 
 
 def config(path, **changes):
@@ -54,7 +54,7 @@ def make_trainer(
     extra = {"servers": server.url, "sync": sync} if cls is tink_rl.GRPOTrainer else {}
     return cls(
         model=str(directory),
-        reward_funcs=reward_sevens,
+        reward_funcs=reward_noise,
         args=config(path, **changes),
         train_dataset=PROMPTS,
         processing_class=AutoTokenizer.from_pretrained(directory),
@@ -93,11 +93,16 @@ def rows(trainer):
 def test_run_samples_every_rollout_from_the_version_just_published(
     server, model_dir, tmp_path, mode
 ):
-    trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server, mode=mode))
+    policy = f"run-{mode}"
+    last_version = 0
+    trainer = make_trainer(
+        server, model_dir, tmp_path, sync=settings(server, mode=mode, policy=policy)
+    )
     trainer.train()
     history = rows(trainer)
     assert len(history) == 4
     first = trainer.policy_link.records[0].version
+    assert first == last_version + 1  # the start-up probe takes no number
     assert [row["rollout/policy_version"] for row in history] == [
         first,
         first + 1,

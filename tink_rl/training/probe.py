@@ -79,7 +79,7 @@ class Prober:
             self._weigh(sync, synthetic, wanted, gap)
 
     def _publish_and_drop(self, sync: WeightSync, synthetic: Any, wanted: Probe) -> float:
-        record = sync.publish(synthetic)
+        record = sync.publish(synthetic, synthetic=True)
         try:
             return sync.check_probe(wanted, record.name)
         finally:

@@ -18,7 +18,8 @@ from recipes.tiny_base import ensure_tiny_base, make_tokenizer
 from tink_rl import SyncConfig, VLLMServer, WeightSync
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import AdapterCollector
-from tink_rl.types import SyncMode
+from tink_rl.training.probe import Prober
+from tink_rl.types import PublishRecord, SyncMode
 
 RAM_DISK = Path("/dev/shm")
 NUM_SEQUENCES, NUM_TOKENS = 64, 64
@@ -39,8 +40,8 @@ def random_100m(directory: Path) -> Path:
     return directory
 
 
-def measure(repeats: int = 15) -> dict[str, Any]:
-    """Medians by model and route."""
+def measure(rounds: int = 3, repeats: int = 5) -> dict[str, Any]:
+    """Medians by model and route; the routes take turns in every round."""
     models = {
         "tiny (0.6M, r=16)": (ensure_tiny_base(), 16),
         "random (110M, r=32)": (random_100m(Path(".cache/random_100m")), 32),
@@ -48,18 +49,18 @@ def measure(repeats: int = 15) -> dict[str, Any]:
     results: dict[str, Any] = {"publish_seconds": {}, "decode_tokens_per_second": {}, "detail": {}}
     for name, (directory, rank) in models.items():
         print(f"publish: {name}", flush=True)
-        found = _measure_model(directory, rank, repeats)
+        found = _measure_model(directory, rank, rounds, repeats)
         for key in ("publish_seconds", "decode_tokens_per_second"):
             results[key][name] = found.pop(key)
         results["detail"][name] = found
     return results
 
 
-def _measure_model(directory: Path, rank: int, repeats: int) -> dict[str, Any]:
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-    model = get_peft_model(base, settings)
-    collector = AdapterCollector(model)
+def _measure_model(directory: Path, rank: int, rounds: int, repeats: int) -> dict[str, Any]:
+    collector, model = _lora(directory, rank)
+    trl: list[float] = []
+    records: dict[str, list[PublishRecord]] = {"adapter": [], "merged": []}
+    speeds: dict[str, list[float]] = {"base": [], "slot": [], "merged": []}
     with VLLMServer(
         directory,
         mode="both",
@@ -70,33 +71,56 @@ def _measure_model(directory: Path, rank: int, repeats: int) -> dict[str, Any]:
         shared_with_trainer=True,
         env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},  # for TRL's route, on the same server
     ) as server:
-        decode = {"base": _decode(server, server.client().status().base_model)}
-        trl = [_trl_route(server, model, collector, k) for k in range(repeats)]
-        with _sync(server, directory, "adapter") as sync:
-            adapter = [_publish(sync, model, collector, k) for k in range(repeats)]
-            decode["slot"] = _decode(server, sync.current.name)  # type: ignore[union-attr]
-            sync.drop_current()
-            sync.fleet.each(lambda replica: [replica.drop(n) for n in replica.status().served])
-        with _sync(server, directory, "merged") as sync:
-            merged = [_publish(sync, model, collector, k) for k in range(repeats)]
-            decode["merged"] = _decode(server, sync.current.name)  # type: ignore[union-attr]
+        for seed in range(rounds):
+            seeds = range(seed * repeats, (seed + 1) * repeats)
+            speeds["base"] += _decode(server, server.client().status().base_model)
+            trl += [_trl_route(server, model, collector, k) for k in seeds]
+            for mode, decode in (("adapter", "slot"), ("merged", "merged")):
+                with _sync(server, directory, mode) as sync:
+                    records[mode] += [_publish(sync, collector, k) for k in seeds]
+                    speeds[decode] += _decode(server, sync.current.name)  # type: ignore[union-attr]
+                    for name in server.client().status().served:
+                        sync.fleet.each(lambda replica, name=name: replica.drop(name))
     median = statistics.median
     return {
         "publish_seconds": {
-            "adapter": median(r.seconds for r in adapter),
-            "merged": median(r.seconds for r in merged),
+            **{mode: median(r.seconds for r in found) for mode, found in records.items()},
             "trl_adapter_route": median(trl),
-            "memcpy": _memcpy(adapter[0].num_bytes),
+            "memcpy": _memcpy(records["adapter"][0].num_bytes),
         },
-        "decode_tokens_per_second": decode,
-        "bytes": adapter[0].num_bytes,
-        "held_seconds": median(r.held_seconds for r in merged),
+        "decode_tokens_per_second": {route: median(found) for route, found in speeds.items()},
+        "bytes": records["adapter"][0].num_bytes,
+        "held_seconds": median(r.held_seconds for r in records["merged"]),
         "phase_seconds": {
             mode: {p: median(r.phase_seconds.get(p, 0.0) for r in rs) for p in rs[0].phase_seconds}
-            for mode, rs in (("adapter", adapter), ("merged", merged))
+            for mode, rs in records.items()
         },
         "pack_and_digest_seconds": _pack(collector),
     }
+
+
+def _lora(directory: Path, rank: int) -> tuple[AdapterCollector, Any]:
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    model = get_peft_model(base, settings)
+    return AdapterCollector(model), model
+
+
+def measure_bf16_gap() -> dict[str, float]:
+    """Largest |trainer - sampler| logprob of the probe prompt on a bf16 server, by mode."""
+    directory = ensure_tiny_base()
+    collector, model = _lora(directory, 16)
+    prober = Prober(model, vocab_size=model.config.vocab_size)
+    gaps = {}
+    with VLLMServer(
+        directory, mode="both", dtype="bfloat16", max_model_len=256, max_lora_rank=16
+    ) as server:
+        for mode in ("merged", "adapter"):
+            with _sync(server, directory, mode) as sync, collector.swapped(collector.random_like()):
+                record = sync.publish(collector.collect)
+                gaps[mode] = sync.probe_gap(prober.probe(), record.name)
+                sync.drop_current()
+    return gaps
 
 
 def _sync(server: VLLMServer, directory: Path, mode: str) -> WeightSync:
@@ -105,7 +129,7 @@ def _sync(server: VLLMServer, directory: Path, mode: str) -> WeightSync:
     )
 
 
-def _publish(sync: WeightSync, model: Any, collector: AdapterCollector, k: int) -> Any:
+def _publish(sync: WeightSync, collector: AdapterCollector, k: int) -> PublishRecord:
     with collector.swapped(collector.random_like(k)):
         return sync.publish(collector.collect)
 
@@ -127,12 +151,12 @@ def _trl_route(server: VLLMServer, model: Any, collector: AdapterCollector, k: i
         shutil.rmtree(directory)
 
 
-def _decode(server: VLLMServer, name: str) -> float:
-    """Tokens per second, median of 5 after a warm-up."""
+def _decode(server: VLLMServer, name: str) -> list[float]:
+    """Tokens per second of 3 requests after a warm-up."""
     prompts = [[4 + i % 40, 5, 6, 7] for i in range(NUM_SEQUENCES)]
     speeds = []
     with server.client() as client:
-        for _ in range(6):
+        for _ in range(4):
             start = time.perf_counter()
             client.generate(
                 prompts,
@@ -141,7 +165,7 @@ def _decode(server: VLLMServer, name: str) -> float:
                 generation_kwargs={"ignore_eos": True},
             )
             speeds.append(NUM_SEQUENCES * NUM_TOKENS / (time.perf_counter() - start))
-    return statistics.median(speeds[1:])
+    return speeds[1:]
 
 
 def _memcpy(num_bytes: int) -> float:

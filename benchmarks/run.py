@@ -20,7 +20,9 @@ _WANTED = ("commit", "versions", "machine", "command", "seed")
 def main() -> None:
     """Run everything."""
     source = provenance()
-    write("publish", {**source, **publish.measure()})
+    gap = publish.measure_bf16_gap()
+    print(f"bf16 server, largest logprob gap: {gap}", flush=True)
+    write("publish", {**source, **publish.measure(), "bf16_logprob_gap": gap})
     write("step", {**source, "step_seconds": step.measure()})
     text = render()
     (_HERE / "RESULTS.md").write_text(text)
@@ -74,6 +76,12 @@ def render() -> str:
             f"| {model} | {speed['base']:.0f} | {speed['slot']:.0f} | {speed['merged']:.0f} | "
             f"{speed['merged'] / speed['base']:.2f} | {speed['merged'] / speed['slot']:.1f} |"
         )
+    gap = published["bf16_logprob_gap"]
+    lines += [
+        "",
+        f"Largest trainer - sampler logprob gap on a bf16 server (tiny base, random adapter): merged "
+        f"{gap['merged']:.3f}, slot {gap['adapter']:.3f} nats.",
+    ]
     lines += ["", "## One GRPO step of 128 completions, tiny base (s)", ""]
     lines += ["| completions of | route | step | where it goes |", "|---|---|---|---|"]
     for length, routes in steps["step_seconds"].items():

@@ -68,14 +68,22 @@ class PeftTwin:
         return list(zip(tokens.tolist(), clear.tolist(), strict=True))
 
     def clear_cases(self, count: int = 4, adapter: bool = True) -> dict[tuple[int, ...], list[int]]:
-        """Prompts (of two lengths) whose greedy answers are clear, with the answers."""
+        """Prompts (of two lengths) whose greedy answers are clear, with the answers.
+
+        With the adapter only such that the base answers otherwise: a dropped adapter would be seen.
+        """
         generator = torch.Generator().manual_seed(5)
         cases: dict[tuple[int, ...], list[int]] = {}
         for length in (4, 11):
             prompts = torch.randint(3, VOCAB, (32, length), generator=generator).tolist()
             answers = self.greedy(prompts, adapter)
-            found = [(tuple(p), t) for p, (t, ok) in zip(prompts, answers, strict=True) if ok]
-            assert len(found) >= count // 2, f"{len(found)} of 32 prompts have clear answers"
+            base = self.greedy(prompts, adapter=False) if adapter else [None] * len(prompts)
+            found = [
+                (tuple(prompt), tokens)
+                for prompt, (tokens, clear), other in zip(prompts, answers, base, strict=True)
+                if clear and (other is None or other[0] != tokens)
+            ]
+            assert len(found) >= count // 2, f"{len(found)} of 32 prompts have telling answers"
             cases |= dict(found[: count // 2])
         return cases
 

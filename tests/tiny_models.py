@@ -46,6 +46,8 @@ def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) ->
     """Save a random model of `shape` (qwen3, qwen2, llama, gemma3) with a tokenizer; its directory.
 
     Weights are large enough (std 0.15) for greedy choices to be clear, and biases are not zero.
+    Gemma's scaled, tied embeddings would let every model repeat the last token, whatever its layers
+    compute; larger post-norms keep the layers (and so an adapter) decisive.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,6 +62,8 @@ def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) ->
                 parameter.normal_(0, 0.1)
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.15)
+            elif shape == "gemma3" and ".post_" in name:
+                parameter.fill_(3.0)  # the norm multiplies by 1 + weight
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory

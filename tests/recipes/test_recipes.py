@@ -32,7 +32,8 @@ def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) >= KEYS
-    assert summary["versions_published"] == 13 and summary["mode"] == "merged"
+    # The fresh adapter, then one per step but the first: warm-up gives that one a learning rate of 0.
+    assert summary["versions_published"] == 12 and summary["mode"] == "merged"
     assert summary["max_logprob_gap"] <= 1e-4
     assert summary["reward_last5"] > summary["reward_first5"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

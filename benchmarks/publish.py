@@ -22,7 +22,7 @@ from tink_rl.training.probe import Prober
 from tink_rl.types import PublishRecord, SyncMode
 
 RAM_DISK = Path("/dev/shm")
-NUM_SEQUENCES, NUM_TOKENS = 64, 64
+NUM_SEQUENCES = 64
 
 
 def random_100m(directory: Path) -> Path:
@@ -43,20 +43,22 @@ def random_100m(directory: Path) -> Path:
 def measure(rounds: int = 3, repeats: int = 5) -> dict[str, Any]:
     """Medians by model and route; the routes take turns in every round."""
     models = {
-        "tiny (0.6M, r=16)": (ensure_tiny_base(), 16),
-        "random (110M, r=32)": (random_100m(Path(".cache/random_100m")), 32),
+        "tiny (0.6M, r=16)": (ensure_tiny_base(), 16, 64),
+        "random (110M, r=32)": (random_100m(Path(".cache/random_100m")), 32, 16),
     }
     results: dict[str, Any] = {"publish_seconds": {}, "decode_tokens_per_second": {}, "detail": {}}
-    for name, (directory, rank) in models.items():
+    for name, (directory, rank, num_tokens) in models.items():
         print(f"publish: {name}", flush=True)
-        found = _measure_model(directory, rank, rounds, repeats)
+        found = _measure_model(directory, rank, num_tokens, rounds, repeats)
         for key in ("publish_seconds", "decode_tokens_per_second"):
             results[key][name] = found.pop(key)
         results["detail"][name] = found
     return results
 
 
-def _measure_model(directory: Path, rank: int, rounds: int, repeats: int) -> dict[str, Any]:
+def _measure_model(
+    directory: Path, rank: int, num_tokens: int, rounds: int, repeats: int
+) -> dict[str, Any]:
     collector, model = _lora(directory, rank)
     trl: list[float] = []
     records: dict[str, list[PublishRecord]] = {"adapter": [], "merged": []}
@@ -73,12 +75,12 @@ def _measure_model(directory: Path, rank: int, rounds: int, repeats: int) -> dic
     ) as server:
         for seed in range(rounds):
             seeds = range(seed * repeats, (seed + 1) * repeats)
-            speeds["base"] += _decode(server, server.client().status().base_model)
+            speeds["base"] += _decode(server, server.client().status().base_model, num_tokens)
             trl += [_trl_route(server, model, collector, k) for k in seeds]
             for mode, decode in (("adapter", "slot"), ("merged", "merged")):
                 with _sync(server, directory, mode) as sync:
                     records[mode] += [_publish(sync, collector, k) for k in seeds]
-                    speeds[decode] += _decode(server, sync.current.name)  # type: ignore[union-attr]
+                    speeds[decode] += _decode(server, sync.current.name, num_tokens)  # type: ignore[union-attr]
                     for name in server.client().status().served:
                         sync.fleet.each(lambda replica, name=name: replica.drop(name))
     median = statistics.median
@@ -89,6 +91,7 @@ def _measure_model(directory: Path, rank: int, rounds: int, repeats: int) -> dic
             "memcpy": _memcpy(records["adapter"][0].num_bytes),
         },
         "decode_tokens_per_second": {route: median(found) for route, found in speeds.items()},
+        "decode_tokens_per_sequence": num_tokens,
         "bytes": records["adapter"][0].num_bytes,
         "held_seconds": median(r.held_seconds for r in records["merged"]),
         "phase_seconds": {
@@ -151,7 +154,7 @@ def _trl_route(server: VLLMServer, model: Any, collector: AdapterCollector, k: i
         shutil.rmtree(directory)
 
 
-def _decode(server: VLLMServer, name: str) -> list[float]:
+def _decode(server: VLLMServer, name: str, num_tokens: int) -> list[float]:
     """Tokens per second of 3 requests after a warm-up."""
     prompts = [[4 + i % 40, 5, 6, 7] for i in range(NUM_SEQUENCES)]
     speeds = []
@@ -160,11 +163,11 @@ def _decode(server: VLLMServer, name: str) -> list[float]:
             start = time.perf_counter()
             client.generate(
                 prompts,
-                max_tokens=NUM_TOKENS,
+                max_tokens=num_tokens,
                 model=name,
                 generation_kwargs={"ignore_eos": True},
             )
-            speeds.append(NUM_SEQUENCES * NUM_TOKENS / (time.perf_counter() - start))
+            speeds.append(NUM_SEQUENCES * num_tokens / (time.perf_counter() - start))
     return speeds[1:]
 
 

@@ -44,6 +44,8 @@ _TRIED_AGAIN = (
     errors.CommitFailed,
     errors.UnknownVersion,
 )
+_NOISE_FACTOR = 3.0
+"""An adapter may be served this many times less exactly than the base."""
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 _PUBLISHED_MODELS: weakref.WeakValueDictionary[int, WeightSync] = weakref.WeakValueDictionary()
 
@@ -92,6 +94,7 @@ class WeightSync:
         self._mode: SyncMode | None = None
         self._status: ServerStatus | None = None
         self._version = 0
+        self._noise = 0.0
         self._kept: list[str] = []
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
         self.current: PublishRecord | None = None
@@ -351,12 +354,16 @@ class WeightSync:
         """Largest |logprob difference| that a probe may show."""
         if self.config.probe_tolerance is not None:
             return self.config.probe_tolerance
-        return _TOLERANCES.get(self.status.dtype, 0.15)
+        return max(_TOLERANCES.get(self.status.dtype, 0.15), _NOISE_FACTOR * self._noise)
+
+    def set_noise(self, noise: float) -> None:
+        """Say by how much trainer and server differ on the base; `tolerance` allows for it."""
+        self._noise = noise
 
     def probe_gap(self, probe: Probe, name: str) -> float:
         """Largest |trainer - server| logprob of the probe prompt over all replicas and tokens."""
         gaps = self.fleet.each(
-            lambda replica: _largest_gap(
+            lambda replica: largest_gap(
                 probe.logprobs, replica.client.prompt_logprobs(probe.prompt_ids, name)
             )
         )
@@ -431,7 +438,8 @@ def _collect(source: Any, dtype: torch.dtype) -> Adapter:
     )
 
 
-def _largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Largest |difference| of two rows of logprobs; NaN if any is."""
     gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     # max() would drop a NaN, and a NaN must fail the probe.
     return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)

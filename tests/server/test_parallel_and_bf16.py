@@ -37,8 +37,7 @@ def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir
     server = servers.get("qwen3", mode="both", dtype="bfloat16")
     twin = PeftTwin(model_dir("qwen3"))
     caplog.set_level(logging.INFO, logger="tink_rl")
-    # A random model with weights this large rounds coarsely in bf16.
-    config = SyncConfig(mode="auto", token=server.token, probe_tolerance=1.0, policy="bf16")
+    config = SyncConfig(mode="auto", token=server.token, policy="bf16")
     with WeightSync(server.url, base_model=twin.directory, config=config) as sync:
         Prober(twin.model, vocab_size=64).prove(sync, twin.collector)
         assert f"mode auto took {sync.mode.value} on a bfloat16 server" in caplog.text

@@ -3,6 +3,9 @@
 A fresh LoRA has B = 0 and equals its base, so a server that drops every adapter would look right. The
 first probe is therefore made with a synthetic adapter that is nowhere zero: it must agree with the
 trainer *and* differ from the base, and is dropped before version 1.
+
+How closely they must agree is measured first: an adapter of zeros shows by how much trainer and server
+differ on the base itself (rounding: nothing in fp32, tenths of a nat in bf16).
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from typing import Any
 import torch
 
 from tink_rl.errors import ProbeFailed
-from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.policy.adapter import Adapter, AdapterCollector
 from tink_rl.types import SyncMode
-from tink_rl.weight_sync import Probe, WeightSync
+from tink_rl.weight_sync import Probe, WeightSync, largest_gap
 
 logger = logging.getLogger("tink_rl")
 _SMALLEST_EFFECT = 4.0
 """The synthetic adapter must move a logprob by this many tolerances, or the probe shows nothing."""
+_LARGEST_NOISE = 2.0
+"""Nats by which trainer and server may differ on the base; beyond, they are not the same model."""
 _MERGED_GAP_FACTOR, _MERGED_GAP_SLACK = 2.0, 0.01
 """`auto` leaves merged for a slot if merged's gap exceeds factor x the slot's + slack (nats)."""
 _PROBE_TOKENS = 24
@@ -57,26 +62,57 @@ class Prober:
         Raises:
             ProbeFailed: the server does not apply it, or computes something else.
         """
-        base = sync.fleet.replicas[0].client.prompt_logprobs(
-            self._prompt_ids, sync.status.merged or sync.status.base_model
-        )
+        base = self._measure_noise(sync, collector)
+        synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance())
+        gap = self._publish_and_drop(sync, synthetic, wanted)
+        if sync.config.mode == "auto":
+            self._weigh(sync, synthetic, wanted, gap)
+
+    def _measure_noise(self, sync: WeightSync, collector: AdapterCollector) -> Probe:
+        """Tell `sync` how far trainer and server differ on the base; the trainer's side of it."""
+        nothing = collector.random_like(std=0.0)
+        with collector.swapped(nothing):
+            base = self.probe()
+        record = sync.publish(nothing, synthetic=True)
+        try:
+            noise = sync.probe_gap(base, record.name)
+        finally:
+            sync.drop_current()
+        if not noise <= _LARGEST_NOISE:
+            raise ProbeFailed(
+                f"trainer and server differ by {noise:.3g} nats in a logprob of the probe prompt on the "
+                f"base itself (dtype {sync.status.dtype!r}); serve the directory that the trainer "
+                "loads, without quantisation, in the trainer's dtype",
+                gap=noise,
+            )
+        if noise > sync.tolerance():
+            logger.warning(
+                "trainer and server differ by %.2g nats in a logprob of the probe prompt on the base "
+                "itself (the server computes in %s); the importance ratio carries that noise: load "
+                "the trainer's model in the server's dtype, or serve with --dtype float32",
+                noise,
+                sync.status.dtype,
+            )
+        sync.set_noise(noise)
+        return base
+
+    def _telling_adapter(
+        self, collector: AdapterCollector, base: Probe, tolerance: float
+    ) -> tuple[Adapter, Probe]:
+        """A synthetic adapter that moves the probe's logprobs well past `tolerance`."""
         std = 0.02
         for _ in range(8):
             synthetic = collector.random_like(seed=1, std=std)
             with collector.swapped(synthetic):
                 wanted = self.probe()
-            effect = max(abs(a - b) for a, b in zip(wanted.logprobs, base, strict=True))
-            if effect > _SMALLEST_EFFECT * sync.tolerance():
-                break
+            effect = largest_gap(wanted.logprobs, base.logprobs)
+            if effect > _SMALLEST_EFFECT * tolerance:
+                return synthetic, wanted
             std *= 2
-        else:
-            raise ProbeFailed(
-                f"a synthetic adapter moves no logprob of the probe prompt by more than {effect:.3g}; "
-                "the probe would show nothing. Are the target_modules part of the forward pass?"
-            )
-        gap = self._publish_and_drop(sync, synthetic, wanted)
-        if sync.config.mode == "auto":
-            self._weigh(sync, synthetic, wanted, gap)
+        raise ProbeFailed(
+            f"a synthetic adapter moves no logprob of the probe prompt by more than {effect:.3g}; "
+            "the probe would show nothing. Are the target_modules part of the forward pass?"
+        )
 
     def _publish_and_drop(self, sync: WeightSync, synthetic: Any, wanted: Probe) -> float:
         record = sync.publish(synthetic, synthetic=True)

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _sync(server: VLLMServer, directory: Path, mode: str) -> WeightSync:
 
 def _publish(sync: WeightSync, collector: AdapterCollector, k: int) -> PublishRecord:
     with collector.swapped(collector.random_like(k)):
-        return sync.publish(collector.collect)
+        return sync.publish(partial(collector.collect, live=True))
 
 
 def _trl_route(server: VLLMServer, model: Any, collector: AdapterCollector, k: int) -> float:
@@ -187,6 +188,10 @@ def _pack(collector: AdapterCollector) -> float:
     times = []
     for _ in range(11):
         start = time.perf_counter()
-        packet.pack(adapter.tensors, mode=SyncMode.ADAPTER, base_fingerprint="", rank=adapter.rank)
+        packet.seal(
+            *packet.pack(
+                adapter.tensors, mode=SyncMode.ADAPTER, base_fingerprint="", rank=adapter.rank
+            )
+        )
         times.append(time.perf_counter() - start)
     return statistics.median(times)

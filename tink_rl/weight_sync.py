@@ -13,6 +13,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir, from_peft_model
+from tink_rl.policy.adapter import Adapter, AdapterCollector, check_values, from_peft_dir
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.transport.fleet import Fleet, Replica
 from tink_rl.transport.vllm_client import VLLMClient
@@ -97,6 +98,8 @@ class WeightSync:
         self._noise = 0.0
         self._kept: list[str] = []
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
+        self._spare: torch.Tensor | None = None
+        """A buffer that holds no version any more, to pack the next one into."""
         self.current: PublishRecord | None = None
         """The version that new rollouts sample from."""
 
@@ -222,8 +225,9 @@ class WeightSync:
                 mode=self.mode,
                 base_fingerprint=self._fingerprint or "",
                 rank=adapter.rank,
+                out=self._spare,
             )
-        if self.current is not None and self.current.digest == header.digest:
+        if self.current is not None and self._is_last(header, buffer):
             return replace(
                 self.current,
                 published=False,
@@ -235,6 +239,11 @@ class WeightSync:
         version = 0 if synthetic else self._next_version()
         return self._publish_packet(header, buffer, version, watch, probe)
 
+    def _is_last(self, header: packet.PacketHeader, buffer: torch.Tensor) -> bool:
+        if self._last is None or self._last[0].canonical() != header.canonical():
+            return False
+        return self._last[1].equal(buffer)
+
     def _publish_packet(
         self,
         header: packet.PacketHeader,
@@ -245,7 +254,9 @@ class WeightSync:
     ) -> PublishRecord:
         name = f"{self.config.policy}@{version}"
         named = header.named(self.config.policy, version, 0)
-        held_s = self._twice(name, watch, lambda: self._send(named, buffer, watch))
+        digest = _in_background(lambda: packet.digest_of(named, buffer))
+        held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch))
+        named = replace(named, digest=digest())
         gap = None
         if probe is not None:
             with watch(Phase.VERIFY):
@@ -253,7 +264,7 @@ class WeightSync:
         record = PublishRecord(
             policy=self.config.policy,
             version=version,
-            digest=header.digest,
+            digest=named.digest,
             mode=self.mode,
             num_bytes=header.num_bytes,
             seconds=watch.total,
@@ -264,6 +275,7 @@ class WeightSync:
         with watch(Phase.POINT):
             self._version = max(self._version, version)
             self.current = record
+            self._spare = self._last[1] if self._last is not None else None
             self._last = (named, buffer)
             self._retire(name)
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
@@ -300,12 +312,18 @@ class WeightSync:
                 cause=error.code,
             ) from error
 
-    def _send(self, header: packet.PacketHeader, buffer: torch.Tensor, watch: _Watch) -> float:
+    def _send(
+        self,
+        header: packet.PacketHeader,
+        buffer: torch.Tensor,
+        digest: Callable[[], str],
+        watch: _Watch,
+    ) -> float:
         """Stage on all, then commit on all; the longest hold in seconds."""
         stages: dict[str, str] = {}
 
         def stage(replica: Replica) -> None:
-            stages[replica.url] = replica.stage(header, buffer)
+            stages[replica.url] = replica.stage(header, buffer, digest)
 
         with watch(Phase.JOIN):
             self.fleet.each(lambda replica: replica.ensure_channel())
@@ -321,9 +339,9 @@ class WeightSync:
             answers = self.fleet.each(lambda replica: replica.commit(stages[replica.url]))
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
-                if answer["digest"] != header.digest:
+                if answer["digest"] != digest():
                     raise errors.DigestMismatch(
-                        f"{replica.url} holds {answer['digest']}, sent was {header.digest}",
+                        f"{replica.url} holds {answer['digest']}, sent was {digest()}",
                         replica=replica.url,
                     )
         return max(float(answer["held_seconds"]) for answer in answers)
@@ -393,14 +411,16 @@ class WeightSync:
         """
         if self.current is None or self._last is None:
             return False
-        name, header = self.current.name, self._last[0]
+        name, (header, buffer) = self.current.name, self._last
         lost = [r for r in self.fleet.replicas if name not in r.status().served]
         if not lost:
             return False
         for replica in lost:
             logger.warning("%s lost %s (restarted?); publishing it again", replica.url, name)
             replica.forget_channel()
-        self._twice(name, _Watch(), lambda: self._send(header, self._last[1], _Watch()))  # type: ignore[index]
+        self._twice(
+            name, _Watch(), lambda: self._send(header, buffer, lambda: header.digest, _Watch())
+        )
         return True
 
 
@@ -430,12 +450,20 @@ def _collect(source: Any, dtype: torch.dtype) -> Adapter:
     if isinstance(source, (str, Path)):
         return from_peft_dir(source, dtype=dtype)
     if hasattr(source, "get_base_model"):
-        return from_peft_model(source, dtype=dtype)
+        return AdapterCollector(source).collect(dtype, live=True)  # packed before it can change
     if callable(source):
         return _collect(source(), dtype)
     raise errors.UnsupportedAdapter(
         f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an Adapter"
     )
+
+
+def _in_background(work: Callable[[], str]) -> Callable[[], str]:
+    """Start `work` in a thread; what is returned waits for it and gives its result."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="tink-digest")
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future.result
 
 
 def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:

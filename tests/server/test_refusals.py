@@ -38,11 +38,11 @@ def _packet(sync, adapter):
         base_fingerprint=sync.status.base_fingerprint,
         rank=adapter.rank,
     )
-    return header.named(sync.config.policy, 99, 0), buffer
+    return packet.seal(header, buffer).named(sync.config.policy, 99, 0), buffer
 
 
-def _redigest(header, buffer):
-    return dataclasses.replace(header, digest=packet.digest_of(header, buffer))
+def _stage(replica, header, buffer):
+    return replica.stage(header, buffer, lambda: header.digest)
 
 
 def _rename(adapter, old, new):
@@ -69,14 +69,14 @@ def _repacked(change):
         found, data = packet.pack(
             bad.tensors, mode=header.mode, base_fingerprint=header.base_fingerprint, rank=bad.rank
         )
-        return found.named(header.policy, header.version, 0), data
+        return packet.seal(found, data).named(header.policy, header.version, 0), data
 
     return make
 
 
 def _reheader(**changes):
     def make(header, buffer, adapter):
-        return _redigest(dataclasses.replace(header, **changes), buffer), buffer
+        return packet.seal(dataclasses.replace(header, **changes), buffer), buffer
 
     return make
 
@@ -121,7 +121,7 @@ def test_bad_packet_is_refused_and_the_served_policy_stays_exact(server, twin, m
         header, buffer = damage(*_packet(sync, adapter), adapter)
         replica = sync.fleet.replicas[0]
         with pytest.raises(expected) as caught:
-            replica.stage(header, buffer)
+            _stage(replica, header, buffer)
         assert len(caught.value.message) > 40  # says what was given and what to do
         assert_served(server, name, cases)
         assert list(server.client().status().served) == [name]
@@ -136,7 +136,7 @@ def test_truncated_buffer_is_refused(server, twin):
         name, cases = sync.publish(twin.model).name, twin.clear_cases()
         header, buffer = _packet(sync, twin.collector.collect())
         with pytest.raises(errors.TruncatedPacket, match="publish again"):
-            sync.fleet.replicas[0].stage(header, buffer[:-64])
+            _stage(sync.fleet.replicas[0], header, buffer[:-64])
         assert_served(server, name, cases)
 
 
@@ -156,7 +156,7 @@ def test_dtype_that_the_slots_do_not_take_is_refused(server, twin):
     with sync_to(server, twin.directory, "adapter") as sync:
         adapter = random_adapter(twin, 1).to(torch.bfloat16)
         with pytest.raises(errors.DtypeMismatch, match="slots take float32"):
-            sync.fleet.replicas[0].stage(*_packet(sync, adapter))
+            _stage(sync.fleet.replicas[0], *_packet(sync, adapter))
 
 
 def test_trainer_on_another_base_is_told_before_anything_is_sent(server, tmp_path):

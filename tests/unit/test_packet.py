@@ -23,7 +23,8 @@ TENSORS = st.dictionaries(
 
 
 def _pack(tensors):
-    return packet.pack(tensors, mode=SyncMode.MERGED, base_fingerprint="f" * 32, rank=8)
+    header, buffer = packet.pack(tensors, mode=SyncMode.MERGED, base_fingerprint="f" * 32, rank=8)
+    return packet.seal(header, buffer), buffer
 
 
 def _example():

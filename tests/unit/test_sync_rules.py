@@ -16,7 +16,7 @@ from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.training.generation import _requests
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
-from tink_rl.weight_sync import _largest_gap, choose_mode
+from tink_rl.weight_sync import choose_mode, largest_gap
 
 
 def status(modes=("adapter", "merged"), **changes):
@@ -87,8 +87,8 @@ def test_versions_are_written_and_read():
 
 
 def test_nan_never_passes_as_a_small_gap():
-    assert math.isnan(_largest_gap([0.0, math.nan, 0.0], [0.0, 0.0, 0.5]))
-    assert _largest_gap([0.0, 1.0], [0.25, 1.0]) == 0.25
+    assert math.isnan(largest_gap([0.0, math.nan, 0.0], [0.0, 0.0, 0.5]))
+    assert largest_gap([0.0, 1.0], [0.25, 1.0]) == 0.25
 
 
 def test_lease_expires_only_unrenewed_and_epochs_grow():

@@ -68,8 +68,10 @@ def check_values(tensors: Mapping[str, torch.Tensor], bound: float = MAX_ABS_WEI
     """
     if not tensors:
         return
-    # amax() hands a NaN on, so one number per tensor tells all three cases apart.
-    largest = torch.stack([t.detach().abs().amax().float() for t in tensors.values()]).tolist()
+    # aminmax() reads once, copies nothing and hands a NaN on: two numbers per tensor tell all cases apart.
+    extremes = [torch.aminmax(tensor.detach()) for tensor in tensors.values()]
+    magnitudes_N2 = torch.stack([torch.stack((-low, high)).float() for low, high in extremes])
+    largest = magnitudes_N2.amax(dim=1).tolist()
     for name, value in zip(tensors, largest, strict=True):
         if not math.isfinite(value):
             raise NonFiniteWeights(
@@ -126,8 +128,11 @@ class AdapterCollector:
         self.dropout = float(config.lora_dropout or 0.0)
 
     @torch.no_grad()
-    def collect(self, dtype: torch.dtype = torch.float32) -> Adapter:
+    def collect(self, dtype: torch.dtype = torch.float32, *, live: bool = False) -> Adapter:
         """The adapter as it is now, detached, in `dtype`; the scaling is applied in fp32.
+
+        With `live`, tensors that need no conversion are views of the model's own: right for who packs
+        them before the next optimizer step, and without a copy.
 
         Raises:
             UnsupportedAdapter: the adapter is merged into the base at this moment.
@@ -139,10 +144,13 @@ class AdapterCollector:
                     f"{module.name} is merged into the base; call unmerge_adapter() before a publish"
                 )
             scaling = float(module.layer.scaling[self._name])
-            tensors[f"{module.name}.lora_A.weight"] = module.lora_a.detach().to(dtype, copy=True)
-            tensors[f"{module.name}.lora_B.weight"] = (module.lora_b.detach().float() * scaling).to(
-                dtype
+            tensors[f"{module.name}.lora_A.weight"] = module.lora_a.detach().to(
+                dtype, copy=not live
             )
+            lora_b = module.lora_b.detach()
+            if scaling != 1.0 or not live:
+                lora_b = lora_b.float() * scaling
+            tensors[f"{module.name}.lora_B.weight"] = lora_b.to(dtype)
         return Adapter(tensors=tensors, rank=self.rank)
 
     @torch.no_grad()

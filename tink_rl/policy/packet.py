@@ -4,14 +4,16 @@ A packet is one policy version's weights. The header names every tensor with sha
 offset; the buffer holds them back to back, each aligned to 64 bytes. Scaling is already folded in
 (`policy/adapter.py`), so a packet carries no alpha. `digest` is blake3 over the canonical header
 (without digest, policy, version and epoch) and the buffer: the same weights give the same digest
-under every name, which makes publishing twice free.
+under every name, which makes publishing twice free. It is computed while the bytes travel, on both
+sides, so a header starts its way unsealed and the digest follows the last byte.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.errors import BadRequest, DigestMismatch, ProtocolMismatch, TruncatedPacket
@@ -66,12 +68,15 @@ class PacketHeader:
 
     def canonical(self) -> bytes:
         """The bytes of the header that enter the digest."""
-        data = {k: v for k, v in asdict(self).items() if k not in _NOT_HASHED}
+        data = {k: v for k, v in self.to_json().items() if k not in _NOT_HASHED}
         return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form for the control request."""
-        return asdict(self)
+        # Not dataclasses.asdict: its deep copies take a millisecond per hundred tensors.
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["tensors"] = [dict(vars(spec)) for spec in self.tensors]
+        return data
 
     def named(self, policy: str, version: int, epoch: int) -> PacketHeader:
         """The same weights under another policy version and channel epoch."""
@@ -152,8 +157,12 @@ def _plan(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorSpec
             offset=offset,
         )
         specs.append(spec)
-        offset += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        offset += _aligned(spec.num_bytes)
     return tuple(specs), offset
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def pack(
@@ -163,8 +172,11 @@ def pack(
     base_fingerprint: str,
     rank: int,
     pin_memory: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[PacketHeader, torch.Tensor]:
-    """Header with digest, and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
+    """Header (not sealed yet), and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
+
+    `out` is used as the buffer if it has the right length: fresh pages cost more than the copy.
 
     Raises:
         KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
@@ -173,9 +185,13 @@ def pack(
 
     ordered = sorted(tensors.items())
     specs, num_bytes = _plan(ordered)
-    buffer = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+    buffer = out
+    if buffer is None or buffer.numel() != num_bytes:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     for spec, (_, tensor) in zip(specs, ordered, strict=True):
         view(buffer, spec).copy_(tensor.detach(), non_blocking=pin_memory)
+        end = spec.offset + spec.num_bytes
+        buffer[end : spec.offset + _aligned(spec.num_bytes)] = 0  # padding is hashed too
     if pin_memory:
         torch.cuda.synchronize()
     header = PacketHeader(
@@ -185,7 +201,12 @@ def pack(
         tensors=specs,
         num_bytes=num_bytes,
     )
-    return replace(header, digest=digest_of(header, buffer)), buffer
+    return header, buffer
+
+
+def seal(header: PacketHeader, buffer: torch.Tensor) -> PacketHeader:
+    """The header with the digest of `buffer`."""
+    return replace(header, digest=digest_of(header, buffer))
 
 
 def view(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
@@ -203,29 +224,54 @@ def unpack(header: PacketHeader, buffer: torch.Tensor) -> dict[str, torch.Tensor
 
 def digest_of(header: PacketHeader, buffer: torch.Tensor) -> str:
     """blake3 (hex) over the canonical header and the buffer; a GPU buffer is copied to the host."""
-    from blake3 import blake3
+    hasher = Hasher(header)
+    hasher.update(buffer)
+    return hasher.digest()
 
-    hasher = blake3(max_threads=2)
-    hasher.update(header.canonical())
-    hasher.update(buffer.cpu().numpy().data)
-    return hasher.hexdigest()
+
+class Hasher:
+    """The digest of a packet whose buffer arrives piece by piece, in order."""
+
+    def __init__(self, header: PacketHeader) -> None:
+        from blake3 import blake3
+
+        self._blake3 = blake3(header.canonical(), max_threads=min(4, len(os.sched_getaffinity(0))))
+        self._num_bytes = 0
+
+    def update(self, piece: torch.Tensor) -> None:
+        """Take the next piece, `[n] uint8`."""
+        self._num_bytes += piece.numel()
+        self._blake3.update(piece.cpu().numpy().data)
+
+    def digest(self) -> str:
+        """blake3, hex."""
+        return str(self._blake3.hexdigest())
+
+    def check(self, header: PacketHeader) -> None:
+        """Raise unless the pieces are what the sealed `header` announces.
+
+        Raises:
+            TruncatedPacket: another number of bytes.
+            DigestMismatch: other bytes.
+        """
+        if self._num_bytes != header.num_bytes:
+            raise TruncatedPacket(
+                f"{self._num_bytes} bytes arrived, the header of {header.policy}@{header.version} "
+                f"announced {header.num_bytes}; publish again",
+                given=self._num_bytes,
+                expected=header.num_bytes,
+            )
+        _compare(header, self.digest())
 
 
 def check_bytes(header: PacketHeader, buffer: torch.Tensor) -> None:
-    """Raise unless `buffer` is what `header` announces.
+    """Raise unless `buffer` is what the sealed `header` announces; see `Hasher.check`."""
+    hasher = Hasher(header)
+    hasher.update(buffer)
+    hasher.check(header)
 
-    Raises:
-        TruncatedPacket: another number of bytes.
-        DigestMismatch: other bytes.
-    """
-    if buffer.numel() != header.num_bytes:
-        raise TruncatedPacket(
-            f"{buffer.numel()} bytes arrived, the header of {header.policy}@{header.version} "
-            f"announced {header.num_bytes}; publish again",
-            given=buffer.numel(),
-            expected=header.num_bytes,
-        )
-    found = digest_of(header, buffer)
+
+def _compare(header: PacketHeader, found: str) -> None:
     if found != header.digest:
         raise DigestMismatch(
             f"the bytes of {header.policy}@{header.version} hash to {found[:12]}, the header says "

@@ -22,6 +22,8 @@ class StagedAdapter:
 
     header: PacketHeader
     tensors: dict[str, torch.Tensor]
+    buffer: torch.Tensor
+    """The bytes of the packet; free again once nobody can name the adapter."""
 
 
 _LOCK = threading.Lock()
@@ -40,10 +42,10 @@ def get(path: str) -> StagedAdapter | None:
         return _ADAPTERS.get(path)
 
 
-def pop(path: str) -> None:
-    """Forget `path`; unknown paths are fine."""
+def pop(path: str) -> StagedAdapter | None:
+    """Forget `path` and give what it held; None for an unknown path."""
     with _LOCK:
-        _ADAPTERS.pop(path, None)
+        return _ADAPTERS.pop(path, None)
 
 
 def digests() -> dict[str, str]:

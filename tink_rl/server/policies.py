@@ -12,7 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tink_rl import errors
@@ -34,6 +34,8 @@ class Staged:
     stage_id: str
     name: str
     header: PacketHeader
+    checked: bool = False
+    """Every worker holds the bytes and found nothing wrong with them."""
 
 
 @dataclass(kw_only=True)
@@ -231,7 +233,7 @@ class Policies:
             "timeout_s": timeout_s,
         }
         await self._all_or_none(
-            staged, self.rpc("tink_stage", staged.stage_id, header.to_json(), options)
+            staged, self.rpc("tink_stage", staged.stage_id, body["header"], options)
         )
         self._stages[staged.stage_id] = staged
         return {"stage_id": staged.stage_id}
@@ -248,11 +250,13 @@ class Policies:
         self._stages.pop(staged.stage_id, None)
         await self._engine.collective_rpc("tink_discard", args=(staged.stage_id,))
 
-    async def _received(self, staged: Staged, timeout_s: float) -> None:
-        await self.rpc("tink_sent", staged.stage_id)
+    async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
+        staged.header = replace(staged.header, digest=digest)
+        await self.rpc("tink_sent", staged.stage_id, digest)
         await self._rpc_until_done(
             "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
         )
+        staged.checked = True
 
     def _check_mode(self, header: PacketHeader) -> None:
         if header.mode not in self._modes:
@@ -282,9 +286,10 @@ class Policies:
         return {}
 
     async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
-        """All bytes were sent: answer when every worker has received and checked them."""
+        """All bytes were sent, and hash to `digest`: answer when every worker has checked them."""
         staged = self._find_stage(body["stage_id"])
-        await self._all_or_none(staged, self._received(staged, float(body["timeout_s"])))
+        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
+        await self._all_or_none(staged, work)
         return {"stage_id": staged.stage_id}
 
     async def discard(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +315,8 @@ class Policies:
         """
         staged = self._find_stage(body["stage_id"])
         self._leases.check(staged.header.policy, staged.header.epoch)
+        if not staged.checked:
+            raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
         async with self._lock:
             self._check_mode(staged.header)
             if staged.header.mode is SyncMode.ADAPTER:

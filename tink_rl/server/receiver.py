@@ -7,10 +7,11 @@ threads of the worker, and the routes ask for their state. Every method answers 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from tink_rl.transport import communicator
 from tink_rl.types import SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
+_NUM_SPARE_BUFFERS = 2
 
 
 def _answers(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -87,9 +89,29 @@ class _Stage:
     def __init__(self, header: packet.PacketHeader, buffer: torch.Tensor) -> None:
         self.header = header
         self.buffer = buffer
+        self.hasher = packet.Hasher(header)
         self.received = 0
         self.tensors: dict[str, torch.Tensor] = {}
         self.task: _Task | None = None
+        self.refusal: TinkError | None = None
+        """What is wrong with the values; told only if the digest fits, so that damage on the way is
+        not mistaken for a bad adapter."""
+
+    def examine(self) -> None:
+        """Look at the values of a buffer that has arrived."""
+        if self.buffer.numel() != self.header.num_bytes:
+            return  # `check` will say so
+        self.tensors = packet.unpack(self.header, self.buffer.cpu())
+        try:
+            check_values(self.tensors)
+        except TinkError as error:
+            self.refusal = error
+
+    def check(self) -> None:
+        """Raise what is wrong with a packet that has arrived and is sealed."""
+        self.hasher.check(self.header)
+        if self.refusal is not None:
+            raise self.refusal
 
 
 class _State:
@@ -105,7 +127,22 @@ class _State:
         self.stores: dict[int, Any] = {}
         self.joins: dict[int, _Task] = {}
         self.stages: dict[str, _Stage] = {}
+        self._spare: list[torch.Tensor] = []
         self.merged_digest: str | None = None
+
+    def buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Room for a packet, `[num_bytes] uint8`; an old one's where it fits.
+
+        Fresh pages cost more than the bytes that are written to them.
+        """
+        for i, spare in enumerate(self._spare):
+            if spare.numel() == num_bytes and spare.device == device:
+                return self._spare.pop(i)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Nothing refers to the bytes of `buffer` any more."""
+        self._spare = [*self._spare, buffer][-_NUM_SPARE_BUFFERS:]
 
 
 class TinkWorkerExtension:
@@ -241,7 +278,7 @@ class TinkWorkerExtension:
                 raise ChannelLost(f"channel {header.epoch} is still joining")
             channel = task.value
         device = channel.device if channel is not None else torch.device("cpu")
-        stage = _Stage(header, torch.empty(header.num_bytes, dtype=torch.uint8, device=device))
+        stage = _Stage(header, state.buffer(header.num_bytes, device))
         state.stages[stage_id] = stage
         if channel is not None:
             stage.task = _Task(lambda: _receive(stage, channel, options))
@@ -267,22 +304,26 @@ class TinkWorkerExtension:
         return end
 
     @_answers
-    def tink_sent(self, stage_id: str) -> None:
-        """The sender is done: check chunks in a thread (a broadcast is checked by its receiver)."""
+    def tink_sent(self, stage_id: str, digest: str) -> None:
+        """The sender is done and says the digest; chunks are hashed now, broadcasts were on arrival."""
         stage = self._tink_stage(stage_id)
+        stage.header = dataclasses.replace(stage.header, digest=digest)
         if stage.task is None:
             stage.buffer = stage.buffer[: stage.received]
-            stage.task = _Task(lambda: _check(stage))
+            stage.task = _Task(lambda: _take(stage, [stage.buffer]))
             stage.task.start()
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:
         """ "running" or "done"; raises why the packet was refused, and forgets it then."""
         stage = self._tink_stage(stage_id)
-        if stage.task is None:
+        if stage.task is None or not stage.header.digest:
             return "running"
         try:
-            return stage.task.state()
+            state = stage.task.state()
+            if state == "done":
+                stage.check()
+            return state
         except TinkError:
             self._tink().stages.pop(stage_id, None)
             raise
@@ -304,7 +345,12 @@ class TinkWorkerExtension:
     def tink_keep(self, stage_id: str, path: str) -> str:
         """Adapter mode: let vLLM's LoRA manager find the staged tensors under `path`; the digest."""
         stage = self._tink_stage(stage_id)
-        host_store.put(path, host_store.StagedAdapter(header=stage.header, tensors=stage.tensors))
+        host_store.put(
+            path,
+            host_store.StagedAdapter(
+                header=stage.header, tensors=stage.tensors, buffer=stage.buffer
+            ),
+        )
         self._tink().stages.pop(stage_id)
         return stage.header.digest
 
@@ -328,6 +374,7 @@ class TinkWorkerExtension:
         state.folder.fold(stage.tensors)
         state.merged_digest = stage.header.digest
         state.stages.pop(stage_id)
+        state.give_back(stage.buffer)
         return state.merged_digest
 
     @_answers
@@ -335,7 +382,9 @@ class TinkWorkerExtension:
         """Forget an adapter that no request can name any more, in vLLM's cache and in ours."""
         worker: Any = self
         worker.model_runner.remove_lora(lora_id)
-        host_store.pop(path)
+        released = host_store.pop(path)
+        if released is not None:
+            self._tink().give_back(released.buffer)
 
     @_answers
     def tink_report(self) -> dict[str, Any]:
@@ -358,12 +407,15 @@ def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
 
 
 def _receive(stage: _Stage, channel: communicator.Channel, options: dict[str, Any]) -> None:
-    channel.broadcast(stage.buffer, src=options["src"], timeout_s=options["timeout_s"])
-    _check(stage)
+    _take(
+        stage,
+        communicator.transfer(
+            channel, stage.buffer, src=options["src"], timeout_s=options["timeout_s"]
+        ),
+    )
 
 
-def _check(stage: _Stage) -> None:
-    """Digest first, so that damage on the way is not mistaken for a bad adapter."""
-    packet.check_bytes(stage.header, stage.buffer)
-    stage.tensors = packet.unpack(stage.header, stage.buffer.cpu())
-    check_values(stage.tensors)
+def _take(stage: _Stage, pieces: Iterable[torch.Tensor]) -> None:
+    for piece in pieces:
+        stage.hasher.update(piece)
+    stage.examine()

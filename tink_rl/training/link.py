@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class PolicyLink:
         def work() -> PublishRecord:
             probing = self._config.probe_every and len(self.records) % self._config.probe_every == 0
             probe = self._prober.probe() if probing else None
-            return self.sync.publish(self.collector.collect, probe=probe)
+            return self.sync.publish(partial(self.collector.collect, live=True), probe=probe)
 
         record, self._current = self._on_rank_0(lambda: (r := work(), r.name)) or (None, "")
         if record is not None and record.published:

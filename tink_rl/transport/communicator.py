@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -19,6 +21,9 @@ import torch.distributed as dist
 
 from tink_rl.errors import ChannelLost, ConfigError
 from tink_rl.types import Transport
+
+PIECE_BYTES = 4 * 2**20
+"""Both sides of a transfer cut the buffer here."""
 
 
 class Channel(Protocol):
@@ -218,6 +223,21 @@ class NcclChannel:
         if group is not None:
             with contextlib.suppress(RuntimeError):
                 group.abort()
+
+
+def transfer(
+    channel: Channel, buffer: torch.Tensor, *, src: int, timeout_s: float
+) -> Iterator[torch.Tensor]:
+    """Broadcast `buffer` in pieces; gives each once it is through, so that it can be hashed meanwhile.
+
+    Raises:
+        ChannelLost: a peer is gone or `timeout_s` passed for the whole.
+    """
+    deadline = time.monotonic() + timeout_s
+    for piece in torch.split(buffer, PIECE_BYTES):
+        left_s = max(0.001, deadline - time.monotonic())
+        channel.broadcast(piece, src=src, timeout_s=left_s)
+        yield piece
 
 
 def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> None:

@@ -163,8 +163,10 @@ class Replica:
             raise errors.ChannelLost("there is no channel; call ensure_channel() first")
         return int(self._joined["epoch"])
 
-    def stage(self, header: PacketHeader, buffer: torch.Tensor) -> str:
-        """Send header and bytes; the stage's id once every worker has checked them.
+    def stage(self, header: PacketHeader, buffer: torch.Tensor, digest: Callable[[], str]) -> str:
+        """Send header, bytes and digest; the stage's id once every worker has checked them.
+
+        `digest` is called after the bytes are on their way, so that it may be computed meanwhile.
 
         Raises:
             TinkError: what is wrong; the server serves what it served before.
@@ -183,15 +185,18 @@ class Replica:
             self._send_chunks(stage_id, buffer, timeout_s)
         else:
             self._broadcast(stage_id, buffer, timeout_s)
-        self._control("staged", {"stage_id": stage_id, "timeout_s": timeout_s}, timeout_s)
+        body = {"stage_id": stage_id, "digest": digest(), "timeout_s": timeout_s}
+        self._control("staged", body, timeout_s)
         return stage_id
 
     def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
+        from tink_rl.transport.communicator import transfer
+
         assert self._channel is not None and self._joined is not None
+        src, moved = self._joined["rank"], buffer.to(self._channel.device)
         try:
-            self._channel.broadcast(
-                buffer.to(self._channel.device), src=self._joined["rank"], timeout_s=timeout_s
-            )
+            for _ in transfer(self._channel, moved, src=src, timeout_s=timeout_s):
+                pass
         except errors.ChannelLost:
             self.discard(stage_id)
             self.close()

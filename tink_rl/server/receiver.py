@@ -304,18 +304,25 @@ class TinkWorkerExtension:
         return end
 
     @_answers
-    def tink_sent(self, stage_id: str, digest: str) -> None:
-        """The sender is done and says the digest; chunks are hashed now, broadcasts were on arrival."""
+    def tink_sent(self, stage_id: str, digest: str) -> str:
+        """The sender is done and says the digest; chunks are hashed now, broadcasts were on arrival.
+
+        Answers, and raises, as `tink_stage_state`.
+        """
         stage = self._tink_stage(stage_id)
         stage.header = dataclasses.replace(stage.header, digest=digest)
         if stage.task is None:
             stage.buffer = stage.buffer[: stage.received]
             stage.task = _Task(lambda: _take(stage, [stage.buffer]))
             stage.task.start()
+        return self._tink_state_of(stage_id)
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:
         """ "running" or "done"; raises why the packet was refused, and forgets it then."""
+        return self._tink_state_of(stage_id)
+
+    def _tink_state_of(self, stage_id: str) -> str:
         stage = self._tink_stage(stage_id)
         if stage.task is None or not stage.header.digest:
             return "running"

@@ -162,6 +162,33 @@ def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mort
     sync.close()
 
 
+@pytest.mark.parametrize(("phase", "request_name"), [("stage", "staged"), ("commit", "commit")])
+def test_server_that_dies_in_the_middle_of_a_publish_is_named_and_served_again_after_its_restart(
+    mortal, twin, monkeypatch, caplog, phase, request_name
+):
+    sync = _sync(mortal, twin)
+    name = sync.publish(random_adapter(twin, 1)).name
+    replica = sync.fleet.replicas[0]
+    control = replica._control
+
+    def dies_before(action, body, timeout_s):
+        if action == request_name:
+            os.killpg(mortal.pid, signal.SIGKILL)
+        return control(action, body, timeout_s)
+
+    monkeypatch.setattr(replica, "_control", dies_before)
+    with pytest.raises(errors.PublishFailed) as caught:
+        sync.publish(random_adapter(twin, 2))
+    assert f"failed in {phase}" in caplog.text
+    assert caught.value.details["replica"] == mortal.url and sync.current.name == name
+    monkeypatch.undo()
+    mortal.stop()
+    mortal.start()
+    twin.randomise(2)
+    assert_served(mortal, sync.publish(twin.model).name, twin.clear_cases())
+    sync.close()
+
+
 def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(mortal, twin):
     sync = _sync(mortal, twin)
     sync.publish(random_adapter(twin, 1))

@@ -24,7 +24,9 @@ from tink_rl.types import PublishRecord, SyncMode
 
 RAM_DISK = Path("/dev/shm")
 NUM_SEQUENCES = 128
-NUM_WARM_UP = 2
+NUM_WARM_UP = 4
+"""Publishes of a round until every buffer that is used in turn (two versions kept, one spare on each
+side) has its pages."""
 
 
 def random_100m(directory: Path) -> Path:
@@ -42,7 +44,7 @@ def random_100m(directory: Path) -> Path:
     return directory
 
 
-def measure(repeats: int = 8) -> dict[str, Any]:
+def measure(repeats: int = 12) -> dict[str, Any]:
     """Medians by model and route; the routes take turns in every round.
 
     Each route's first publishes of a round are not counted: what a run of hundreds pays is asked.
@@ -77,7 +79,6 @@ def _measure_model(
     ) as server:
         for seed in range(rounds):
             seeds = range(seed * repeats, (seed + 1) * repeats)
-            speeds["base"] += _decode(server, server.client().status().base_model, num_tokens)
             trl += [_trl_route(server, model, collector, k) for k in seeds][NUM_WARM_UP:]
             for mode, decode in (("adapter", "slot"), ("merged", "merged")):
                 with _sync(server, directory, mode) as sync:
@@ -85,6 +86,8 @@ def _measure_model(
                     speeds[decode] += _decode(server, sync.current.name, num_tokens)  # type: ignore[union-attr]
                     for name in server.client().status().served:
                         sync.fleet.each(lambda replica, name=name: replica.drop(name))
+                # right beside what it is compared with: these machines drift within a minute
+                speeds["base"] += _decode(server, server.client().status().base_model, num_tokens)
     median = statistics.median
     return {
         "publish_seconds": {

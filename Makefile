@@ -19,7 +19,7 @@ ifeq ($(EXTRA),cpu)
 	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" || \
 	  { echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(PIP) install -e ".[train,$(EXTRA),dev]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(PIP) install -e ".[train,worker,$(EXTRA),dev]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null

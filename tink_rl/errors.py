@@ -191,6 +191,102 @@ class WorkersDiffer(TinkError):
     code, status = "workers_differ", 500
 
 
+# -- the service: adapters by path, requests from strangers ---------------------------------------
+
+
+class PathNotAllowed(TinkError, ValueError):
+    """A path lies outside the adapter roots, or is no plain file or directory."""
+
+    code, status = "path_not_allowed", 403
+
+
+class AdapterPathMissing(TinkError, ValueError):
+    """The LoRA path does not exist."""
+
+    code, status = "lora_path_missing", 422
+
+
+class PickleRefused(AdapterFilesInvalid):
+    """Only a pickled `adapter_model.bin` is there; pickles are never opened."""
+
+    code = "pickle_refused"
+
+
+class StorageFull(TinkError, OSError):
+    """The adapter store cannot be written."""
+
+    code, status = "insufficient_storage", 507
+
+
+class UnknownAdapter(TinkError, KeyError):
+    """No adapter is registered under this id."""
+
+    code, status = "unknown_adapter", 404
+
+    def __str__(self) -> str:
+        return self.message  # KeyError would show its repr
+
+
+class AdapterConflict(TinkError):
+    """This adapter id was registered with other bytes at the same time."""
+
+    code, status = "name_exists", 409
+
+
+class RuntimeLoadingOff(TinkError):
+    """The vLLM server runs without our plugin and without runtime LoRA updating."""
+
+    code, status = "runtime_loading_off", 501
+
+
+class NotSupportedByBackend(TinkError, ValueError):
+    """The backend cannot do what the request asks; nothing is dropped in silence."""
+
+    code, status = "unsupported_by_backend", 400
+
+
+class BackendError(TinkError):
+    """The backend answered with something that is no completion."""
+
+    code, status = "backend_error", 502
+
+
+class EngineUnavailable(TinkError, ConnectionError):
+    """The engine behind the worker does not answer; try again."""
+
+    code, status = "engine_unavailable", 503
+
+
+class QueueFull(TinkError):
+    """The queue holds as many requests as it may; `details["retry_after_s"]` says when to try again."""
+
+    code, status = "overloaded", 429
+
+
+class DeadlineExceeded(TinkError, TimeoutError):
+    """A request was not finished by its deadline."""
+
+    code, status = "deadline_exceeded", 504
+
+
+class RequestCancelled(TinkError):
+    """The client of a request went away."""
+
+    code, status = "cancelled", 499
+
+
+class ShuttingDown(TinkError):
+    """The worker is stopping."""
+
+    code, status = "shutting_down", 503
+
+
+class RequestIdReused(TinkError, ValueError):
+    """A request_id came back with another body."""
+
+    code, status = "request_id_reused", 409
+
+
 # -- seen from the client -------------------------------------------------------------------------
 
 

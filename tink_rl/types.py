@@ -20,6 +20,8 @@ class SyncMode(StrEnum):
     """Into one of vLLM's LoRA slots, served beside other versions."""
     MERGED = "merged"
     """Folded into the served weights by the receiver."""
+    FULL = "full"
+    """Whole tensors, as whole fused groups, in place of the served ones."""
 
 
 class Phase(StrEnum):
@@ -161,3 +163,69 @@ class ServerStatus:
         known["state"] = ServerState(known["state"])
         known["modes"] = tuple(SyncMode(m) for m in known["modes"])
         return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are sampled, checked already; every backend takes these or refuses them by name.
+
+    Example: `SamplingParams(max_tokens=50, temperature=0.8, top_p=0.95, top_k=40, n=2)`
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    """Number of most likely tokens whose logprobs come too; 0 is the sampled token's only."""
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: what a backend must honour or refuse."""
+        return {
+            name: getattr(self, name)
+            for name, item in self.__dataclass_fields__.items()
+            if getattr(self, name) != item.default
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled completion, and the weights that produced it.
+
+    Example: `Completion(prompt_index=0, index=0, text="1347", token_ids=[5, 7, 8, 11, 2],
+    logprobs=[-0.1, ...], finish_reason="stop", model_id="math", version=3, digest="9f..")`
+    """
+
+    prompt_index: int
+    """Which prompt of the request."""
+    index: int
+    """Which of its `n` completions."""
+    text: str
+    token_ids: list[int] | None
+    """`[T]`; None where the backend does not say."""
+    logprobs: list[float] | None
+    """`[T]`, of the sampled tokens; None if not asked for."""
+    top_logprobs: list[dict[int, float]] | None = None
+    """`[T]`: token id -> logprob, if more than the sampled one was asked for."""
+    prompt_token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    """"stop", "length" or None where the backend does not say."""
+    model_id: str | None = None
+    """What was asked for; None is the base."""
+    version: int | None = None
+    """Version of the adapter or policy that sampled this; None for the base."""
+    digest: str | None = None
+    """Digest of that version; None for the base."""

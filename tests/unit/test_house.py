@@ -15,12 +15,13 @@ ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
     {"errors", "types"},
-    {"config", "placement", "watchdog"},
+    {"config", "settings", "placement", "watchdog"},
     {"tokens"},
     {"policy"},
     {"transport"},
     {"launch", "weight_sync", "server"},
-    {"training"},
+    {"training", "vllm_backend"},
+    {"worker", "report", "doctor", "export"},
     {"cli"},
 ]
 FORBIDDEN = {
@@ -28,6 +29,7 @@ FORBIDDEN = {
     "training": {"vllm"},
     "transport": {"trl", "vllm", "peft"},
     "policy": {"trl", "vllm"},
+    "worker": {"trl", "vllm", "torch"},
 }
 
 

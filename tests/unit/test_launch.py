@@ -139,9 +139,7 @@ _FAKE = textwrap.dedent("""
 def _fake_server(model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", _FAKE])
     # counted, not matched: an unbuffered Python writes a line and its end apart
-    monkeypatch.setattr(
-        launch, "_answers", lambda client: server.log_tail().count("started") == 2
-    )
+    monkeypatch.setattr(launch, "_answers", lambda client: server.log_tail().count("started") == 2)
     monkeypatch.setattr(launch.VLLMClient, "generate", lambda *_, **__: {})
     server = VLLMServer(model_dir("qwen3"), token_file=str(tmp_path / "token"))
     return server

@@ -1,51 +1,19 @@
-"""`tink-rl`: serve a base model for training, or ask a server how it is."""
+"""`tink-rl serve`: stock vLLM with the plugin."""
 
 from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import threading
-from collections.abc import Sequence
 
-from tink_rl import __version__
-from tink_rl.config import SyncConfig
-from tink_rl.errors import LaunchFailed, TinkError
+from tink_rl.cli.console import say, show_wait
 from tink_rl.launch import ServerOptions, VLLMServer
-from tink_rl.transport.vllm_client import VLLMClient
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "serve":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return int(arguments.run(arguments, rest))
-    except (TinkError, ImportError) as error:
-        sys.stderr.write(f"tink-rl: {error}\n")
-        return error.exit_code if isinstance(error, LaunchFailed) else 1
-    except KeyboardInterrupt:
-        sys.stderr.write("tink-rl: stopped\n")
-        return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tink-rl", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"tink-rl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_serve(commands)
-    status = commands.add_parser("status", help="what a server says of itself", allow_abbrev=False)
-    status.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
-    status.add_argument("--token-file")
-    status.set_defaults(run=_status)
-    return parser
-
-
-def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to `commands`."""
     serve = commands.add_parser(
         "serve",
         help="start vLLM with the plugin",
@@ -79,10 +47,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument("--channel-port", type=int, default=0, help="0: any free port")
     serve.add_argument("--startup-timeout", type=float, default=300.0, help="seconds")
     serve.add_argument("--log-file")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=run)
 
 
-def _serve(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Start the server and watch it until a signal; the exit code."""
     options = ServerOptions(
         model=arguments.model,
         mode=arguments.mode,
@@ -109,7 +78,7 @@ def _serve(arguments: argparse.Namespace, rest: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     if options.host not in _LOOPBACK:
-        _say(
+        say(
             f"warning: --host {options.host}: port {options.port} and the channel port are reachable "
             "from other machines, without encryption; put a TLS proxy in front and set vLLM's --api-key"
         )
@@ -119,7 +88,7 @@ def _serve(arguments: argparse.Namespace, rest: list[str]) -> int:
         _say_ready(server)
         while not stop.wait(0.5):
             if not server.alive:
-                _say(f"the server died: {server.exit_reason()}")
+                say(f"the server died: {server.exit_reason()}")
                 return 1
     finally:
         server.stop()
@@ -130,44 +99,15 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def show_wait(what: str, seconds: float) -> None:
-    """One line on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[Kvllm: {what} ({seconds:.0f} s)")
-        sys.stderr.flush()
-    elif int(seconds) % 10 == 0 or what == "first request":
-        sys.stderr.write(f"vllm: {what} ({seconds:.0f} s)\n")
-
-
-def _say(text: str) -> None:
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{clear}tink-rl: {text}\n")
-    sys.stderr.flush()
-
-
 def _say_ready(server: VLLMServer) -> None:
     with server.client() as client:
         status = client.status()
-    _say(f"ready at {server.url}, modes {', '.join(status.modes)}, log {server.log_path}")
-    _say(f"base model {status.base_model!r}, {status.dtype}, max rank {status.max_lora_rank}")
+    say(f"ready at {server.url}, modes {', '.join(status.modes)}, log {server.log_path}")
+    say(f"base model {status.base_model!r}, {status.dtype}, max rank {status.max_lora_rank}")
     if status.golden:
-        _say(
+        say(
             f"golden weights: {status.golden['bytes'] / 2**20:.1f} MiB per worker on tier "
             f"{status.golden['tier']!r}"
         )
-    _say(f"token of the control routes: {server.token_file}")
-    _say(f"train with: recipes/grpo.py --vllm_server {server.url}   (Ctrl-C stops the server)")
-
-
-def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
-    token = SyncConfig(token_file=arguments.token_file).read_token()
-    with VLLMClient(arguments.url, token=token) as client:
-        status = client.status()
-    for name in status.__dataclass_fields__:
-        value = getattr(status, name)
-        sys.stdout.write(f"{name:18} {value}\n")
-    return 0 if status.reason is None else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    say(f"token of the control routes: {server.token_file}")
+    say(f"train with: recipes/grpo.py --vllm_server {server.url}   (Ctrl-C stops the server)")

@@ -1,0 +1,28 @@
+"""`tink-rl status`: what a server says of itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tink_rl.config import SyncConfig
+from tink_rl.transport.vllm_client import VLLMClient
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to `commands`."""
+    status = commands.add_parser("status", help="what a server says of itself", allow_abbrev=False)
+    status.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
+    status.add_argument("--token-file")
+    status.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print every field; 1 if the server is not ready."""
+    token = SyncConfig(token_file=arguments.token_file).read_token()
+    with VLLMClient(arguments.url, token=token) as client:
+        status = client.status()
+    for name in status.__dataclass_fields__:
+        value = getattr(status, name)
+        sys.stdout.write(f"{name:18} {value}\n")
+    return 0 if status.reason is None else 1

@@ -55,8 +55,8 @@ class SyncConfig:
         default="drain",
         metadata={"help": "Merged commit: `drain` running requests, or `abort` them."},
     )
-    bucket_mib: int = field(
-        default=64,
+    bucket_mib: float = field(
+        default=64.0,
         metadata={"help": "Full mode: MiB of whole tensors that travel, and wait, at once."},
     )
     keep_versions: int = field(
@@ -102,8 +102,8 @@ class SyncConfig:
             PolicyVersion(policy=self.policy, version=0)
         except ValueError as error:
             raise ConfigError(f"SyncConfig.policy: {error}") from error
-        if self.bucket_mib < 1:
-            raise ConfigError(f"SyncConfig.bucket_mib={self.bucket_mib}: expected at least 1 (MiB)")
+        if not self.bucket_mib > 0:
+            raise ConfigError(f"SyncConfig.bucket_mib={self.bucket_mib}: expected MiB > 0")
         if self.keep_versions < 1 or self.probe_every < 0:
             raise ConfigError(
                 f"SyncConfig.keep_versions={self.keep_versions}, probe_every={self.probe_every}: "

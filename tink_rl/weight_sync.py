@@ -338,19 +338,14 @@ class WeightSync:
             version=version,
             base_fingerprint=self._fingerprint or "",
             dtype=self.status.dtype,
-            bucket_bytes=self.config.bucket_mib * 2**20,
+            bucket_bytes=int(self.config.bucket_mib * 2**20),
         )
 
     def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: _Watch) -> float:
         """Begin, every tensor, finish; the longest hold in seconds."""
         with watch(Phase.STAGE):
             update.begin(source.plan(self.status.dtype))
-            try:
-                for name, tensor in source.pairs():
-                    update.add(name, tensor)
-            except BaseException as error:
-                update.abort(f"the source failed: {type(error).__name__}: {error}"[:200])
-                raise
+            update.add_all(source.pairs())
         with watch(Phase.COMMIT):
             return update.finish()
 

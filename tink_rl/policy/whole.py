@@ -18,6 +18,7 @@ from tink_rl.errors import UnknownModules, UnsupportedAdapter
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 Groups = Sequence[Sequence[str]]
 """Names of the served checkpoint's tensors, by group that must be sent whole."""
 
@@ -79,13 +80,48 @@ def whole_source(
     if isinstance(source, torch.nn.Module):
         return WholeSource(entries=_in_groups(_tensors(source), groups, changed=None))
     if isinstance(source, Mapping):
-        return WholeSource(entries=[_entry(name, tensor) for name, tensor in source.items()])
+        pairs = _without_tied_head(source.items(), groups)
+        return WholeSource(entries=[_entry(name, tensor) for name, tensor in pairs])
     if isinstance(source, Iterable):
-        return WholeSource(entries=None, stream=iter(source))
+        return WholeSource(entries=None, stream=_without_tied_head(source, groups))
     raise UnsupportedAdapter(
         f"publish_full() got {type(source).__name__}; expected a model, a PEFT model or (name, tensor) "
         "pairs"
     )
+
+
+def _without_tied_head(
+    pairs: Iterable[tuple[str, torch.Tensor]], groups: Groups
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`pairs` without a head that the checkpoint does not have because it is the embedding.
+
+    Exporters write it all the same.
+
+    Raises:
+        UnsupportedAdapter: it is not the embedding any more.
+    """
+    known = {name for group in groups for name in group}
+    if _HEAD in known:
+        yield from pairs
+        return
+    marks: dict[str, str] = {}
+    for name, tensor in pairs:
+        if name == _HEAD or name.endswith(_EMBEDDING):
+            marks[name] = _mark(tensor)
+            if len(set(marks.values())) > 1:
+                raise UnsupportedAdapter(
+                    f"{_HEAD} and the embedding are tied in the served model, but their values differ "
+                    f"({', '.join(sorted(marks))}); train them tied, or serve a checkpoint that is not"
+                )
+        if name != _HEAD:
+            yield name, tensor
+
+
+def _mark(tensor: torch.Tensor) -> str:
+    from blake3 import blake3
+
+    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    return str(blake3(data.numpy().data).hexdigest())
 
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:

@@ -8,7 +8,7 @@ nothing was written yet goes on as before, any other is NOT READY until a later 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from tink_rl.transport.fleet import Fleet, Replica
+
+BUCKET_BYTES = 64 * 2**20
+"""Bytes of whole tensors that travel, and wait, at once, unless said otherwise."""
 
 
 class WholeUpdate:
@@ -74,18 +77,27 @@ class WholeUpdate:
         Raises:
             TinkError: a replica refused the bucket; the update has ended on all.
         """
+        with self._ended_on_failure():
+            self._take(name, tensor)
+
+    def add_all(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """`add` each of `pairs`; the update also ends if reading them fails."""
+        with self._ended_on_failure():
+            for name, tensor in pairs:
+                self._take(name, tensor)
+
+    def _take(self, name: str, tensor: torch.Tensor) -> None:
         import torch
 
-        with self._ended_on_failure():
-            if name in self._bucket:
-                raise errors.BadRequest(f"tensor {name!r} came twice")
-            # Copied now: what is given may be a view that its owner writes to again.
-            moved = tensor.detach().to(device="cpu", dtype=getattr(torch, self._dtype), copy=True)
-            size = moved.numel() * moved.element_size()
-            if self._bucket and self._filled + size > self._bucket_bytes:
-                self._flush()
-            self._bucket[name] = moved
-            self._filled += size
+        if name in self._bucket:
+            raise errors.BadRequest(f"tensor {name!r} came twice")
+        # Copied now: what is given may be a view that its owner writes to again.
+        moved = tensor.detach().to(device="cpu", dtype=getattr(torch, self._dtype), copy=True)
+        size = moved.numel() * moved.element_size()
+        if self._bucket and self._filled + size > self._bucket_bytes:
+            self._flush()
+        self._bucket[name] = moved
+        self._filled += size
 
     @property
     def digest(self) -> str:

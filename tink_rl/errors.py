@@ -185,6 +185,12 @@ class ChannelLost(TinkError, ConnectionError):
     code, status = "channel_lost", 502
 
 
+class SegmentUnreachable(TinkError):
+    """Shared memory cannot carry the bytes here; the publisher takes gloo instead."""
+
+    code, status = "segment_unreachable", 424
+
+
 class WorkersDiffer(TinkError):
     """The workers of one server answered differently; their state cannot be said."""
 

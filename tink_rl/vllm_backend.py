@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -126,7 +126,7 @@ class VLLMBackend:
         self._view: ServerView | None = None
         self._incarnation: str | None = None
         self._current: dict[str, int] = {}
-        self._vocab: dict[Any, int | None] = {}
+        self._vocab: dict[str, int | None] = {}
         self._lock = threading.Lock()
         self._sync: WeightSync | None = None
         self._sync_lock = threading.Lock()
@@ -432,30 +432,36 @@ class VLLMBackend:
         flat = self._with_target(model, send)
         return [flat[i : i + checked.n] for i in range(0, len(flat), checked.n)]
 
-    def check(self, prompts: Sequence[payloads.Prompt], params: SamplingParams) -> None:
-        """Refuse what is wrong for this server's base; asks it only if nothing is known yet.
+    def check(
+        self, prompts: Sequence[payloads.Prompt], params: SamplingParams, *, ask: bool = True
+    ) -> bool:
+        """Refuse what is wrong for this server's base; whether everything could be checked.
+
+        With `ask` it asks the server which base it has, if that is not known yet.
 
         Raises:
             SamplingRefused.
         """
-        named = any(not isinstance(prompt, str) for prompt in prompts)
-        size = None
-        if named or params.stop_token_ids or params.logit_bias:
-            size = self._vocab_size()
+        names_ids = bool(
+            params.stop_token_ids
+            or params.logit_bias
+            or any(not isinstance(prompt, str) for prompt in prompts)
+        )
+        known = self._view is not None
+        if names_ids and not known and not ask:
+            payloads.check_prompts(prompts, None)
+            payloads.check_params(replace(params, stop_token_ids=(), logit_bias=None), None)
+            return False
+        size = self._vocab_size() if names_ids else None
         payloads.check_prompts(prompts, size)
         payloads.check_params(params, size)
+        return True
 
     def _vocab_size(self) -> int | None:
-        view = self._view
-        if view is None:
-            try:
-                view = self.view()
-            except errors.TinkError:
-                view = None  # the request itself will say so
-        key = (view.root if view is not None else None, self.settings.tink_base_model)
-        if key not in self._vocab:
-            self._vocab[key] = vocab_size(base_dir(view, self.settings.tink_base_model))
-        return self._vocab[key]
+        view = self._view or self.view()
+        if view.root not in self._vocab:
+            self._vocab[view.root] = vocab_size(base_dir(view, self.settings.tink_base_model))
+        return self._vocab[view.root]
 
     def _with_target(self, model: Model, send: Callable[[Target], T]) -> T:
         """`send(target)`, again if the server turned out not to serve it (it generated nothing)."""
@@ -519,7 +525,8 @@ class VLLMBackend:
             PluginMissing, PublishFailed, ShapeMismatch, UnknownModules.
         """
         with self._sync_lock:
-            record = self._open_sync(_device_of(model)).publish_full(model)
+            sync: Any = self._open_sync(_device_of(model))
+            record = sync.publish_full(model)
             self._view = None
         return record
 

@@ -72,6 +72,8 @@ class VLLMSampler:
         """See `Backend.sample`."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
+                if not self.backend.check(prompts, params, ask=False):
+                    await self._in_thread(self.backend.check, prompts, params)
                 model = model_id if isinstance(model_id, Model) else await self._find(model_id)
 
                 async def send(target: Target) -> list[Completion]:

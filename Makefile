@@ -24,6 +24,8 @@ ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
 endif
+	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
+	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@touch $@
 
 # The report's page is looked at in a browser by its test; no package of PyPI brings one.

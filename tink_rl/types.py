@@ -49,6 +49,8 @@ class Transport(StrEnum):
     """What carries the packet's bytes."""
 
     AUTO = "auto"
+    SHM = "shm"
+    """A segment of shared memory: trainer and server on one machine, under one user."""
     GLOO = "gloo"
     NCCL = "nccl"
     HTTP = "http"

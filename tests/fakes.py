@@ -35,9 +35,10 @@ class FakeBackend:
 
     def check(
         self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
-    ) -> None:
+    ) -> str | None:
         if model_id is not None and model_id not in self.registered:
             raise UnknownAdapter(f"no adapter is registered as {model_id!r}")
+        return model_id
 
     async def sample(
         self,

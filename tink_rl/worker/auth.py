@@ -26,8 +26,12 @@ class Scope(IntEnum):
 class Tokens:
     """The tokens of one worker; holds only their hashes."""
 
-    def __init__(self, *, admin: str, sample: str | None = None) -> None:
+    def __init__(
+        self, *, admin: str, sample: str | None = None, admin_file: Path | None = None
+    ) -> None:
         """Keep the tokens' hashes; `sample=None` lets everybody sample."""
+        self.admin_file = admin_file
+        """Where the admin token can be read."""
         self._admin = _hash(admin)
         self._sample = None if sample is None else _hash(sample)
 
@@ -38,9 +42,13 @@ class Tokens:
         Raises:
             ConfigError: others can read a file, or its token is too short.
         """
-        admin = _read(ensure_token_file(options.admin_token_file))
+        file = ensure_token_file(options.admin_token_file)
         named = options.sample_token_file
-        return cls(admin=admin, sample=None if named is None else _read(ensure_token_file(named)))
+        return cls(
+            admin=_read(file),
+            sample=None if named is None else _read(ensure_token_file(named)),
+            admin_file=file,
+        )
 
     def require(self, scope: Scope, authorization: str | None) -> None:
         """Return if `authorization` (the header) carries a token for `scope`; admin's is good for all.

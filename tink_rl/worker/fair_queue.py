@@ -6,6 +6,7 @@ from collections import deque
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_MAX_IDLE_KEYS = 1024
 
 
 class FairQueue(Generic[T]):
@@ -72,6 +73,9 @@ class FairQueue(Generic[T]):
         self._length -= 1
         if not self._waiting[key]:
             del self._waiting[key]
+        if not self._length and len(self._served) > _MAX_IDLE_KEYS:
+            self._served.clear()  # nobody waits, so nobody is owed much
+            self._now = 0.0
         # A key that is level with the clock would start there anyway: forget it.
         idle = [k for k, v in self._served.items() if k not in self._waiting and v <= self._now]
         for name in idle:

@@ -81,6 +81,9 @@ class _ErrorTask(ErrorTask):
 class _Channel(HTTPChannel):
     parser_class = _Parser
     error_task_class = _ErrorTask
+    request: Any
+    will_close: bool
+    close_when_flushed: bool
     timed_request: Any = None
     request_began = 0.0
     lingers_until: float | None = None

@@ -41,6 +41,9 @@ class Work:
     request_id: str
     prompts: Sequence[str | Sequence[int]]
     model_id: str | None
+    """What the client asked for; the share that the request is counted against."""
+    model: Any
+    """What `Backend.check` made of it: the version that was current when the request came."""
     params: SamplingParams
     timeout_s: float
     fingerprint: str | None = None
@@ -133,6 +136,7 @@ class Ticket:
             elif item is _GONE:
                 raise errors.RequestCancelled("the client went away")
             else:
+                self.inbox.put(_OVER)  # for whoever asks again
                 break
         if self.job.error is not None:
             raise self.job.error
@@ -373,7 +377,7 @@ class JobQueue:
         async with asyncio.timeout_at(self._loop_time(job.deadline)):
             completions = await self._backend.sample(
                 work.prompts,
-                work.model_id,
+                work.model,
                 work.params,
                 timeout_s=max(0.001, job.deadline - time.monotonic()),
                 on_delta=(lambda delta: self._pass_on(job, delta)) if work.stream else None,

@@ -23,21 +23,21 @@ class WorkerOptions(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address to listen on; any but a loopback address needs `sample_token_file`."""
-    port: int = Field(8001, ge=0, le=65535)
+    port: int = Field(default=8001, ge=0, le=65535)
     """0 takes any free port."""
     sample_token_file: str | None = None
     """Token for sampling, made (mode 0600) if missing; None: no token on a loopback address."""
     admin_token_file: str | None = None
     """Token for registering, unregistering and metrics; None: the file that `tink-rl serve` uses."""
-    max_running: int = Field(128, ge=1, le=2048)
+    max_running: int = Field(default=128, ge=1, le=2048)
     """Sequences (prompts x n) that the backend works on at once."""
-    max_queued: int = Field(256, ge=1, le=4096)
+    max_queued: int = Field(default=256, ge=1, le=4096)
     """Requests that wait for their turn; the next one gets 429."""
-    timeout_s: float = Field(300.0, gt=0, le=86_400)
+    timeout_s: float = Field(default=300.0, gt=0, le=86_400)
     """Deadline of a request that names none."""
-    drain_s: float = Field(20.0, ge=0, le=3600)
+    drain_s: float = Field(default=20.0, ge=0, le=3600)
     """What running requests get to finish when the worker is told to stop."""
-    replay_s: float = Field(600.0, ge=0, le=86_400)
+    replay_s: float = Field(default=600.0, ge=0, le=86_400)
     """How long the answer of a request with a `request_id` is kept for a retry."""
     ledger: str | None = None
     """File to which every admitted request and its end are appended, one JSON object a line."""
@@ -51,6 +51,11 @@ class WorkerOptions(BaseSettings):
     def max_waiting(self) -> int:
         """Requests that may hold a connection open: all that run and queue, and some that join them."""
         return self.max_running + self.max_queued + 16
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of the HTTP server: more than can wait, so that nothing waits in front of the queue."""
+        return self.max_waiting + 16
 
 
 def load_options(**given: Any) -> WorkerOptions:

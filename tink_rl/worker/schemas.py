@@ -167,23 +167,23 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 class SamplingFields(_Strict):
     """How completions are sampled. Unknown fields are refused, never dropped."""
 
-    max_tokens: int = Field(16, ge=1, le=MAX_INT)
-    min_tokens: int = Field(0, ge=0, le=MAX_INT)
-    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy, and then n is 1.")
-    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(default=16, ge=1, le=MAX_INT)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy, and then n is 1.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: Annotated[int, AfterValidator(_no_top_k)] = Field(
-        0, ge=-1, le=MAX_INT, description="0 or -1 is off."
+        default=0, ge=-1, le=MAX_INT, description="0 or -1 is off."
     )
-    min_p: float = Field(0.0, ge=0, le=1)
-    n: int = Field(1, ge=1, le=MAX_N, description="Completions per prompt.")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    n: int = Field(default=1, ge=1, le=MAX_N, description="Completions per prompt.")
     stop: Stops = Field(default_factory=list)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
-    seed: int | None = Field(None, ge=0, le=MAX_INT)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, le=MAX_INT)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logprobs: int | None = Field(
-        None,
+        default=None,
         ge=0,
         le=20,
         description="Logprobs of the sampled tokens (0), and of this many most likely ones.",
@@ -222,19 +222,21 @@ class SampleRequest(_Strict):
     )
     prompts: Prompts
     model_id: str | None = Field(
-        None,
+        default=None,
         pattern=MODEL_ID,
         description="A registered adapter, `id@N` for its version N, or another name that the "
         "server serves. Left out: the base model.",
     )
-    sampling_params: SamplingFields = Field(default_factory=SamplingFields)
+    sampling_params: SamplingFields = SamplingFields()
     request_id: str | None = Field(
-        None,
+        default=None,
         pattern=REQUEST_ID,
         description="Makes a retry idempotent: it joins the running request or gets its answer again.",
     )
-    stream: bool = Field(False, description="Answer as server-sent events.")
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description="Deadline, seconds.")
+    stream: bool = Field(default=False, description="Answer as server-sent events.")
+    timeout_s: float | None = Field(
+        default=None, gt=0, le=MAX_TIMEOUT_S, description="Deadline, seconds."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> SampleRequest:

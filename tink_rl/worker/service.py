@@ -26,7 +26,7 @@ class Adapters(Protocol):
     """Who keeps the registered adapters; called from many threads. `VLLMBackend` is one."""
 
     def register(self, adapter_id: str, lora_path: str) -> Any:
-        """Register the directory under the id; the record of it."""
+        """Register the directory under the id."""
         ...
 
     def unregister(self, adapter_id: str) -> Any:
@@ -64,6 +64,7 @@ class WorkerService:
         """
         self.options = options or load_options()
         self.tokens = tokens or Tokens.from_options(self.options)
+        self.admin_token_file = self.tokens.admin_file
         self.backend, self._adapters = backend, adapters
         self.accounts = Accounts(self.options.ledger)
         self.queue = JobQueue(
@@ -120,11 +121,12 @@ class WorkerService:
         """
         params = request.sampling_params.to_params()
         self.limits().check(request)
-        self.backend.check(request.prompts, request.model_id, params)
+        model = self.backend.check(request.prompts, request.model_id, params)
         work = Work(
             request_id=request_id,
             prompts=request.prompts,
             model_id=request.model_id,
+            model=model,
             params=params,
             timeout_s=request.timeout_s or self.options.timeout_s,
             fingerprint=request.fingerprint() if request.request_id else None,

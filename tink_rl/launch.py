@@ -166,13 +166,14 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise errors.PortTaken(
-                f"port {port} on {host} is in use{_holder(port)}; stop that process or give another "
+                f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
                 f"--port ({error.strerror})"
             ) from error
         return int(probe.getsockname()[1])
 
 
-def _holder(port: int) -> str:
+def port_holder(port: int) -> str:
+    """` by process PID`, if that can be seen."""
     with contextlib.suppress(
         Exception
     ):  # a hint only: psutil may be missing or not allowed to look

@@ -32,7 +32,7 @@ def status(modes=("adapter", "merged"), **changes):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mode": "both"},
+        {"mode": "half"},
         {"bucket_mib": 0},
         {"transport": "carrier-pigeon"},
         {"on_running": "ignore"},

@@ -102,7 +102,7 @@ class FullUpdates:
             )
             await policies.hold(float(body["drain_timeout_s"]), body["on_running"])
             names = [item["name"] for item in plan or ()]
-            await policies.rpc("tink_begin", update.update_id, names)
+            await policies.rpc("tink_begin", update.update_id, names, update.epoch)
         except BaseException:
             policies.gate.open()
             policies.lock.release()

@@ -77,6 +77,8 @@ class PolicyGeneration:
         self.last_model = ""
         """The version that sampled the last batch."""
         self.last_seconds = 0.0
+        self.total_seconds = 0.0
+        """Of all calls so far: a step may sample several times, or not at all."""
         self.last_num_tokens = 0
 
     def sync_weights(self) -> None:
@@ -116,6 +118,7 @@ class PolicyGeneration:
                     raise
                 rows = self._sample(prompts, model)
         self.last_seconds = time.perf_counter() - start
+        self.total_seconds += self.last_seconds
         self.last_model = model
         self.last_num_tokens = sum(len(row["completion_ids"]) for row in rows)
         logprobs = [row["logprobs"] for row in rows]

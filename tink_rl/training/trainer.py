@@ -24,6 +24,7 @@ from tink_rl.training import checks
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
+from tink_rl.training.run_log import RunLog
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus
 
@@ -129,6 +130,7 @@ def attach(
     trainer.vllm_generation = _generation(trainer, link, clients)
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
     trainer.add_callback(_PublishCallback(trainer))
+    trainer.add_callback(RunLog(trainer))
     return link
 
 

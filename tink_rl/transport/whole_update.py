@@ -64,6 +64,7 @@ class WholeUpdate:
         """
 
         def begin(replica: Replica) -> None:
+            replica.make_room(self._bucket_bytes)
             self._ids[replica.url] = replica.begin_update(
                 version=self._version, base_fingerprint=self._fingerprint, plan=plan
             )

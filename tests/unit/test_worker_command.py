@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pytest
 
 from tests.stub_vllm import BASE, StubVLLM
-from tests.worker_rig import in_threads, wait_until
+from tests.worker_rig import WorkerCommand, in_threads, wait_until
 from tink_rl.errors import BadToken, ConfigError
 from tink_rl.worker.auth import Scope, Tokens
 from tink_rl.worker.options import WorkerOptions, load_options
 
 
-class Command:
-    """A running `tink-rl worker`."""
-
-    def __init__(self, tmp_path, *arguments, vllm="http://127.0.0.1:9"):
-        self.token_file = tmp_path / "tokens" / "admin"
-        self.argv = [sys.executable, "-m", "tink_rl.cli", "worker", "--port", "0"]
-        self.argv += ["--vllm-url", vllm, "--token-file", str(self.token_file), *arguments]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("TINK_", "VLLM_", "USE_"))}
-        env["TINK_STORE_DIR"] = str(tmp_path / "store")
-        self.process = subprocess.Popen(
-            self.argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        self.lines: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.lines.append(line)
-
-    @property
-    def text(self):
-        return "".join(self.lines)
-
-    def __enter__(self):
-        wait_until(lambda: "worker at" in self.text or self.process.poll() is not None, 60)
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(10)
-
-    @property
-    def url(self):
-        return re.search(r"worker at (\S+) ", self.text)[1]
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
 def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_path):
-    with Command(tmp_path) as command:
+    with WorkerCommand(tmp_path) as command:
         assert httpx.get(f"{command.url}/livez").status_code == 200
         assert httpx.get(f"{command.url}/readyz").status_code == 503
         response = httpx.post(f"{command.url}/api/v1/sample", json={"prompts": ["x"]})
@@ -78,7 +35,7 @@ def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_
 
 
 def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_path):
-    with StubVLLM(latency_s=2.0) as vllm, Command(tmp_path, vllm=vllm.url) as command:
+    with StubVLLM(latency_s=2.0) as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
         url = command.url
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 20)
         before = vllm.num_completions
@@ -107,7 +64,7 @@ def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_p
 def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
     with (
         StubVLLM(latency_s=30.0) as vllm,
-        Command(tmp_path, "--drain", "0.5", vllm=vllm.url) as command,
+        WorkerCommand(tmp_path, "--drain", "0.5", vllm=vllm.url) as command,
     ):
         url = command.url
 
@@ -124,7 +81,7 @@ def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
 
 
 def test_a_stock_server_is_sampled_through_the_worker(tmp_path):
-    with StubVLLM() as vllm, Command(tmp_path, vllm=vllm.url) as command:
+    with StubVLLM() as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
         answer = httpx.post(f"{command.url}/api/v1/sample", json={"prompts": ["x"]}).json()
         assert answer["completions"][0]["token_ids"] == [1, 2]
         models = httpx.get(f"{command.url}/api/v1/models").json()["models"]

@@ -9,7 +9,8 @@ import tracemalloc
 import pytest
 from flask import Flask
 
-from tests.fakes import MAX_MODEL_LEN, VOCAB_SIZE, FakeBackend, answer_of
+from tests.bad_requests import PARAMS, PROMPTS, bad_request
+from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.worker.app import MAX_BODY_BYTES, ROUTES, blueprint
@@ -198,41 +199,8 @@ def test_equal_requests_in_another_notation_are_the_same_request(rig):
 
 # -- what is refused ------------------------------------------------------------------------------
 
-_PARAMS = [
-    ("max_tokens", v) for v in (-1, 0, "5", 1.5, True, 2**31, None, MAX_MODEL_LEN + 1, 10**400)
-]
-_PARAMS += [("n", v) for v in (0, 17, 10**9, True, 1.0, None, [1])]
-_PARAMS += [("temperature", v) for v in (-1, 2.1, "1", True, None)]
-_PARAMS += [("top_p", v) for v in (0, 1.1, -0.1, False)]
-_PARAMS += [("top_k", v) for v in (-2, 1.5, 2**31)] + [("min_p", v) for v in (-0.1, 1.1)]
-_PARAMS += [("seed", v) for v in (2**64, -1, 1.5, True)]
-_PARAMS += [("logprobs", v) for v in (10**6, 21, -1, True)]
-_PARAMS += [("stop", v) for v in ("", ["a"] * 5, ["x" * 65], [""], [1], 5, None)]
-_PARAMS += [("stop_token_ids", v) for v in ([-1], [VOCAB_SIZE], [True], ["1"], 5, [1] * 65)]
-_PARAMS += [("min_tokens", v) for v in (-1, 17)]
-_PARAMS += [("repetition_penalty", v) for v in (0, -1)]
-_PARAMS += [("presence_penalty", v) for v in (-2.1, 2.1)]
-_PARAMS += [("frequency_penalty", v) for v in (-2.1, 2.1)]
-_PARAMS += [("ignore_eos", v) for v in (1, "true", None)]
-_PARAMS += [
-    ("logit_bias", v)
-    for v in (
-        {str(VOCAB_SIZE): 1},
-        {"-1": 1},
-        {"x": 1},
-        {"1": 101},
-        {"1": "1"},
-        {"1": True},
-        {str(i): 1 for i in range(301)},
-        {"9" * 4000: 1},
-        [1],
-    )
-]
-_NEVER = ("regex", "chat_template", "chat_template_kwargs", "extra_args", "structured_outputs")
-_PARAMS += [(name, {}) for name in _NEVER] + [("best_of", 2), ("prompt_logprobs", 1)]
 
-
-@pytest.mark.parametrize(("name", "value"), _PARAMS, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(("name", "value"), PARAMS, ids=lambda v: str(v)[:20])
 def test_a_sampling_parameter_out_of_its_bounds_is_named(rig, name, value):
     before = rig.backend.num_calls
     error = _assert_problem(rig.sample(sampling_params={name: value}), 400)
@@ -240,32 +208,7 @@ def test_a_sampling_parameter_out_of_its_bounds_is_named(rig, name, value):
     assert rig.backend.num_calls == before
 
 
-_PROMPTS = [
-    ([], "prompts"),
-    (None, "prompts"),
-    ("text", "prompts"),
-    ({}, "prompts"),
-    (["x"] * 65, "64"),
-    ([""], "[0]"),
-    (["x", ""], "[1]"),
-    (["x", None], "[1]"),
-    (["x", 5], "[1]"),
-    ([[]], "[0]"),
-    ([[1], []], "[1]"),
-    ([["x"]], "[0]"),
-    ([[[1]]], "[0]"),
-    (["x", [1]], "[1]"),
-    ([[1], "x"], "[1]"),
-    ([[-1]], "[0]"),
-    ([[1], [VOCAB_SIZE]], "[1]"),
-    ([[2**63]], "[0]"),
-    ([[True]], "[0]"),
-    ([[1.0]], "[0]"),
-    ([[1] * MAX_MODEL_LEN], "[0]"),
-]
-
-
-@pytest.mark.parametrize(("prompts", "named"), _PROMPTS, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(("prompts", "named"), PROMPTS, ids=lambda v: str(v)[:20])
 def test_a_bad_prompt_is_named_by_its_index(rig, prompts, named):
     before = rig.backend.num_calls
     response = rig.http.post("/api/v1/sample", json={"prompts": prompts})
@@ -374,81 +317,14 @@ def test_five_thousand_generated_bad_requests_reach_no_backend(rig):
     chance = random.Random(20261124)
     seen: dict[int, int] = {}
     for i in range(NUM_BAD_REQUESTS):
-        response = _send_bad(rig.http, chance)
+        bad = bad_request(chance)
+        response = rig.http.open(bad.path, method=bad.method, headers=bad.headers, data=bad.content)
         assert 400 <= response.status_code < 500, (i, response.status_code, response.text)
         _assert_problem(response, response.status_code)
         seen[response.status_code] = seen.get(response.status_code, 0) + 1
     assert (rig.backend.num_calls, rig.adapters.num_calls) == before
     assert sum(seen.values()) == NUM_BAD_REQUESTS and {400, 401, 404, 405, 415} <= set(seen)
     assert rig.sample().status_code == 200
-
-
-def _send_bad(http, chance):
-    return chance.choice(
-        [_bad_parameter, _bad_parameter, _bad_prompts, _bad_json, _bad_route, _bad_registration]
-    )(http, chance)
-
-
-def _bad_parameter(http, chance):
-    name, value = chance.choice(_PARAMS)
-    extra = {"max_tokens": 16, name: value}
-    return http.post("/api/v1/sample", json={"prompts": ["x"], "sampling_params": extra})
-
-
-def _bad_prompts(http, chance):
-    prompts, _ = chance.choice(_PROMPTS)
-    if isinstance(prompts, list) and len(prompts) == 1 and chance.random() < 0.5:
-        prompts = [[1, 2, 3]] * chance.randint(1, 63) + prompts
-    return http.post("/api/v1/sample", json={"prompts": prompts})
-
-
-def _bad_json(http, chance):
-    good = json.dumps({"prompts": ["x" * chance.randint(1, 50)], "model_id": "a"}).encode()
-    kind = chance.randint(0, 4)
-    if kind == 0:  # an object that ends early
-        body = good[: chance.randint(0, len(good) - 1)]
-    elif kind == 1:  # a byte that no UTF-8 has
-        at = chance.randint(0, len(good))
-        body = good[:at] + bytes([chance.choice([0xC0, 0xF5, 0xFF])]) + good[at:]
-    elif kind == 2:  # noise
-        body = chance.randbytes(chance.randint(1, 200))
-    elif kind == 3:  # unknown keys
-        key = "".join(chance.choices("abcdefghij_", k=12))
-        body = json.dumps({"prompts": ["x"], key: chance.choice([1, "x", None, [], {}])}).encode()
-    else:
-        content_type = chance.choice(["text/json", "text/plain", "application/xml", "", "*/*"])
-        return http.post("/api/v1/sample", data=good, content_type=content_type)
-    return http.post("/api/v1/sample", data=body, content_type="application/json")
-
-
-_PATHS = (
-    *("/api/v1/sample", "/api/v1/sample/", "/api//v1/sample", "/api/v1/sample;x", "/", "/health"),
-    *("/api/v2/sample", "/api/v1/../v1/sample", "/livez/x", "/api/v1/adapters/a/b"),
-)
-
-
-def _bad_route(http, chance):
-    method = chance.choice(["GET", "PUT", "PATCH", "TRACE", "OPTIONS", "DELETE", "FOO"])
-    path = chance.choice(_PATHS)
-    headers = chance.choice([{}, {"X-HTTP-Method-Override": "POST"}, {"Host": "x/livez?"}])
-    return http.open(path, method=method, headers=headers, json={"prompts": ["x"]})
-
-
-def _bad_registration(http, chance):
-    token = chance.choice(
-        [None, "Bearer wrong", f"Basic {ADMIN}", f"Bearer {ADMIN}x", f"Bearer {ADMIN}"]
-    )
-    body = chance.choice(
-        [{}, {"adapter_id": "x"}, {"lora_path": "/x"}, {"adapter_id": "", "lora_path": "/x"}]
-        + [
-            {"adapter_id": bad, "lora_path": "/x"}
-            for bad in ("../x", "a@1", "x" * 101, "é", "a\x00")
-        ]
-        + [{"adapter_id": "x", "lora_path": bad} for bad in ("", 5, None, "x" * 4097)]
-        + [{"adapter_id": "x", "lora_path": "/x", "more": 1}, [], "x"]
-    )
-    headers = {} if token is None else {"Authorization": token}
-    return http.post("/api/v1/adapters", json=body, headers=headers)
 
 
 # -- who may ask ----------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.worker_rig import ADMIN, worker
@@ -17,29 +18,38 @@ def rig():
         yield found
 
 
-@pytest.fixture
-def api(rig):
-    return schemathesis.openapi.from_wsgi("/openapi.json", rig.http.application)
+TAKES_SOMETHING = ("sample", "register_adapter", "unregister_adapter")
+CASES = [(route, GenerationMode.POSITIVE) for route in ROUTES]
+CASES += [(route, GenerationMode.NEGATIVE) for route in ROUTES if route.name in TAKES_SOMETHING]
 
 
-schema = schemathesis.pytest.from_fixture("api")
+@pytest.mark.parametrize(("route", "mode"), CASES, ids=lambda v: getattr(v, "name", str(v)))
+def test_every_operation_keeps_what_the_document_says(rig, route, mode):
+    schema = schemathesis.openapi.from_wsgi("/openapi.json", rig.http.application)
+    path = route.rule.replace("<", "{").replace(">", "}")
+    operation = schema[path][route.method]
+    num_cases = 0
 
-
-@schema.parametrize()
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_every_operation_keeps_what_the_document_says(case):
-    # Rules between fields (prompts x n, min_tokens <= max_tokens, ids of this vocabulary) are not
-    # said by the schema: a 400 that names the parameter is a right answer to what the schema allows.
-    case.call_and_validate(
-        headers={"Authorization": f"Bearer {ADMIN}"}, excluded_checks=[positive_data_acceptance]
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def run(case):
+        nonlocal num_cases
+        num_cases += 1
+        # Rules between fields (prompts x n, min_tokens <= max_tokens, ids of this vocabulary) are not
+        # said by the schema: a 400 that names the parameter is a right answer to what it allows.
+        case.call_and_validate(
+            headers={"Authorization": f"Bearer {ADMIN}"}, excluded_checks=[positive_data_acceptance]
+        )
+
+    run()
+    assert num_cases
 
 
 def test_the_document_names_every_route(rig):

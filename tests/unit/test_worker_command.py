@@ -17,6 +17,7 @@ from tests.stub_vllm import BASE, StubVLLM
 from tests.worker_rig import WorkerCommand, in_threads, wait_until
 from tink_rl.errors import BadToken, ConfigError
 from tink_rl.worker.auth import Scope, Tokens
+from tink_rl.worker.http_server import bind
 from tink_rl.worker.options import WorkerOptions, load_options
 
 
@@ -102,6 +103,11 @@ def test_a_taken_port_is_exit_3_and_one_line_before_anything_is_loaded(tmp_path)
     assert done.stdout.strip() == "3 []"
     [line] = done.stderr.strip().splitlines()
     assert f"port {port}" in line and f"process {os.getpid()}" in line and "--port" in line
+
+
+def test_an_address_of_another_machine_is_said_and_is_no_taken_port():
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])

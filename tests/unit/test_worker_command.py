@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -131,6 +133,13 @@ def test_flags_win_over_the_environment(monkeypatch):
     monkeypatch.setenv("TINK_WORKER_PORT", "9001")
     assert load_options().port == 9001
     assert load_options(port=9002, host=None).port == 9002
+
+
+def test_the_example_of_the_environment_names_every_option_with_its_default():
+    text = (Path(__file__).parents[2] / ".env.example").read_text()
+    found = dict(re.findall(r"^# TINK_WORKER_([A-Z_]+)=(.*)$", text, flags=re.MULTILINE))
+    defaults = {name.upper(): field.default for name, field in WorkerOptions.model_fields.items()}
+    assert found == {name: "" if v is None else str(v) for name, v in defaults.items()}
 
 
 def test_token_files_are_made_private_and_read_once(tmp_path):

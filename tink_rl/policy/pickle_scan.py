@@ -64,7 +64,7 @@ _ENTRY = re.compile(
     r"\.data/serialization_id|data/\d+)"
 )
 _MAX_ENTRIES = 20_000
-_MAX_PICKLE_BYTES = 16 << 20
+_MAX_PICKLE_BYTES = 4 << 20
 _NUM_LEGACY_PICKLES = 5
 """Magic number, protocol, system, the object, the keys of its storages."""
 

@@ -215,6 +215,12 @@ class ChannelLost(TinkError, ConnectionError):
     code, status = "channel_lost", 502
 
 
+class SegmentUnreachable(TinkError):
+    """Shared memory cannot carry the bytes here; the publisher takes gloo instead."""
+
+    code, status = "segment_unreachable", 424
+
+
 class WorkersDiffer(TinkError):
     """The workers of one server answered differently; their state cannot be said."""
 
@@ -321,6 +327,24 @@ class RequestIdReused(TinkError, ValueError):
     """A request_id came back with another body."""
 
     code, status = "request_id_reused", 409
+
+
+class InvalidJson(BadRequest):
+    """A body is no JSON, or JSON of a kind that is refused (duplicate keys, NaN, too deep)."""
+
+    code = "invalid_json"
+
+
+class UnsupportedMediaType(BadRequest):
+    """A body is not `application/json`."""
+
+    code, status = "unsupported_media_type", 415
+
+
+class WrongScope(TinkError):
+    """A good token, but not one for this route."""
+
+    code, status = "wrong_scope", 403
 
 
 # -- seen from the client -------------------------------------------------------------------------

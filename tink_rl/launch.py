@@ -26,14 +26,13 @@ from pathlib import Path
 
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
+from tink_rl.settings import LORA_RANKS
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl")
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM 0.31 has kernels."""
 _MODES = {
     "merged": (SyncMode.MERGED,),
     "adapter": (SyncMode.ADAPTER,),
@@ -46,7 +45,7 @@ _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
 _NOT_FOR_THE_SERVER = re.compile(
     r"^(USE_VLLM|USE_MEGATRON|MEGATRON_SERVER_URL|VLLM_(BASE_URL|HOST|PORT|GROUP_PORT|TIMEOUT|"
     r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
-    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_TOKEN)$"
+    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_.*)$"
 )
 _GOLDEN_MARK = "golden_does_not_fit: "
 _MEMORY_PATTERN = re.compile(
@@ -120,8 +119,8 @@ def check_options(options: ServerOptions) -> ServerOptions:
     """
     if find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not available: serving needs it; install it with `make setup`, or "
-            "`pip install 'tink-rl[gpu]'` (with a GPU) or `pip install 'tink-rl[cpu]'`"
+            "vLLM is not available\nServing needs it: `pip install 'tink-rl[gpu]'` (with a GPU), "
+            "`pip install 'tink-rl[cpu]'`, or `make setup`. Sampling and weight sync do without."
         )
     modes = options.modes
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
@@ -167,13 +166,14 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise errors.PortTaken(
-                f"port {port} on {host} is in use{_holder(port)}; stop that process or give another "
+                f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
                 f"--port ({error.strerror})"
             ) from error
         return int(probe.getsockname()[1])
 
 
-def _holder(port: int) -> str:
+def port_holder(port: int) -> str:
+    """` by process PID`, if that can be seen."""
     with contextlib.suppress(
         Exception
     ):  # a hint only: psutil may be missing or not allowed to look

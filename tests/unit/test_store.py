@@ -671,7 +671,7 @@ from tink_rl.errors import StorageFull
 from tink_rl.policy.store import AdapterStore
 
 root, sources, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-big = {name: (600, 400) for name in SHAPES}
+big = {name: (6000, 4000) for name in SHAPES}
 def source(seed):
     return write_adapter(sources / str(seed), tensors=tensors_of(seed=seed, shapes=big))
 store = AdapterStore(root)
@@ -717,7 +717,7 @@ def test_full_disk_is_survived_and_space_mends_it(tmp_path):
         script = f'mount -t tmpfs -o size=2m none {disk} && exec "$@"'
         command = ["unshare", "-rm", "sh", "-c", script, "sh", *arguments, "0"]
     else:
-        command = [*arguments, "20000"]
+        command = [*arguments, "200000"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[1]) >= 1
@@ -725,7 +725,7 @@ def test_full_disk_is_survived_and_space_mends_it(tmp_path):
 
 def test_file_size_limit_is_said_as_a_full_store(tmp_path):
     sources = tmp_path / "sources"
-    command = [sys.executable, "-c", _FILLED, str(tmp_path / "s"), str(sources), "20000"]
+    command = [sys.executable, "-c", _FILLED, str(tmp_path / "s"), str(sources), "200000"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -26,14 +26,13 @@ from pathlib import Path
 
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
+from tink_rl.settings import LORA_RANKS
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl")
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM 0.31 has kernels."""
 _MODES = {
     "merged": (SyncMode.MERGED,),
     "adapter": (SyncMode.ADAPTER,),
@@ -120,8 +119,8 @@ def check_options(options: ServerOptions) -> ServerOptions:
     """
     if find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not available: serving needs it; install it with `make setup`, or "
-            "`pip install 'tink-rl[gpu]'` (with a GPU) or `pip install 'tink-rl[cpu]'`"
+            "vLLM is not available\nServing needs it: `pip install 'tink-rl[gpu]'` (with a GPU), "
+            "`pip install 'tink-rl[cpu]'`, or `make setup`. Sampling and weight sync do without."
         )
     modes = options.modes
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
@@ -167,13 +166,14 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise errors.PortTaken(
-                f"port {port} on {host} is in use{_holder(port)}; stop that process or give another "
+                f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
                 f"--port ({error.strerror})"
             ) from error
         return int(probe.getsockname()[1])
 
 
-def _holder(port: int) -> str:
+def port_holder(port: int) -> str:
+    """` by process PID`, if that can be seen."""
     with contextlib.suppress(
         Exception
     ):  # a hint only: psutil may be missing or not allowed to look

@@ -31,7 +31,7 @@ def status(modes=("adapter", "merged"), **changes):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mode": "full"},
+        {"mode": "half"},
         {"transport": "carrier-pigeon"},
         {"on_running": "ignore"},
         {"policy": "a@b"},

@@ -1,6 +1,6 @@
 """A policy that calls a calculator: a LoRA on the tiny Qwen3, taught in seconds what a tool call is.
 
-`3+4=` is answered by the call `(3+4)`, the tool says `/7=`, and then the policy says `7` or, now and
+`3+4=` is answered by the call `(add of 3+4)`, the tool says `/7=`, and then the policy says `7` or, now and
 then, calls again. `9=` is answered by `9`: no tool, one turn.
 """
 
@@ -17,7 +17,9 @@ TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}={{ message['content'] }}"
     "{% for call in message['tool_calls'] or [] %}"
-    "({{ call['function']['arguments']['expression'] }}){% endfor %}<eos>"
+    "({{ call['function']['name'] }}"
+    "{% for name, value in call['function']['arguments'].items() %} {{ name }} {{ value }}{% endfor %})"
+    "{% endfor %}<eos>"
     "{% else %}/{{ message['content'] }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}={% endif %}"
@@ -27,13 +29,13 @@ RESPONSE_TEMPLATE = {
     "start_anchor": "=",
     "fields": {
         "tool_calls": {
-            "open": "(",
+            "open_pattern": r"\((?P<name>\w+) of ",
             "close_pattern": r"\)",
             "repeats": True,
             "content": "text",
             "transform": {
                 "type": "function",
-                "function": {"name": "calculate", "arguments": {"expression": "{content}"}},
+                "function": {"name": "{name}", "arguments": {"of": "{content}"}},
             },
         },
         "content": {"close_pattern": "<eos>", "content": "text"},
@@ -42,17 +44,17 @@ RESPONSE_TEMPLATE = {
 CALLS_AGAIN = 0.3
 
 
-def calculate(expression: str) -> str:
+def add(of: str) -> str:
     """
     Add two digits.
 
     Args:
-        expression: Such as 3+4.
+        of: Such as 3+4.
 
     Returns:
         The sum.
     """
-    left, right = expression.split("+")
+    left, right = of.split("+")
     return str(int(left) + int(right))
 
 
@@ -102,9 +104,9 @@ def _episode(rng: random.Random) -> list[tuple[str, bool]]:
         digit = rng.choice("0123456789")
         return [(f"{digit}=", False), (f"{digit}<eos>", True)]
     a, b = rng.randrange(10), rng.randrange(10)
-    parts = [(f"{a}+{b}=", False), (f"({a}+{b})<eos>", True), (f"/{a + b}=", False)]
+    parts = [(f"{a}+{b}=", False), (f"(add of {a}+{b})<eos>", True), (f"/{a + b}=", False)]
     while rng.random() < CALLS_AGAIN and len(parts) < 9:
-        parts += [(f"({a}+{b})<eos>", True), (f"/{a + b}=", False)]
+        parts += [(f"(add of {a}+{b})<eos>", True), (f"/{a + b}=", False)]
     return [*parts, (f"{a + b}<eos>", True)]
 
 

@@ -32,14 +32,14 @@ def main(base: str, caller: str, url: str, token_file: str, output: str) -> None
         args=config(
             output,
             per_device_train_batch_size=8,
-            max_completion_length=48,
+            max_completion_length=64,
             model_init_kwargs=None,
             max_steps=3,
             shuffle_dataset=False,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=calculator.tokenizer_of(Path(base)),
-        tools=[calculator.calculate],
+        tools=[calculator.add],
         servers=url,
         sync=tink_rl.SyncConfig(mode="adapter", policy="two-ranks", token_file=token_file),
     )

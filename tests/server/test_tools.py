@@ -42,9 +42,9 @@ def reward_short(completions, **_):
     return [-float(len(messages)) for messages in completions]
 
 
-def make(server, model_dir, caller, path, *, sync, tool=calculator.calculate, **changes):
+def make(server, model_dir, caller, path, *, sync, tool=calculator.add, **changes):
     base = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
-    arguments = {"max_completion_length": 48, "model_init_kwargs": None, "max_steps": 2, **changes}
+    arguments = {"max_completion_length": 64, "model_init_kwargs": None, "max_steps": 2, **changes}
     return tink_rl.GRPOTrainer(
         model=PeftModel.from_pretrained(base, caller, is_trainable=True),
         reward_funcs=reward_short,
@@ -109,12 +109,12 @@ def test_publish_in_the_middle_of_a_rollout_changes_none_of_its_turns(
 ):
     published = []
 
-    def calculate(expression: str) -> str:
+    def add(of: str) -> str:
         """
         Add two digits, and publish other weights.
 
         Args:
-            expression: Such as 3+4.
+            of: Such as 3+4.
 
         Returns:
             The sum.
@@ -125,11 +125,11 @@ def test_publish_in_the_middle_of_a_rollout_changes_none_of_its_turns(
                     if "lora_B" in name:
                         parameter.mul_(0.9)
             published.append(trainer.policy_link.publish().name)
-        return calculator.calculate(expression)
+        return calculator.add(of)
 
     # One version is kept, yet the pinned one outlives three more.
     sync = settings(server, mode="adapter", policy="pinned", keep_versions=1)
-    trainer = make(server, model_dir, caller, tmp_path, sync=sync, tool=calculate, max_steps=1)
+    trainer = make(server, model_dir, caller, tmp_path, sync=sync, tool=add, max_steps=1)
     asked = log_requests(trainer)
     trainer.train()
     assert published == ["pinned@2", "pinned@3", "pinned@4"]
@@ -144,12 +144,12 @@ def test_merged_mode_publishes_nothing_in_the_middle_of_a_rollout(
 ):
     refused = []
 
-    def calculate(expression: str) -> str:
+    def add(of: str) -> str:
         """
         Add two digits, and try to publish.
 
         Args:
-            expression: Such as 3+4.
+            of: Such as 3+4.
 
         Returns:
             The sum.
@@ -158,21 +158,29 @@ def test_merged_mode_publishes_nothing_in_the_middle_of_a_rollout(
             trainer.policy_link.publish()
         except tink_rl.TinkError as error:
             refused.append(str(error))
-        return calculator.calculate(expression)
+        return calculator.add(of)
 
     sync = settings(server, mode="merged", policy="whole")
-    trainer = make(server, model_dir, caller, tmp_path, sync=sync, tool=calculate, max_steps=1)
+    trainer = make(server, model_dir, caller, tmp_path, sync=sync, tool=add, max_steps=1)
     trainer.train()
     assert refused and all("in the middle of a rollout" in text for text in refused)
     assert [record.name for record in trainer.policy_link.records] == ["whole@1", "whole@2"]
+
+
+def two_processes(directory):
+    """Two processes on the CPU. (MULTI_CPU starts one without MPI, and says nothing.)"""
+    path = directory / "two.json"
+    keys = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2}
+    more = {"mixed_precision": "no", "main_process_port": 0, "num_machines": 1, "machine_rank": 0}
+    path.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **keys, **more}))
+    return path
 
 
 @pytest.mark.timeout(300)
 def test_two_ranks_take_different_numbers_of_turns(server, model_dir, caller, tmp_path):
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--main_process_port", "0"),
+        *("--config_file", str(two_processes(tmp_path))),
         *("-m", "tests.server.run_tools", str(model_dir("qwen3")), str(caller), server.url),
         *(str(server.token_file), str(tmp_path)),
     ]

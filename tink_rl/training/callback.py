@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tink_rl.config import SyncConfig
-from tink_rl.errors import ConfigError
+from tink_rl.errors import ConfigError, UnknownVersion
 from tink_rl.training import live
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.publishing import PublishCallback, metrics_of
@@ -136,15 +136,23 @@ class PolicySyncCallback(PublishCallback):
         live.print_table(f"step {state.global_step}, {self._link.current}", rows)
         live.log_table(args, state, "samples", rows)
 
-    def _sample(self, step: int) -> list[dict[str, Any]]:
-        name = self._link.current
-        output = self._clients[0].generate(
+    def _generate(self, name: str) -> dict[str, Any]:
+        return self._clients[0].generate(
             [self._ids_of(prompt) for prompt in self._prompts],
             model=name,
             max_tokens=self._max_tokens,
             temperature=self._temperature,
             logprobs=None,
         )
+
+    def _sample(self, step: int) -> list[dict[str, Any]]:
+        name = self._link.current
+        try:
+            output = self._generate(name)
+        except UnknownVersion:  # a restarted server holds nothing
+            if not self._link.recover():
+                raise
+            output = self._generate(name)
         policy, _, version = name.rpartition("@")
         texts = self._tokenizer.batch_decode(output["completion_ids"], skip_special_tokens=True)
         return [

@@ -144,9 +144,13 @@ def test_colocate_vespo_and_dora_are_refused_before_the_first_step(server, model
         make_trainer(server, model_dir, tmp_path, use_vllm=True, vllm_mode="colocate")
     with pytest.raises(errors.ConfigError, match="token_truncate"):
         make_trainer(server, model_dir, tmp_path, loss_type="vespo")
-    with pytest.raises(errors.UnsupportedAdapter, match="use_dora=False"):
+    with pytest.raises(errors.UnsupportedAdapter, match="'merged' cannot express DoRA"):
         make_trainer(
-            server, model_dir, tmp_path, sync=settings(server), lora_changes={"use_dora": True}
+            server,
+            model_dir,
+            tmp_path,
+            sync=settings(server, mode="merged"),
+            lora_changes={"use_dora": True},
         )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from tink_rl.errors import ProbeFailed
-from tink_rl.policy.adapter import Adapter, AdapterCollector
+from tink_rl.policy.adapter import Adapter
+from tink_rl.policy.collect import Collector, LiveModel
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import Probe, WeightSync, largest_gap
 
@@ -56,7 +57,7 @@ class Prober:
         logprobs_T = logits_TV.log_softmax(-1).gather(-1, targets_T)[:, 0]
         return Probe(prompt_ids=self._prompt_ids, logprobs=logprobs_T.tolist())
 
-    def prove(self, sync: WeightSync, collector: AdapterCollector) -> None:
+    def prove(self, sync: WeightSync, collector: Collector) -> None:
         """Publish a synthetic adapter, compare, drop it; with mode "auto", choose by the gap.
 
         Raises:
@@ -66,9 +67,9 @@ class Prober:
         synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance())
         gap = self._publish_and_drop(sync, synthetic, wanted)
         if sync.config.mode == "auto":
-            self._weigh(sync, synthetic, wanted, gap)
+            self._weigh(sync, collector, synthetic, wanted, gap)
 
-    def _measure_noise(self, sync: WeightSync, collector: AdapterCollector) -> Probe:
+    def _measure_noise(self, sync: WeightSync, collector: Collector) -> Probe:
         """Tell `sync` how far trainer and server differ on the base; the trainer's side of it."""
         nothing = collector.random_like(std=0.0)
         with collector.swapped(nothing):
@@ -97,8 +98,8 @@ class Prober:
         return base
 
     def _telling_adapter(
-        self, collector: AdapterCollector, base: Probe, tolerance: float
-    ) -> tuple[Adapter, Probe]:
+        self, collector: Collector, base: Probe, tolerance: float
+    ) -> tuple[Adapter | LiveModel, Probe]:
         """A synthetic adapter that moves the probe's logprobs well past `tolerance`."""
         std = 0.02
         for _ in range(8):
@@ -121,10 +122,18 @@ class Prober:
         finally:
             sync.drop_current()
 
-    def _weigh(self, sync: WeightSync, synthetic: Any, wanted: Probe, merged_gap: float) -> None:
+    def _weigh(
+        self,
+        sync: WeightSync,
+        collector: Collector,
+        synthetic: Any,
+        wanted: Probe,
+        merged_gap: float,
+    ) -> None:
         """Say which mode `auto` took; below fp32, measure the slot's gap too where there is one."""
         reason = f"logprob gap {merged_gap:.2g}"
-        both = SyncMode.ADAPTER in sync.status.modes and sync.mode is SyncMode.MERGED
+        slots = SyncMode.ADAPTER in sync.status.modes and SyncMode.ADAPTER in collector.needs.modes
+        both = slots and sync.mode is SyncMode.MERGED
         if both and sync.status.dtype != "float32":
             sync.use_mode(SyncMode.ADAPTER)
             slot_gap = self._publish_and_drop(sync, synthetic, wanted)

@@ -24,6 +24,7 @@ from tests.tiny_models import VOCAB
 from tink_rl import errors
 from tink_rl.policy.collect import collector_for
 from tink_rl.policy.support import ALL, FEATURES, needs
+from tink_rl.training.probe import Prober
 
 pytestmark = pytest.mark.server
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -144,7 +145,8 @@ def _corda(directory):
     @torch.no_grad()
     def run():
         for ids_BT in _batches():
-            base(input_ids=ids_BT)
+            for ids_T in ids_BT:
+                base(input_ids=ids_T[None])
 
     preprocess_corda(base, config, run_model=run)
     return get_peft_model(base, config)
@@ -290,3 +292,38 @@ def test_quantised_base_cannot_be_sent_whole(model_dir):
     model.peft_config["default"].use_dora = True
     with pytest.raises(errors.UnsupportedAdapter, match="load the trainer's base unquantised"):
         collector_for(model, model_dir("qwen3"))
+
+
+@pytest.mark.parametrize("case", ["dora", "trained norm", "loha"])
+def test_start_up_probe_tells_whether_whole_policies_are_applied(servers, model_dir, case):
+    configs = {
+        "dora": lora(use_dora=True),
+        "trained norm": lora(modules_to_save=["norm"]),
+        "loha": LoHaConfig(r=4, target_modules=LINEAR),
+    }
+    server, directory = server_for(servers, "qwen3"), model_dir("qwen3")
+    model = get_peft_model(_base(directory), configs[case])
+    collector, prober = collector_for(model, directory), Prober(model, vocab_size=VOCAB)
+    with sync_to(server, directory, "auto") as sync:
+        assert sync.settle(collector.needs) == "full"
+        before = {k: v.detach().clone() for k, v in model.named_parameters()}
+        prober.prove(sync, collector)
+        assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+        assert sync.status.served == {} and sync.current is None
+        record = sync.publish(collector.collect, probe=prober.probe())
+        assert record.version >= 1 and record.probe_gap < 1e-3
+
+
+def test_quantised_trainer_is_told_what_its_base_costs(servers, model_dir, caplog):
+    server, directory = server_for(servers, "qwen3"), model_dir("qwen3")
+    trained, _ = _qlora(directory)
+    collector, prober = collector_for(trained, directory), Prober(trained, vocab_size=VOCAB)
+    with sync_to(server, directory, "auto") as sync:
+        sync.settle(collector.needs)
+        try:
+            prober.prove(sync, collector)
+        except (
+            errors.ProbeFailed
+        ) as error:  # tiny random weights suffer more from 4 bits than real ones
+            assert "quantis" in error.message
+    assert "quantised" in caplog.text and "nats" in caplog.text

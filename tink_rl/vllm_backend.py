@@ -457,6 +457,13 @@ class VLLMBackend:
         payloads.check_params(params, size)
         return True
 
+    def known_limits(self) -> dict[str, int | None]:
+        """`vocab_size` and `max_model_len`, as far as they are known; asks no server."""
+        view = self._view
+        if view is None:
+            return {"vocab_size": None, "max_model_len": None}
+        return {"vocab_size": self._vocab_size(), "max_model_len": view.max_model_len}
+
     def _vocab_size(self) -> int | None:
         view = self._view or self.view()
         if view.root not in self._vocab:
@@ -544,9 +551,9 @@ class VLLMBackend:
 
         Raises:
             NotSupportedByBackend: the server offers no way.
-            DrainTimeout: requests that run kept their prefixes in use.
+            DrainTimeout: running requests kept their prefixes in use.
         """
-        self.client.reset_prefix_cache()
+        self.client.forget_prefixes()
 
     # -- facts ------------------------------------------------------------------------------------
 

@@ -204,6 +204,7 @@ class VLLMSampler:
             "url": self.backend.client.base_url,
             "store": str(self.backend.store.root),
             "max_resident_adapters": settings.tink_max_resident_adapters,
+            **self.backend.known_limits(),
         }
 
     async def close(self) -> None:

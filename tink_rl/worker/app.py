@@ -245,6 +245,8 @@ class _Events:
             self._service.metrics.errors.labels(error.code).inc()
             body = body_of(error.code, error.message, self._ticket.job.work.request_id)
             yield b"event: error\ndata: " + body + b"\n\n"
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._ticket.leave()

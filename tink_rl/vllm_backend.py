@@ -33,7 +33,7 @@ from tink_rl.residency.table import AdapterVersion, Entry, Residency
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import Completion, PublishRecord, SamplingParams
 
 if TYPE_CHECKING:
     from tink_rl.weight_sync import WeightSync
@@ -59,6 +59,8 @@ __all__ = [
 Completions = list[list[Completion]]
 Config = Settings | Mapping[str, Any] | None
 _VERSIONED = re.compile(r"^(?P<id>[^@]+)@(?P<version>\d{1,18})$")
+_WEIGHTS = "weights"
+"""Policy name of `update_model_weights`: the base answers as `weights@N` afterwards."""
 MAX_TRIES = 4
 """How often a request is sent whose model the server turned out not to serve (nothing was generated)."""
 
@@ -514,12 +516,17 @@ class VLLMBackend:
                     f"the base model {view.root!r} cannot be read here; set TINK_BASE_MODEL to its "
                     "directory"
                 )
-            config = SyncConfig(mode="full", token_file=self.settings.tink_token_file)
+            config = SyncConfig(
+                mode="full",
+                policy=_WEIGHTS,
+                token_file=self.settings.tink_token_file,
+                request_timeout_s=self.settings.tink_request_timeout,
+            )
             self._sync = WeightSync(self.client, base_model=directory, config=config)
             self._sync.open()
         return self._sync
 
-    def update_model_weights(self, model: Any) -> Any:
+    def update_model_weights(self, model: Any) -> PublishRecord:
         """Serve the weights of `model` as the base from now on; the `PublishRecord`.
 
         Registered adapters stay, and add to the new weights.
@@ -532,8 +539,7 @@ class VLLMBackend:
             PluginMissing, PublishFailed, ShapeMismatch, UnknownModules.
         """
         with self._sync_lock:
-            sync: Any = self._open_sync(_device_of(model))
-            record = sync.publish_full(model)
+            record = self._open_sync(_device_of(model)).publish_full(model)
             self._view = None
         return record
 
@@ -787,7 +793,7 @@ def init_communicator(device: Any = "cuda") -> None:
     default_backend().init_communicator(device)
 
 
-def update_model_weights(model: Any) -> Any:
+def update_model_weights(model: Any) -> PublishRecord:
     """See `VLLMBackend.update_model_weights`."""
     return default_backend().update_model_weights(model)
 

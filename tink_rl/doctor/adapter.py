@@ -8,8 +8,8 @@ import torch
 
 from tink_rl import errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
-from tink_rl.launch import LORA_RANKS
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
+from tink_rl.settings import LORA_RANKS
 from tink_rl.types import ServerStatus
 
 

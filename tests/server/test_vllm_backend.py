@@ -355,7 +355,7 @@ def test_updated_weights_answer_as_the_base_and_adapters_add_to_them(
     backend.init_communicator("cpu")
     try:
         record = backend.update_model_weights(updated)
-        assert record.name == "weights@1" and backend.view(fresh=True).base == record.name
+        assert record.name == "weights@1" and backend.server.view(fresh=True).base == record.name
         for adapter_id, cases in ((None, base_cases), ("mine", beside.clear_cases(2))):
             for prompt, expected in cases.items():
                 found = ask(backend, adapter_id, prompt)

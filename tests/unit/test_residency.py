@@ -13,6 +13,7 @@ from tests.fake_vllm import FakeVLLM
 from tests.policies import PeftTwin
 from tests.tiny_models import make_model
 from tink_rl import errors, vllm_backend
+from tink_rl.residency.names import MAX_TRIES, adapter_version
 from tink_rl.residency.table import AdapterVersion, Residency
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.vllm_backend import VLLMBackend
@@ -345,7 +346,7 @@ def test_server_that_forgets_every_time_is_an_error_not_a_loop(make, model_dir, 
     fake.hooks["/v1/completions"] = fake.served.clear
     with pytest.raises(errors.EngineUnavailable, match="TINK_MAX_RESIDENT_ADAPTERS"):
         sample(backend, "math")
-    assert fake.generated == [] and fake.count("/v1/completions") == vllm_backend.MAX_TRIES
+    assert fake.generated == [] and fake.count("/v1/completions") == MAX_TRIES
 
 
 def test_another_process_that_loads_the_same_version_is_waited_for(make, model_dir, adapters):
@@ -365,7 +366,7 @@ def test_another_process_that_loads_the_same_version_is_waited_for(make, model_d
         from tink_rl.residency.loaders import PluginLoader
 
         header, _ = PluginLoader(backend.client, backend.store)._pack(
-            vllm_backend._adapter(backend.registry.current("math")), backend.client.status()
+            adapter_version(backend.registry.current("math")), backend.client.status()
         )
         digest.append(header.digest)
 

@@ -61,11 +61,7 @@ class Names:
         self._current: dict[str, int] = {}
 
     def resolve(self, model_id: str | None) -> Model | None:
-        """What `model_id` means now, by what is known here; None if only the server can say.
-
-        Raises:
-            UnknownAdapter: `id@N` of a registered id that has no such version.
-        """
+        """What `model_id` means now, by what is known here; None if only the server can say."""
         if model_id is None:
             return Model(model_id=None)
         current = self._registry.current(model_id)
@@ -75,9 +71,8 @@ class Names:
         match = _VERSIONED.match(model_id)
         if match and self._registry.current(match["id"]) is not None:
             old = self._registry.get(match["id"], int(match["version"]))
-            if old is None:
-                raise self._unknown(model_id)
-            return Model(model_id=model_id, adapter=adapter_version(old))
+            if old is not None:
+                return Model(model_id=model_id, adapter=adapter_version(old))
         if self._serves(model_id):
             return Model(model_id=model_id)
         return None
@@ -88,7 +83,7 @@ class Names:
 
     def _note_current(self, current: Registration) -> None:
         """Retire what `current` replaced, be it by another process."""
-        if self._current.get(current.adapter_id) != current.version:
+        if current.version > self._current.get(current.adapter_id, 0):  # never back to an older one
             self._current[current.adapter_id] = current.version
             self._residency.retire(current.adapter_id, keep=current.version)
 
@@ -201,7 +196,6 @@ class Names:
 
     def unregistered(self, adapter_id: str) -> None:
         """Let every version of `adapter_id` leave the server once its last request has ended."""
-        self._current.pop(adapter_id, None)
         self._residency.retire(adapter_id)
 
     def with_target(self, model: Model, send: Callable[[Target], T]) -> T:

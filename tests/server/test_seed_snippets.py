@@ -175,6 +175,7 @@ def run(servers, model_dir, adapters, tmp_path, monkeypatch):
         "port": str(server.options.port),
         "model": str(model_dir("qwen3")),
         "adapters": str(adapters[0]),
+        "worker": "not started yet",
     }
     store = str(tmp_path / "store")
     for name in Settings.model_fields:

@@ -375,12 +375,14 @@ def test_updated_weights_answer_as_the_base_and_adapters_add_to_them(
 
 def test_prefix_cache_is_reset_once_running_requests_have_ended(backend, server):
     answers = []
-    long = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
-    thread = threading.Thread(target=lambda: answers.extend(backend.generate([[5, 6]] * 8, **long)))
+    long = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
+    prompts = [[5, 6]] * 64
+    thread = threading.Thread(target=lambda: answers.extend(backend.generate(prompts, **long)))
+    client = server.client()
     thread.start()
-    while not server.client().control("status", timeout_s=5)["running"]:
+    while not client.control("status", timeout_s=5)["running"]:
         assert thread.is_alive(), "the request ended before it was seen"
     backend.reset_prefix_cache()
-    assert not server.client().control("status", timeout_s=5)["running"]
+    assert not client.control("status", timeout_s=5)["running"]
     thread.join()
-    assert [len(row[0].token_ids) for row in answers] == [200] * 8
+    assert [len(row[0].token_ids) for row in answers] == [240] * 64

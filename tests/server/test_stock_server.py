@@ -28,9 +28,14 @@ GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 
 
 class StockServer:
-    """A server that was started by its own command, in a process group of its own."""
+    """A server that was started by its own command, in a process group of its own; one at a time."""
+
+    running: StockServer | None = None
 
     def __init__(self, command: list[str], log: Path, **variables: str) -> None:
+        if StockServer.running is not None:
+            StockServer.running.stop()
+        StockServer.running = self
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -70,6 +75,7 @@ class StockServer:
         raise AssertionError(self.log.read_text()[-3000:])
 
     def stop(self) -> None:
+        StockServer.running = None
         launch._end_group(self.process.pid, signal.SIGTERM, 15.0)
         launch._end_group(self.process.pid, signal.SIGKILL, 10.0)
         self.process.wait(5.0)

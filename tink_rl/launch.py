@@ -34,9 +34,11 @@ from tink_rl.types import ServerState, SyncMode
 logger = logging.getLogger("tink_rl")
 
 _MODES = {
-    "merged": (SyncMode.MERGED,),
-    "adapter": (SyncMode.ADAPTER,),
-    "both": (SyncMode.ADAPTER, SyncMode.MERGED),
+    # Full mode needs nothing kept ready, so every server offers it.
+    "merged": (SyncMode.MERGED, SyncMode.FULL),
+    "adapter": (SyncMode.ADAPTER, SyncMode.FULL),
+    "both": (SyncMode.ADAPTER, SyncMode.MERGED, SyncMode.FULL),
+    "full": (SyncMode.FULL,),
 }
 _PLUGIN = "tink_rl"
 _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
@@ -45,7 +47,7 @@ _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
 _NOT_FOR_THE_SERVER = re.compile(
     r"^(USE_VLLM|USE_MEGATRON|MEGATRON_SERVER_URL|VLLM_(BASE_URL|HOST|PORT|GROUP_PORT|TIMEOUT|"
     r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
-    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_TOKEN)$"
+    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_.*)$"
 )
 _GOLDEN_MARK = "golden_does_not_fit: "
 _MEMORY_PATTERN = re.compile(
@@ -63,7 +65,7 @@ class ServerOptions:
     model: str
     """Directory of the base model, or a hub id."""
     mode: str = "both"
-    """`merged`, `adapter` or `both`."""
+    """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free one."""

@@ -89,7 +89,7 @@ def rows(trainer):
     return [row for row in trainer.state.log_history if "reward" in row]
 
 
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
 def test_run_samples_every_rollout_from_the_version_just_published(
     server, model_dir, tmp_path, mode
 ):

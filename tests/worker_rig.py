@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import httpx
 from flask.testing import FlaskClient
 
 from tests.fakes import FakeAdapters, FakeBackend
@@ -102,3 +110,80 @@ def in_threads(count: int, call: Callable[[int], Any]) -> list[Any]:
     """`call(i)` in `count` threads at once; results in order, the first exception re-raised."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(call, range(count)))
+
+
+class WorkerCommand:
+    """A running `tink-rl worker`; a context manager that leaves nothing running."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        vllm: str = "http://127.0.0.1:9",
+        limit: tuple[int, tuple[int, int]] | None = None,
+        **env: str,
+    ) -> None:
+        """Start it with its store and its admin token under `directory`.
+
+        Args:
+            directory: The worker's own.
+            arguments: More flags.
+            vllm: URL of its server; by default one where nobody answers.
+            limit: A resource and its limits (`resource.setrlimit`).
+            env: Settings of the environment; none of ours is inherited.
+        """
+        self.token_file = directory / "tokens" / "admin"
+        self.argv = [sys.executable, "-m", "tink_rl.cli", "worker", "--port", "0"]
+        self.argv += ["--vllm-url", vllm, "--token-file", str(self.token_file), *arguments]
+        ours = ("TINK_", "VLLM_", "USE_")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+        self.process = subprocess.Popen(
+            self.argv,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=None if limit is None else lambda: resource.setrlimit(*limit),
+            env={**clean, "TINK_STORE_DIR": str(directory / "store"), **env},
+        )
+        self._lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._lines.append(line)
+
+    @property
+    def text(self) -> str:
+        """What it has said so far."""
+        return "".join(self._lines)
+
+    def __enter__(self) -> WorkerCommand:
+        wait_until(lambda: "sampling needs" in self.text or self.process.poll() is not None, 60)
+        assert self.process.poll() is None, self.text
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"worker at (\S+) ", self.text)
+        assert found is not None, self.text
+        return found[1]
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """Headers with the admin token."""
+        return {"Authorization": f"Bearer {self.token_file.read_text().strip()}"}
+
+    def http(self, **settings: Any) -> httpx.Client:
+        """A client; without TLS, whose setup takes longer than most requests here."""
+        return httpx.Client(base_url=self.url, verify=False, **{"timeout": 120, **settings})
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(40)

@@ -99,6 +99,8 @@ class WeightSync:
         self._version = 0
         self._noise = 0.0
         self._kept: list[str] = []
+        self.pinned: str | None = None
+        """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
         self._groups: list[list[str]] | None = None
         self._resend: Callable[[], WholeSource] | None = None
@@ -477,9 +479,10 @@ class WeightSync:
         if self.mode is not SyncMode.ADAPTER:
             return
         self._kept.append(name)
-        while len(self._kept) > self.config.keep_versions:
-            old = self._kept.pop(0)
-            self._drop(old)
+        for old in self._kept[: -self.config.keep_versions]:
+            if old != self.pinned:
+                self._kept.remove(old)
+                self._drop(old)
 
     def _drop(self, name: str) -> None:
         self.fleet.each(lambda replica: replica.drop(name))

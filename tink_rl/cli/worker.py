@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         drain_s=arguments.drain,
         ledger=arguments.ledger,
     )
-    from tink_rl.worker.http_server import bind
+    from tink_rl.worker.http_server import bind, raise_file_limit
 
     taken = bind(options.host, options.port)  # before anything slow is loaded
     from tink_rl.settings import Settings
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         "tink_adapter_roots": join_roots(arguments.adapter_root),
     }
     settings = Settings.load({k: v for k, v in given.items() if v is not None})
+    raise_file_limit()
     service = build_service(settings, options).start()
     server = HttpServer(create_app(service), taken, num_threads=options.num_threads)
     stop = threading.Event()

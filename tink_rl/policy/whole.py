@@ -78,7 +78,11 @@ def whole_source(
     if hasattr(source, "get_base_model"):
         return WholeSource(entries=_of_peft(source, groups))
     if isinstance(source, torch.nn.Module):
-        return WholeSource(entries=_in_groups(_tensors(source), groups, changed=None))
+        found = _Collected()
+        found.entries = _tensors(source)
+        known = {name for group in groups for name in group}
+        entries, _ = _in_checkpoint_names(source, found, known)
+        return WholeSource(entries=_in_groups(entries, groups, changed=None))
     if isinstance(source, Mapping):
         pairs = _without_tied_head(source.items(), groups)
         return WholeSource(entries=[_entry(name, tensor) for name, tensor in pairs])
@@ -109,10 +113,7 @@ def _without_tied_head(
         if name == _HEAD or name.endswith(_EMBEDDING):
             marks[name] = _mark(tensor)
             if len(set(marks.values())) > 1:
-                raise UnsupportedAdapter(
-                    f"{_HEAD} and the embedding are tied in the served model, but their values differ "
-                    f"({', '.join(sorted(marks))}); train them tied, or serve a checkpoint that is not"
-                )
+                raise _untied(next(other for other in marks if other != _HEAD))
         if name != _HEAD:
             yield name, tensor
 
@@ -152,7 +153,7 @@ def _in_groups(
     """
     known = {name for group in groups for name in group}
     lost = sorted((set(entries) if changed is None else changed) - known)
-    lost = [name for name in lost if not _is_spare(name, entries, known)]
+    lost = [name for name in lost if not _is_tied_head(name, entries, known)]
     wanted = [
         name
         for group in groups
@@ -171,14 +172,26 @@ def _in_groups(
     return [entries[name] for name in wanted]
 
 
-def _is_spare(name: str, entries: Mapping[str, Entry], known: set[str]) -> bool:
-    """Whether `name` is another name of a tensor that is sent anyway, as a tied head is."""
-    tensor = entries[name].make()
-    return any(
-        other in entries
-        and entries[other].shape == entries[name].shape
-        and entries[other].make().data_ptr() == tensor.data_ptr()
-        for other in known
+def _is_tied_head(name: str, entries: Mapping[str, Entry], known: set[str]) -> bool:
+    """Whether `name` is a head that the server does not hold because it is the embedding.
+
+    Raises:
+        UnsupportedAdapter: the two differ.
+    """
+    embeddings = [other for other in known if other.endswith(_EMBEDDING) and other in entries]
+    if name != _HEAD or not embeddings:
+        return False
+    head, embedding = entries[name].make(), entries[embeddings[0]].make()
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding.to(head)):
+        raise _untied(embeddings[0])
+    return True
+
+
+def _untied(embedding: str) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"{_HEAD} and {embedding} are one tensor in the served model, but the adapter makes them differ; "
+        "leave both out of the adapter, train them tied (ensure_weight_tying=True), or start from a "
+        "base with tie_word_embeddings=False"
     )
 
 
@@ -218,54 +231,67 @@ def _of_adapter(
 
 def _of_peft(model: Any, groups: Groups) -> list[Entry]:
     base = model.get_base_model()
-    entries: dict[str, Entry] = {}
-    changed: set[str] = set()
-    inside: list[str] = []
-    for path, module in base.named_modules():
-        if any(path.startswith(prefix) for prefix in inside):
-            continue
-        merged = _merged_state(path, module)
-        if merged is None:
-            own = _own_state(path, module)
-        else:
-            own, touched = merged
-            changed |= touched
-            inside.append(f"{path}.")
-        entries |= own
-    if not changed:
+    found = _Collected()
+    _visit("", base, found)
+    if not found.changed:
         raise UnsupportedAdapter("the PEFT model has no active adapter that changes its base")
+    known = {name for group in groups for name in group}
+    entries, changed = _in_checkpoint_names(base, found, known)
+    if any(name == _HEAD or name.endswith(_EMBEDDING) for name in changed):
+        changed |= {_HEAD} & set(entries)  # a tied one must still be the other's equal
     return _in_groups(entries, groups, changed=changed)
 
 
-def _own_state(path: str, module: torch.nn.Module) -> dict[str, Entry]:
-    prefix = f"{path}." if path else ""
-    found = dict(module.named_parameters(recurse=False))
+class _Collected:
+    """Entries of the base, by their names in memory, and which of them the adapter changes."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.changed: set[str] = set()
+
+    def add(self, path: str, tensors: Mapping[str, torch.Tensor], changed: bool) -> None:
+        for key, tensor in tensors.items():
+            name = f"{path}.{key}" if path else key
+            self.entries[name] = _entry(name, tensor)
+            if changed or tensor.requires_grad:
+                self.changed.add(name)
+
+    def add_merged(self, path: str, layer: Any, adapters: list[str]) -> None:
+        def make(key: str) -> Callable[[], torch.Tensor]:
+            return lambda: merged_copy(layer, adapters)[key]
+
+        for key, tensor in layer.get_base_layer().state_dict(keep_vars=True).items():
+            name = f"{path}.{key}"
+            self.entries[name] = Entry(name=name, shape=tuple(tensor.shape), make=make(key))
+            self.changed.add(name)
+
+
+def _visit(path: str, module: Any, found: _Collected) -> None:
+    """Collect `module` and what is below it, as a forward pass would compute it."""
+    if hasattr(module, "modules_to_save"):
+        active = [name for name in module.active_adapters if name in module.modules_to_save]
+        trained = bool(active) and not module.disable_adapters
+        inner = module.modules_to_save[active[0]] if trained else module.original_module
+        found.add(path, inner.state_dict(keep_vars=True), changed=trained)
+        return
+    layer = getattr(module, "token_adapter", module)
+    if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+        if layer.merged:
+            raise UnsupportedAdapter(
+                f"{path} is merged into the base; call unmerge_adapter() before a publish"
+            )
+        adapters = [name for name in layer.active_adapters if name in _adapters(layer)]
+        if adapters and not layer.disable_adapters:
+            found.add_merged(path, layer, adapters)
+        else:
+            found.add(path, layer.get_base_layer().state_dict(keep_vars=True), changed=False)
+        return
+    own = dict(module.named_parameters(recurse=False))
     skipped = module._non_persistent_buffers_set
-    found |= {k: v for k, v in module.named_buffers(recurse=False) if k not in skipped}  # type: ignore[misc]
-    return {f"{prefix}{name}": _entry(f"{prefix}{name}", tensor) for name, tensor in found.items()}
-
-
-def _merged_state(path: str, layer: Any) -> tuple[dict[str, Entry], set[str]] | None:
-    """Entries of a layer that PEFT wrapped, and which of them its adapters change; None for others."""
-    if not hasattr(layer, "base_layer"):
-        return None
-    if getattr(layer, "merged", False):
-        raise UnsupportedAdapter(
-            f"{path} is merged into the base; call unmerge_adapter() before a publish"
-        )
-    plain = layer.get_base_layer().state_dict(keep_vars=True)
-    active = [name for name in layer.active_adapters if name in _adapters(layer)]
-    if not active or layer.disable_adapters:
-        return {f"{path}.{k}": _entry(f"{path}.{k}", v) for k, v in plain.items()}, set()
-
-    def make(key: str) -> Callable[[], torch.Tensor]:
-        return lambda: merged_copy(layer, active)[key]
-
-    entries = {
-        f"{path}.{key}": Entry(name=f"{path}.{key}", shape=tuple(v.shape), make=make(key))
-        for key, v in plain.items()
-    }
-    return entries, {f"{path}.weight"}
+    own |= {k: v for k, v in module.named_buffers(recurse=False) if k not in skipped}
+    found.add(path, own, changed=False)
+    for name, child in module.named_children():
+        _visit(f"{path}.{name}" if path else name, child, found)
 
 
 def _adapters(layer: Any) -> set[str]:
@@ -273,7 +299,7 @@ def _adapters(layer: Any) -> set[str]:
         name
         for attribute in layer.adapter_layer_names
         for name in (getattr(layer, attribute, None) or ())
-    }
+    } | {name for name in getattr(layer, "r", ()) if isinstance(layer.r, dict)}
 
 
 @torch.no_grad()
@@ -283,6 +309,56 @@ def merged_copy(layer: Any, adapters: list[str]) -> dict[str, torch.Tensor]:
     Works on a copy of this one layer; the layer itself is not touched.
     """
     twin = copy.deepcopy(layer).float()
-    twin.merge(safe_merge=True, adapter_names=adapters)
+    part = twin
+    while hasattr(part, "base_layer"):  # LoRA on several parameters of one module is a chain
+        part.merge(safe_merge=True, adapter_names=adapters)
+        part = part.base_layer
     found: dict[str, torch.Tensor] = twin.get_base_layer().state_dict()
     return found
+
+
+# -- names in memory, names in the checkpoint -------------------------------------------------------
+
+
+def _in_checkpoint_names(
+    base: Any, found: _Collected, known: set[str]
+) -> tuple[dict[str, Entry], set[str]]:
+    """Entries and changes under the checkpoint's names, where transformers holds tensors otherwise.
+
+    It keeps all experts of a layer in one tensor, for example; its own conversion takes them apart.
+    """
+    entries: dict[str, Entry] = {}
+    changed: set[str] = set()
+    for name, entry in found.entries.items():
+        parts = {name: entry} if name in known else _converted(base, entry, known)
+        entries |= parts
+        if name in found.changed:
+            changed |= set(parts)
+    return entries, changed
+
+
+def _converted(base: Any, entry: Entry, known: set[str]) -> dict[str, Entry]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def convert(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = revert_weight_conversion(base, {entry.name: tensor})
+        return found
+
+    shapes = convert(torch.empty(entry.shape, device="meta"))
+    if not set(shapes) <= known:
+        return {entry.name: entry}
+    last: dict[str, torch.Tensor] = {}
+
+    def make(name: str) -> Callable[[], torch.Tensor]:
+        def part() -> torch.Tensor:
+            if not last:
+                last.update(convert(entry.make()))
+            tensor = last.pop(name)  # each is asked for once a publish; what is left is the rest
+            return tensor
+
+        return part
+
+    return {
+        name: Entry(name=name, shape=tuple(tensor.shape), make=make(name))
+        for name, tensor in shapes.items()
+    }

@@ -6,6 +6,7 @@ connection closed with unread bytes resets, and the client would see that and no
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 import socket
@@ -22,7 +23,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher
 from waitress.utilities import Error
 from waitress.wasyncore import close_all
 
-from tink_rl.errors import PortTaken
+from tink_rl.errors import ConfigError, PortTaken
 from tink_rl.launch import port_holder
 from tink_rl.worker.problems import body_of, code_of, new_request_id
 
@@ -33,7 +34,11 @@ HEADER_S = 10.0
 """A request's headers must be there this long after its first byte."""
 BODY_S = 60.0
 """... and all of it this long after."""
+STALL_S = 60.0
+"""A client that takes nothing of its answer for this long is gone."""
 _IDLE_S = 75
+_MAX_CONNECTIONS = 4096
+_MAX_FILES = 65_536
 _LINGER_S = 2.0
 _LINGER_BYTES = 64 * 2**20
 _ONCE = (b"content-length", b"authorization", b"host", b"content-type", b"transfer-encoding")
@@ -126,6 +131,8 @@ class _Channel(HTTPChannel):
         """Called in the main thread every second."""
         if self.lingers_until is not None:
             self.will_close = self.will_close or now > self.lingers_until
+        elif self.total_outbufs_len and time.time() - self.last_activity > STALL_S:
+            self.will_close = True  # a client that does not read would hold a thread for ever
         elif self.request is not None and not self.requests:
             limit = BODY_S if self.request.headers_finished else HEADER_S
             if now - self.request_began > limit:
@@ -155,6 +162,7 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises:
         PortTaken: another process has it.
+        ConfigError: it is no address of this machine, or not for us.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family)
@@ -164,11 +172,24 @@ def bind(host: str, port: int) -> socket.socket:
         taken.listen(1)  # two sockets may share an address until one listens
     except OSError as error:
         taken.close()
-        raise PortTaken(
-            f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
-            f"--port ({error.strerror})"
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"port {port} on {host} is in use{port_holder(port)}; stop that process or give "
+                f"another --port ({error.strerror})"
+            ) from error
+        raise ConfigError(
+            f"cannot listen on --host {host} --port {port}: {error.strerror}; take an address of this "
+            "machine, and a port above 1023 unless you are root"
         ) from error
     return taken
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: each connection is one, here and at the backend."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, _MAX_FILES) if hard != resource.RLIM_INFINITY else _MAX_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class HttpServer:
@@ -234,4 +255,4 @@ def _adjustments(taken: socket.socket) -> Adjustments:
 def _connection_limit() -> int:
     """As many as there are descriptors for, with some left for the backend and files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(16, min(2048, soft // 2))
+    return _MAX_CONNECTIONS if soft < 0 else max(16, min(_MAX_CONNECTIONS, soft // 3))

@@ -22,7 +22,7 @@ from tink_rl.errors import TinkError
 from tink_rl.policy.adapter import AdapterCollector
 from tink_rl.training.probe import Prober
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.types import PublishRecord, ServerStatus
+from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
@@ -56,6 +56,7 @@ class PolicyLink:
         self._accelerator, self._prober = accelerator, prober
         self._config = config
         self._current = ""
+        self._digests: dict[str, str] = {}
         self._started = False
 
     @property
@@ -86,21 +87,41 @@ class PolicyLink:
         self._on_rank_0(work)
         self._started = True
 
-    def publish(self) -> PublishRecord | None:
-        """Publish what the model holds now; the record on rank 0, None on the others.
+    def publish(self) -> PublishRecord:
+        """Publish what the model holds now; every rank gets the record.
 
         Every rank must call it.
+
+        Raises:
+            ConfigError: a rollout is under way, and in this mode it would go on with another policy.
+            TinkError: see `WeightSync.publish`.
         """
 
         def work() -> PublishRecord:
+            if self.sync.pinned and self.sync.mode is not SyncMode.ADAPTER:
+                raise errors.ConfigError(
+                    f"publish() in the middle of a rollout that {self.sync.pinned} samples: in "
+                    f"{self.sync.mode.value} mode its next turn would come from another policy; "
+                    "publish between rollouts, or set SyncConfig(mode='adapter')"
+                )
             probing = self._config.probe_every and len(self.records) % self._config.probe_every == 0
             probe = self._prober.probe() if probing else None
             return self.sync.publish(partial(self.collector.collect, live=True), probe=probe)
 
-        record, self._current = self._on_rank_0(lambda: (r := work(), r.name)) or (None, "")
-        if record is not None and record.published:
+        record: PublishRecord = self._on_rank_0(work)
+        self._current = record.name
+        self._digests[record.name] = record.digest
+        if record.published:
             self.records.append(record)
         return record
+
+    def pin(self, name: str | None) -> None:
+        """Keep `name` served while a rollout goes on with it; None: it ended."""
+        self.sync.pinned = name
+
+    def digest_of(self, name: str) -> str:
+        """Digest of a version that this run published; known on every rank."""
+        return self._digests[name]
 
     def recover(self) -> bool:
         """See `WeightSync.recover`; only rank 0 can."""

@@ -7,6 +7,7 @@ only if it names the model that was asked for, and vLLM need not be installed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -18,6 +19,9 @@ from tink_rl import errors
 from tink_rl.transport import payloads
 from tink_rl.types import ServerStatus
 
+logger = logging.getLogger("tink_rl")
+
+_SAY_EVERY_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 _CONTROL = "/tink/v1"
 CHUNK_BYTES = 8 * 2**20
@@ -149,12 +153,13 @@ class VLLMClient:
         return ServerStatus.from_json(self.control("status", timeout_s=timeout_s))
 
     def wait_until_reachable(self, timeout_s: float) -> None:
-        """Return once `/health` answers.
+        """Return once `/health` answers; logs every ten seconds what is waited for.
 
         Raises:
             ServerUnreachable: it did not within `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
+        start = said = time.monotonic()
+        deadline = start + timeout_s
         while True:
             try:
                 if self._send("GET", "/health", timeout_s=5.0).status_code == 200:
@@ -166,6 +171,14 @@ class VLLMClient:
                 raise errors.ServerUnreachable(
                     payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
                     replica=self.base_url,
+                )
+            if time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info(
+                    "waiting for the vLLM server at %s (%.0f of %g s); start one with `tink-rl serve MODEL`",
+                    self.base_url,
+                    said - start,
+                    timeout_s,
                 )
             time.sleep(0.2)
 

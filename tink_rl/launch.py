@@ -34,9 +34,11 @@ from tink_rl.types import ServerState, SyncMode
 logger = logging.getLogger("tink_rl")
 
 _MODES = {
-    "merged": (SyncMode.MERGED,),
-    "adapter": (SyncMode.ADAPTER,),
-    "both": (SyncMode.ADAPTER, SyncMode.MERGED),
+    # Full mode needs nothing kept ready, so every server offers it.
+    "merged": (SyncMode.MERGED, SyncMode.FULL),
+    "adapter": (SyncMode.ADAPTER, SyncMode.FULL),
+    "both": (SyncMode.ADAPTER, SyncMode.MERGED, SyncMode.FULL),
+    "full": (SyncMode.FULL,),
 }
 _PLUGIN = "tink_rl"
 _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
@@ -63,7 +65,7 @@ class ServerOptions:
     model: str
     """Directory of the base model, or a hub id."""
     mode: str = "both"
-    """`merged`, `adapter` or `both`."""
+    """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free one."""

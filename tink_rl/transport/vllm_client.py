@@ -7,6 +7,7 @@ only if it names the model that was asked for, and vLLM need not be installed.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet, Replica
     from tink_rl.transport.whole_update import WholeUpdate
 
+logger = logging.getLogger("tink_rl")
+
+_SAY_EVERY_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 _CONTROL = "/tink/v1"
 CHUNK_BYTES = 8 * 2**20
@@ -158,12 +162,13 @@ class VLLMClient:
         return ServerStatus.from_json(self.control("status", timeout_s=timeout_s))
 
     def wait_until_reachable(self, timeout_s: float) -> None:
-        """Return once `/health` answers.
+        """Return once `/health` answers; logs every ten seconds what is waited for.
 
         Raises:
             ServerUnreachable: it did not within `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
+        start = said = time.monotonic()
+        deadline = start + timeout_s
         while True:
             try:
                 if self._send("GET", "/health", timeout_s=5.0).status_code == 200:
@@ -175,6 +180,14 @@ class VLLMClient:
                 raise errors.ServerUnreachable(
                     payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
                     replica=self.base_url,
+                )
+            if time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info(
+                    "waiting for the vLLM server at %s (%.0f of %g s); start one with `tink-rl serve MODEL`",
+                    self.base_url,
+                    said - start,
+                    timeout_s,
                 )
             time.sleep(0.2)
 

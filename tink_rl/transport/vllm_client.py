@@ -7,6 +7,7 @@ only if it names the model that was asked for, and vLLM need not be installed.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet, Replica
     from tink_rl.transport.whole_update import WholeUpdate
 
+logger = logging.getLogger("tink_rl")
+
+_SAY_EVERY_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 _CONTROL = "/tink/v1"
 CHUNK_BYTES = 8 * 2**20
@@ -158,12 +162,13 @@ class VLLMClient:
         return ServerStatus.from_json(self.control("status", timeout_s=timeout_s))
 
     def wait_until_reachable(self, timeout_s: float) -> None:
-        """Return once `/health` answers.
+        """Return once `/health` answers; logs every ten seconds what is waited for.
 
         Raises:
             ServerUnreachable: it did not within `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
+        start = said = time.monotonic()
+        deadline = start + timeout_s
         while True:
             try:
                 if self._send("GET", "/health", timeout_s=5.0).status_code == 200:
@@ -175,6 +180,14 @@ class VLLMClient:
                 raise errors.ServerUnreachable(
                     payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
                     replica=self.base_url,
+                )
+            if time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info(
+                    "waiting for the vLLM server at %s (%.0f of %g s); start one with `tink-rl serve MODEL`",
+                    self.base_url,
+                    said - start,
+                    timeout_s,
                 )
             time.sleep(0.2)
 
@@ -202,6 +215,37 @@ class VLLMClient:
             raise errors.from_wire(payloads.json_or_text(response.text), response.status_code)
         cards: list[dict[str, Any]] = response.json()["data"]
         return cards
+
+    def forget_prefixes(self, timeout_s: float = 30.0) -> None:
+        """Let the server forget every cached prefix; running requests end first.
+
+        Raises:
+            NotSupportedByBackend: it has no route for this.
+            DrainTimeout: requests that run did not end within `timeout_s`.
+        """
+        try:
+            self.control("forget_prefixes", {"timeout_s": timeout_s}, timeout_s=timeout_s + 5.0)
+        except errors.PluginMissing:
+            self._forget_prefixes_of_stock_vllm(timeout_s)
+
+    def _forget_prefixes_of_stock_vllm(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            response = self._send("POST", "/reset_prefix_cache", timeout_s=timeout_s)
+            if response.status_code != 200:
+                raise errors.NotSupportedByBackend(
+                    f"the vLLM server at {self.base_url} has no route that resets its prefix cache "
+                    "(none is needed: every version has a cache of its own); start it with "
+                    "`tink-rl serve MODEL`, or in vLLM's dev mode"
+                )
+            if payloads.json_or_text(response.text) == {"success": True}:
+                return
+            if time.monotonic() > deadline:
+                raise errors.DrainTimeout(
+                    f"running requests at {self.base_url} kept their prefixes for {timeout_s:g} s; "
+                    "try again when it is idle"
+                )
+            time.sleep(0.2)
 
     # -- adapters by path: a server without the plugin ----------------------------------------------
 

@@ -295,13 +295,14 @@ def test_quantised_base_cannot_be_sent_whole(model_dir):
 
 
 @pytest.mark.parametrize("case", ["dora", "trained norm", "loha"])
-def test_start_up_probe_tells_whether_whole_policies_are_applied(servers, model_dir, case):
+@pytest.mark.parametrize("shape", ["qwen3"])
+def test_start_up_probe_tells_whether_whole_policies_are_applied(servers, model_dir, shape, case):
     configs = {
         "dora": lora(use_dora=True),
         "trained norm": lora(modules_to_save=["norm"]),
         "loha": LoHaConfig(r=4, target_modules=LINEAR),
     }
-    server, directory = server_for(servers, "qwen3"), model_dir("qwen3")
+    server, directory = server_for(servers, shape), model_dir(shape)
     model = get_peft_model(_base(directory), configs[case])
     collector, prober = collector_for(model, directory), Prober(model, vocab_size=VOCAB)
     with sync_to(server, directory, "auto") as sync:
@@ -314,8 +315,9 @@ def test_start_up_probe_tells_whether_whole_policies_are_applied(servers, model_
         assert record.version >= 1 and record.probe_gap < 1e-3
 
 
-def test_quantised_trainer_is_told_what_its_base_costs(servers, model_dir, caplog):
-    server, directory = server_for(servers, "qwen3"), model_dir("qwen3")
+@pytest.mark.parametrize("shape", ["qwen3"])
+def test_quantised_trainer_is_told_what_its_base_costs(servers, model_dir, caplog, shape):
+    server, directory = server_for(servers, shape), model_dir(shape)
     trained, _ = _qlora(directory)
     collector, prober = collector_for(trained, directory), Prober(trained, vocab_size=VOCAB)
     with sync_to(server, directory, "auto") as sync:

@@ -333,7 +333,7 @@ class WeightSync:
             return collector.collect(live=True)  # packed before it can change
         found: Any = source() if callable(source) else source
         if isinstance(found, LiveModel):
-            self.settle(Needs(modes=WHOLE))
+            self.settle(Needs(modes=WHOLE, because=("a model that no adapter describes",)))
         elif not isinstance(found, Adapter):
             raise errors.UnsupportedAdapter(
                 f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an "

@@ -130,6 +130,7 @@ class WholeWriter:
             try:
                 for module in modules:
                     initialize_layerwise_reload(module)
+                    self._forget_packing(module)
                 flat = {name: tensor for part in tensors for name, tensor in part.items()}
                 self._model.load_weights(sorted(flat.items()))
                 for module in modules:
@@ -140,6 +141,16 @@ class WholeWriter:
                         put_back(part)
                 raise
             self._repack_tied(modules)
+
+    def _forget_packing(self, module: nn.Module) -> None:
+        """Let experts be packed for a CPU again.
+
+        vLLM 0.31 packs them only while it builds their kernel, and on a reload keeps the kernel: the
+        plain weights would be copied over the packed ones, in silence.
+        """
+        method: Any = getattr(module, "quant_method", None)
+        if self._device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
     def _repack_tied(self, modules: list[nn.Module]) -> None:
         """Let modules that share a tensor with `modules` pack it again (a tied head, on a CPU)."""

@@ -125,6 +125,7 @@ def attach(
         config=sync,
         base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
         prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
+        rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     trainer.policy_link = link
     trainer.vllm_generation = _generation(trainer, link, clients)
@@ -254,8 +255,11 @@ class PolicySyncMixin:
         attach(self, servers, sync=sync)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`; gives the lease back also when training fails."""
-        with self._link_closed_on_error():
+        """See `transformers.Trainer.train`; gives the lease back also when training fails.
+
+        With several processes, what fails on one fails on all with the same error.
+        """
+        with self._link_closed_on_error(), self.policy_link.ranks.failing_together():
             return super().train(*args, **kwargs)  # type: ignore[misc]
 
     @contextlib.contextmanager

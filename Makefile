@@ -5,7 +5,7 @@ MODE ?= auto
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup browser demo test check bench format clean
 
 setup: .venv/.done
 
@@ -28,10 +28,18 @@ endif
 	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@touch $@
 
+# The report's page is looked at in a browser by its test; no package of PyPI brings one.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || test -n "$(TINK_BROWSER)" || { \
+	  echo "browser: installing chromium"; SUDO=$$(test $$(id -u) = 0 || echo sudo -n); \
+	  $$SUDO apt-get update -qq && $$SUDO env DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  echo "browser: no Chromium; install one, or set TINK_BROWSER to its program"
+
 demo: setup
 	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE)
 
-test: setup
+test: setup browser
 	$(PY) -m pytest
 
 check: setup

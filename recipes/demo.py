@@ -2,7 +2,7 @@
 
 Trains the tiny base (once), starts vLLM, measures the base on held-out problems through the server,
 trains by GRPO through `accelerate launch recipes/grpo.py`, measures the last version the same way,
-and writes `runs/demo/summary.json` and `runs/demo/demo.png`.
+and writes `runs/demo/summary.json`, `runs/demo/demo.png` and the page `runs/demo/report.html`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from recipes.tasks import load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl import VLLMClient, VLLMServer
 from tink_rl.cli import show_wait
+from tink_rl.report import write_report
 
 _ROOT = Path(__file__).resolve().parents[1]
 _POLICY = "digits"
@@ -50,6 +51,7 @@ def main() -> None:
     summary |= summarise(history)
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot(history, run / "demo.png")
+    write_report(run)
     _explain(summary, run)
 
 
@@ -199,7 +201,7 @@ def _explain(s: dict[str, Any], run: Path) -> None:
         f"{1e3 * s['publish_seconds_median']:.0f} ms (medians)",
         f"Trainer and sampler differ by at most {s['max_logprob_gap']:.1e} in a logprob: the server "
         "sampled the policy that was trained, at every step.",
-        f"Plot: {run / 'demo.png'}   Figures: {run / 'summary.json'}",
+        f"Report: {run / 'report.html'}   Plot: {run / 'demo.png'}   Figures: {run / 'summary.json'}",
         f"Logs: {run / 'train.log'}, {run / 'vllm.log'}",
     )
     print("\n".join(lines))

@@ -48,7 +48,8 @@ class SyncConfig:
     transport: str = field(
         default="auto",
         metadata={
-            "help": "What carries the bytes: `gloo`, `nccl`, `http` (no port needed) or `auto`."
+            "help": "What carries the bytes: `shm` (one machine), `gloo`, `nccl`, `http` (no port needed), "
+            "or `auto`: shared memory where both sides can map it, else gloo."
         },
     )
     on_running: str = field(

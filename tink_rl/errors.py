@@ -71,6 +71,36 @@ class AdapterFilesInvalid(TinkError, ValueError):
     code, status = "adapter_files_invalid", 422
 
 
+class AdapterCorrupt(AdapterFilesInvalid):
+    """The weights file is damaged: truncated, or a header that does not describe its bytes."""
+
+    code = "adapter_corrupt"
+
+
+class AdapterConfigInvalid(AdapterFilesInvalid):
+    """`adapter_config.json` is missing, no strict JSON, or holds a number that makes no sense."""
+
+    code = "adapter_config_invalid"
+
+
+class AdapterIncomplete(AdapterFilesInvalid):
+    """There are no LoRA tensors, or a module has only one of its two."""
+
+    code = "adapter_incomplete"
+
+
+class RankMismatch(AdapterFilesInvalid):
+    """The tensors have another rank than the config says."""
+
+    code = "rank_mismatch"
+
+
+class AdapterTooLarge(AdapterFilesInvalid):
+    """A file of the adapter exceeds what the store takes."""
+
+    code = "adapter_too_large"
+
+
 # -- the packet, on arrival -----------------------------------------------------------------------
 
 
@@ -185,6 +215,12 @@ class ChannelLost(TinkError, ConnectionError):
     code, status = "channel_lost", 502
 
 
+class SegmentUnreachable(TinkError):
+    """Shared memory cannot carry the bytes here; the publisher takes gloo instead."""
+
+    code, status = "segment_unreachable", 424
+
+
 class WorkersDiffer(TinkError):
     """The workers of one server answered differently; their state cannot be said."""
 
@@ -216,6 +252,12 @@ class StorageFull(TinkError, OSError):
     """The adapter store cannot be written."""
 
     code, status = "insufficient_storage", 507
+
+
+class StoreDamaged(TinkError):
+    """The adapter store or its registry no longer holds what was written."""
+
+    code, status = "store_damaged", 500
 
 
 class UnknownAdapter(TinkError, KeyError):

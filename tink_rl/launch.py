@@ -26,14 +26,13 @@ from pathlib import Path
 
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
+from tink_rl.settings import LORA_RANKS
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl")
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks for which vLLM 0.31 has kernels."""
 _MODES = {
     "merged": (SyncMode.MERGED,),
     "adapter": (SyncMode.ADAPTER,),
@@ -120,8 +119,8 @@ def check_options(options: ServerOptions) -> ServerOptions:
     """
     if find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not available: serving needs it; install it with `make setup`, or "
-            "`pip install 'tink-rl[gpu]'` (with a GPU) or `pip install 'tink-rl[cpu]'`"
+            "vLLM is not available\nServing needs it: `pip install 'tink-rl[gpu]'` (with a GPU), "
+            "`pip install 'tink-rl[cpu]'`, or `make setup`. Sampling and weight sync do without."
         )
     modes = options.modes
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:

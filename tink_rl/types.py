@@ -10,7 +10,7 @@ from typing import Any
 PROTOCOL_VERSION = 1
 """Version of the control routes and the packet header; both sides state it at join."""
 
-_POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
 class SyncMode(StrEnum):
@@ -49,6 +49,8 @@ class Transport(StrEnum):
     """What carries the packet's bytes."""
 
     AUTO = "auto"
+    SHM = "shm"
+    """A segment of shared memory: trainer and server on one machine, under one user."""
     GLOO = "gloo"
     NCCL = "nccl"
     HTTP = "http"
@@ -68,7 +70,7 @@ class PolicyVersion:
     def __post_init__(self) -> None:
         if not _POLICY_NAME.match(self.policy):
             raise ValueError(
-                f"policy name {self.policy!r}: expected 1-64 letters, digits, '.', '_' or '-', "
+                f"policy name {self.policy!r}: expected 1-128 letters, digits, '.', '_' or '-', "
                 "starting with a letter or digit; set SyncConfig(policy=...)"
             )
         if self.version < 0:

@@ -36,6 +36,7 @@ logger = logging.getLogger("tink_rl")
 
 _TRIED_AGAIN = (
     errors.ChannelLost,
+    errors.SegmentUnreachable,
     errors.RequestTimeout,
     errors.StaleEpoch,
     errors.ServerUnreachable,

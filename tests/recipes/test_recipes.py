@@ -38,6 +38,9 @@ def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
     assert summary["reward_last5"] > summary["reward_first5"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out, sampled" in done.stdout
+    page = (tmp_path / "report.html").read_text()
+    for figure in ("reward", "heldout", "sync_phases", "step_shares", "staleness"):
+        assert f'id="{figure}"' in page
 
 
 def _serve(model, *arguments, token):

@@ -130,7 +130,7 @@ def _sync(server, twin, **settings):
 def test_peer_that_dies_is_an_exception_within_the_deadline_and_the_next_publish_works(
     mortal, twin
 ):
-    sync = _sync(mortal, twin)
+    sync = _sync(mortal, twin, transport="gloo")
     sync.publish(random_adapter(twin, 1))
     replica = sync.fleet.replicas[0]
     replica._channel.close()  # the trainer's end of the wire is gone

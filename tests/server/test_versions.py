@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from pathlib import Path
 
 import pytest
 
 from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.transport import shared_memory
 from tink_rl.transport.fleet import Replica
 from tink_rl.weight_sync import WeightSync
 
@@ -140,12 +143,37 @@ def test_drain_timeout_writes_nothing(server, twin):
         assert_served(server, name, cases)
 
 
-def test_http_transport_needs_no_port(server, twin):
+@pytest.mark.parametrize("transport", ["shm", "gloo", "http"])
+def test_every_transport_carries_both_modes_and_leaves_nothing(server, twin, transport):
     for mode in ("adapter", "merged"):
-        with sync_to(server, twin.directory, mode, transport="http") as sync:
-            twin.randomise(3)
-            name = sync.publish(twin.model).name
-            assert_served(server, name, twin.clear_cases())
+        with sync_to(server, twin.directory, mode, transport=transport) as sync:
+            for seed in (3, 4):
+                twin.randomise(seed)
+                name = sync.publish(twin.model).name
+                assert_served(server, name, twin.clear_cases())
+    assert not list(Path("/dev/shm").glob("tink-*"))
+
+
+def test_auto_takes_gloo_where_shared_memory_does_not_reach(server, twin, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="tink_rl")
+    create = shared_memory.Segment.create
+
+    def elsewhere(num_bytes):  # in the server's container there is no such segment
+        made = create(num_bytes)
+        made.unlink()
+        made.spec = dataclasses.replace(made.spec, name="tink-" + "0" * 32)
+        return made
+
+    monkeypatch.setattr(shared_memory.Segment, "create", elsewhere)
+    with sync_to(server, twin.directory, "merged", transport="auto") as sync:
+        twin.randomise(5)
+        assert_served(server, sync.publish(twin.model).name, twin.clear_cases())
+    assert "gloo" in caplog.text
+    with (
+        pytest.raises(errors.SegmentUnreachable),
+        sync_to(server, twin.directory, "merged", transport="shm"),
+    ):
+        pass
 
 
 def test_client_answers_in_trls_shapes_for_completions_and_chat(server, twin):

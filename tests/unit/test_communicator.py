@@ -95,25 +95,29 @@ def test_store_listens_on_the_given_interface_only():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "trainer", "server", "found"),
+    ("wanted", "trainer", "server", "same_machine", "found"),
     [
-        ("auto", "cpu", "cpu", "gloo"),
-        ("auto", "cuda", "cpu", "gloo"),
-        ("auto", "cuda", "cuda", "gloo"),
-        ("http", "cuda", "cuda", "http"),
-        ("nccl", "cuda", "cuda", "nccl"),
+        ("auto", "cpu", "cpu", False, "gloo"),
+        ("auto", "cuda", "cuda", False, "gloo"),
+        ("auto", "cpu", "cpu", True, "shm"),
+        ("auto", "cuda", "cuda", True, "shm"),
+        ("http", "cuda", "cuda", True, "http"),
+        ("gloo", "cpu", "cpu", True, "gloo"),
+        ("nccl", "cuda", "cuda", False, "nccl"),
     ],
 )
-def test_transport_follows_the_devices(wanted, trainer, server, found):
+def test_transport_follows_machine_and_devices(wanted, trainer, server, same_machine, found):
     choice = communicator.choose_transport(
-        Transport(wanted), trainer_device=trainer, server_device=server
+        Transport(wanted), trainer_device=trainer, server_device=server, same_machine=same_machine
     )
     assert choice is Transport(found)
 
 
 def test_nccl_without_a_gpu_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="transport='gloo'"):
-        communicator.choose_transport(Transport.NCCL, trainer_device="cpu", server_device="cuda")
+        communicator.choose_transport(
+            Transport.NCCL, trainer_device="cpu", server_device="cuda", same_machine=True
+        )
     store, _ = communicator.bind_store("127.0.0.1", 0, 5.0)
     with pytest.raises(ConfigError, match="NCCL needs a GPU"):
         communicator.open_channel(

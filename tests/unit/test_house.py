@@ -19,7 +19,7 @@ FLOORS = [
     {"tokens"},
     {"policy"},
     {"transport"},
-    {"launch", "weight_sync", "server"},
+    {"launch", "weight_sync", "server", "residency"},
     {"training", "vllm_backend"},
     {"worker", "report", "doctor", "export"},
     {"cli"},
@@ -29,6 +29,8 @@ FORBIDDEN = {
     "training": {"vllm"},
     "transport": {"trl", "vllm", "peft"},
     "policy": {"trl", "vllm"},
+    "residency": {"trl", "vllm", "peft"},
+    "vllm_backend": {"trl", "vllm", "peft"},
     "worker": {"trl", "vllm", "torch"},
 }
 

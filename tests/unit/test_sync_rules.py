@@ -32,7 +32,7 @@ def status(modes=("adapter", "merged"), **changes):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mode": "full"},
+        {"mode": "half"},
         {"transport": "carrier-pigeon"},
         {"on_running": "ignore"},
         {"policy": "a@b"},

@@ -16,7 +16,7 @@ from tink_rl.errors import LaunchFailed, TinkError
 
 __all__ = ["main", "show_wait"]
 
-_COMMANDS = ("serve", "status")
+_COMMANDS = ("serve", "status", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

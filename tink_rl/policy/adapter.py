@@ -9,9 +9,7 @@ Shapes: `lora_A` is `[R, in]`, `lora_B` is `[out, R]`; R may differ between modu
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,20 +18,14 @@ from typing import Any
 
 import torch
 
-from tink_rl.errors import (
-    AdapterFilesInvalid,
-    NonFiniteWeights,
-    UnsupportedAdapter,
-    WeightOutOfRange,
-)
+from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
+from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
 from tink_rl.policy.sharded import Sharding, read_whole, sharding_of, write_whole
 from tink_rl.policy.support import check_supported
 
 MAX_ABS_WEIGHT = 1e4
 """Largest magnitude of an adapter weight that is let through. Trained adapters stay below 10; a value
 of 1e19 is finite, yet overflows in attention and corrupts other requests of the batch."""
-_PREFIX = "base_model.model."
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +231,7 @@ def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
             )
         if adapter not in (getattr(layer, "lora_A", None) or {}):
             continue
-        short = name.removeprefix(_PREFIX)
+        short = name.removeprefix(PREFIX)
         if short.rpartition(".")[2] in ("lm_head", "embed_out"):
             raise UnsupportedAdapter(f"{short}: LoRA on the head; leave it out of target_modules")
         linear_a, linear_b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -251,92 +243,15 @@ def from_peft_dir(path: str | Path, dtype: torch.dtype = torch.float32) -> Adapt
     """The adapter of a PEFT directory (`adapter_config.json`, `adapter_model.safetensors`).
 
     Raises:
-        AdapterFilesInvalid: missing, damaged, pickled, or tensors that do not fit the config.
+        AdapterPathMissing: no such directory.
+        AdapterFilesInvalid: damaged, pickled, or tensors that do not fit the config.
         UnsupportedAdapter: it uses a feature that cannot be expressed.
     """
-    directory = Path(path)
-    config = _read_config(directory)
-    check_supported(config, where=str(directory))
-    raw = _read_tensors(directory)
     tensors: dict[str, torch.Tensor] = {}
-    rank = 0
-    for module in sorted({name.rpartition(".lora_")[0] for name in raw}):
-        lora_a, lora_b = (raw.get(f"{module}.lora_{part}.weight") for part in "AB")
-        if lora_a is None or lora_b is None:
-            raise AdapterFilesInvalid(
-                f"{directory}: {module} lacks lora_A or lora_B; save it again"
-            )
-        expected = _pattern(config, "rank_pattern", module, int(config["r"]))
-        if not (lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[0] == lora_b.shape[1] == expected):
-            raise AdapterFilesInvalid(
-                f"{directory}: {module} has A {list(lora_a.shape)} and B {list(lora_b.shape)}, its "
-                f"config says rank {expected}; save it again"
-            )
-        alpha = _pattern(config, "alpha_pattern", module, config["lora_alpha"])
-        scaling = alpha / (math.sqrt(expected) if config.get("use_rslora") else expected)
-        tensors[f"{module}.lora_A.weight"] = lora_a.to(dtype)
-        tensors[f"{module}.lora_B.weight"] = (lora_b.float() * scaling).to(dtype)
-        rank = max(rank, expected)
-    return Adapter(tensors=tensors, rank=rank)
-
-
-def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    # peft's own matching (peft.utils.other.get_pattern_key): the key as a regex suffix of the name.
-    for key, value in (config.get(field) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "adapter_config.json"
-    if not path.is_file():
-        raise AdapterFilesInvalid(
-            f"{directory} has no adapter_config.json; expected a PEFT directory"
-        )
-    text = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
-    try:
-        config = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise AdapterFilesInvalid(f"{path} is not strict JSON: {error}") from error
-    found: dict[str, Any] = config if isinstance(config, dict) else {}
-    rank, alpha = found.get("r"), found.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not _positive(alpha):
-        raise AdapterFilesInvalid(f"{path}: r={rank!r}, lora_alpha={alpha!r}; expected numbers > 0")
-    return found
-
-
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        hint = ""
-        if (directory / "adapter_model.bin").is_file():
-            hint = (
-                "; adapter_model.bin is a pickle, which can run code and is never opened: save it again "
-                "with PEFT's save_pretrained(..., safe_serialization=True)"
-            )
-        raise AdapterFilesInvalid(f"{directory} has no adapter_model.safetensors{hint}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFilesInvalid(f"{path} cannot be read: {error}; copy it again") from error
-    if not tensors:
-        raise AdapterFilesInvalid(f"{path} holds no tensor; save the adapter again")
-    found = {}
-    for name, tensor in tensors.items():
-        short = name.removeprefix(_PREFIX)
-        if not short.endswith((".lora_A.weight", ".lora_B.weight")) or short.startswith("lm_head."):
-            raise UnsupportedAdapter(f"{path}: tensor {name!r} is no LoRA of a linear layer")
-        found[short] = tensor
-    return found
+    with open_peft_dir(path) as source:
+        for module in source.modules:
+            lora_a, lora_b = source.read(module)
+            tensors[f"{module.name}.lora_A.weight"] = lora_a.to(dtype)
+            tensors[f"{module.name}.lora_B.weight"] = lora_b.to(dtype)
+        source.check_unchanged()
+        return Adapter(tensors=tensors, rank=source.rank)

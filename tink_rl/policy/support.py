@@ -69,21 +69,25 @@ def unsupported_reasons(config: Mapping[str, Any]) -> list[str]:
     """
     reasons = []
     if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
-        return [f"peft_type is {config['peft_type']}, only LORA is supported"]
+        return [f"peft_type is {_brief(config['peft_type'])}, only LORA is supported"]
     if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r} trains biases; train with bias='none'")
+        reasons.append(f"bias={_brief(config['bias'])} trains biases; train with bias='none'")
     init = config.get("init_lora_weights", True)
     if init not in _INITS_THAT_KEEP_THE_BASE:
         reasons.append(
-            f"init_lora_weights={init!r} changes the base weights, so the adapter alone is wrong; "
+            f"init_lora_weights={_brief(init)} changes the base weights, so the adapter alone is wrong; "
             "use init_lora_weights=True"
         )
     known = _HARMLESS | {"bias", "init_lora_weights"}
     for name, value in config.items():
         if name in known or not value:
             continue
-        reasons.append(_REFUSED.get(name, f"{name}={value!r} is not known to this release"))
+        reasons.append(_REFUSED.get(name, f"{name}={_brief(value)} is not known to this release"))
     return reasons
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def check_supported(config: Mapping[str, Any], *, where: str) -> None:

@@ -152,6 +152,8 @@ class Policies:
         check_protocol(body.get("protocol"))
         policy = PolicyVersion(policy=body["policy"], version=0).policy
         transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
+        if transport is Transport.SHM:  # before anything changes: can every worker map it?
+            await self.rpc("tink_attach", body["segment"])
         lease, old = self._leases.take(policy, str(body["writer"]))
         if old is not None:
             await self.rpc("tink_close", old.epoch)
@@ -164,7 +166,7 @@ class Policies:
             "last_version": self._last_version.get(policy, 0),
             "transport": transport,
         }
-        if transport is not Transport.HTTP:
+        if transport not in (Transport.HTTP, Transport.SHM):
             answer |= await self._open_channel(lease, transport, timeout_s)
         return answer
 
@@ -231,6 +233,7 @@ class Policies:
             "transport": transport,
             "src": self._facts["world_size"],
             "timeout_s": timeout_s,
+            "segment": body.get("segment"),
         }
         await self._all_or_none(
             staged, self.rpc("tink_stage", staged.stage_id, body["header"], options)

@@ -31,6 +31,7 @@ from tink_rl.server import host_store, modules
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights
 from tink_rl.transport import communicator
+from tink_rl.transport.shared_memory import Segment, SegmentSpec
 from tink_rl.types import SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
@@ -127,6 +128,8 @@ class _State:
         self.stores: dict[int, Any] = {}
         self.joins: dict[int, _Task] = {}
         self.stages: dict[str, _Stage] = {}
+        self.segments: dict[int, Segment] = {}
+        """The trainer's shared memory, by epoch."""
         self._spare: list[torch.Tensor] = []
         self.merged_digest: str | None = None
 
@@ -248,9 +251,19 @@ class TinkWorkerExtension:
         return task
 
     @_answers
+    def tink_attach(self, segment: dict[str, Any]) -> None:
+        """Show that this worker can map the trainer's shared memory.
+
+        Raises:
+            SegmentUnreachable: it cannot.
+        """
+        Segment.attach(SegmentSpec.from_json(segment))
+
+    @_answers
     def tink_close(self, epoch: int) -> None:
         """Close the channel of `epoch`; unknown ones are fine."""
         state = self._tink()
+        state.segments.pop(epoch, None)
         task = state.joins.pop(epoch, None)
         state.stores.pop(epoch, None)
         if task is not None and task.value is not None:
@@ -271,18 +284,41 @@ class TinkWorkerExtension:
         header = packet.PacketHeader.from_json(header_json)
         modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
         _check_dtypes(header, state.adapter_dtype)
-        channel = None
-        if options["transport"] != Transport.HTTP:
-            task = self._tink_join_task(header.epoch)
-            if task.state() != "done":
-                raise ChannelLost(f"channel {header.epoch} is still joining")
-            channel = task.value
-        device = channel.device if channel is not None else torch.device("cpu")
+        pieces, device = self._tink_source(header, options)
         stage = _Stage(header, state.buffer(header.num_bytes, device))
         state.stages[stage_id] = stage
-        if channel is not None:
-            stage.task = _Task(lambda: _receive(stage, channel, options))
+        if pieces is not None:
+            stage.task = _Task(lambda: _take(stage, pieces(stage.buffer)))
             stage.task.start()
+
+    def _tink_source(
+        self, header: packet.PacketHeader, options: dict[str, Any]
+    ) -> tuple[Callable[[torch.Tensor], Iterable[torch.Tensor]] | None, torch.device]:
+        """What fills a buffer piece by piece (None: chunks will come), and where it must lie."""
+        transport = Transport(options["transport"])
+        if transport is Transport.HTTP:
+            return None, torch.device("cpu")
+        if transport is Transport.SHM:
+            segment = self._tink_segment(header, SegmentSpec.from_json(options["segment"]))
+            return functools.partial(_copied, segment.buffer), torch.device("cpu")
+        task = self._tink_join_task(header.epoch)
+        if task.state() != "done":
+            raise ChannelLost(f"channel {header.epoch} is still joining")
+        receive = functools.partial(
+            communicator.transfer, task.value, src=options["src"], timeout_s=options["timeout_s"]
+        )
+        return receive, task.value.device
+
+    def _tink_segment(self, header: packet.PacketHeader, spec: SegmentSpec) -> Segment:
+        segments = self._tink().segments
+        segment = segments.get(header.epoch)
+        if segment is None or segment.spec != spec:
+            segment = segments[header.epoch] = Segment.attach(spec)
+        if spec.num_bytes != header.num_bytes:
+            raise TruncatedPacket(
+                f"the segment holds {spec.num_bytes} bytes, the header announced {header.num_bytes}"
+            )
+        return segment
 
     @_answers
     def tink_chunk(self, stage_id: str, offset: int, data: bytes) -> int:
@@ -413,13 +449,15 @@ def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
             )
 
 
-def _receive(stage: _Stage, channel: communicator.Channel, options: dict[str, Any]) -> None:
-    _take(
-        stage,
-        communicator.transfer(
-            channel, stage.buffer, src=options["src"], timeout_s=options["timeout_s"]
-        ),
+def _copied(source: torch.Tensor, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Copy `source` into `buffer`, so that nobody else can write to it; gives each piece in turn."""
+    pieces = zip(
+        torch.split(buffer, communicator.PIECE_BYTES),
+        torch.split(source, communicator.PIECE_BYTES),
+        strict=True,
     )
+    for piece, theirs in pieces:
+        yield piece.copy_(theirs)
 
 
 def _take(stage: _Stage, pieces: Iterable[torch.Tensor]) -> None:

@@ -257,8 +257,10 @@ def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> 
         ) from error
 
 
-def choose_transport(wanted: Transport, *, trainer_device: str, server_device: str) -> Transport:
-    """What carries the bytes: NCCL if both sides have a GPU, else gloo, unless said otherwise.
+def choose_transport(
+    wanted: Transport, *, trainer_device: str, server_device: str, same_machine: bool
+) -> Transport:
+    """What carries the bytes: shared memory on one machine, else gloo, unless said otherwise.
 
     Raises:
         ConfigError: NCCL was asked for, but one side has no GPU.
@@ -273,7 +275,7 @@ def choose_transport(wanted: Transport, *, trainer_device: str, server_device: s
         return wanted
     # Two ranks of one NCCL communicator cannot share one GPU, and a trainer cannot see whether
     # they do: AUTO stays on gloo, which for an adapter's megabytes costs milliseconds.
-    return Transport.GLOO
+    return Transport.SHM if same_machine else Transport.GLOO
 
 
 def open_channel(

@@ -18,6 +18,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader
+from tink_rl.transport.shared_memory import Segment
 from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus, Transport
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tink_rl")
 T = TypeVar("T")
+_LOOPBACK = ("localhost", "127.", "[::1]")
+_PROBE_BYTES = 64
 _HTTP_SLACK_S = 5.0
 
 
@@ -42,6 +45,7 @@ class Replica:
         self._channel: Channel | None = None
         self._joined: dict[str, Any] | None = None
         self._transport = Transport(config.transport)
+        self._segment: Segment | None = None
         self._stop_heartbeat: threading.Event | None = None
 
     @property
@@ -64,12 +68,9 @@ class Replica:
         """
         if self._joined is not None:
             return
-        status = self.status()
-        device = _device_type()
-        transport = _transport(self._transport, device, status.device)
-        joined = self._take_lease(transport)
+        joined = self._join(self.status())
         try:
-            if transport is not Transport.HTTP:
+            if joined["transport"] not in (Transport.HTTP, Transport.SHM):
                 self._channel = self._dial(joined)
         except BaseException:
             self._leave(joined["epoch"])
@@ -77,6 +78,25 @@ class Replica:
         self._joined = joined
         self.last_version = int(joined["last_version"])
         self._start_heartbeat(joined)
+
+    def _join(self, status: ServerStatus) -> dict[str, Any]:
+        local = self.client.base_url.partition("://")[2].startswith(_LOOPBACK)
+        transport = _transport(self._transport, _device_type(), status.device, local)
+        if transport is not Transport.SHM:
+            return self._take_lease(transport)
+        try:
+            self._segment = Segment.create(_PROBE_BYTES)
+            return self._take_lease(transport)
+        except errors.SegmentUnreachable as error:
+            if self._transport is Transport.SHM:
+                raise
+            # A forwarded port or a container: loopback, and yet another machine's memory.
+            logger.info("%s: shared memory does not reach the server (%s): gloo", self.url, error)
+            self._transport = Transport.GLOO
+            return self._take_lease(Transport.GLOO)
+        finally:
+            if self._segment is not None:
+                self._segment.unlink()
 
     def _take_lease(self, transport: Transport) -> dict[str, Any]:
         deadline = time.monotonic() + self._config.lease_wait_s
@@ -87,6 +107,8 @@ class Replica:
             "transport": transport,
             "timeout_s": self._config.join_timeout_s,
         }
+        if transport is Transport.SHM and self._segment is not None:
+            body["segment"] = vars(self._segment.spec)
         while True:
             try:
                 return self._control("join", body, self._config.join_timeout_s)
@@ -139,7 +161,7 @@ class Replica:
             self._stop_heartbeat.set()
         if self._channel is not None:
             self._channel.close()
-        self._channel = self._joined = self._stop_heartbeat = None
+        self._channel = self._joined = self._stop_heartbeat = self._segment = None
 
     def close(self) -> None:
         """Give lease and channel back; never raises."""
@@ -174,20 +196,40 @@ class Replica:
         timeout_s = self._config.stage_timeout_s
         header = header.named(header.policy, header.version, self.epoch)
         assert self._joined is not None
-        body = {
-            "header": header.to_json(),
-            "transport": self._joined["transport"],
-            "timeout_s": timeout_s,
-        }
-        stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
+        transport = Transport(self._joined["transport"])
+        body = {"header": header.to_json(), "transport": transport, "timeout_s": timeout_s}
+        if transport is Transport.SHM:
+            body["segment"] = vars(self._fill_segment(buffer).spec)
+        try:
+            stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
+        finally:
+            if self._segment is not None:
+                self._segment.unlink()
         # The header was accepted and every worker is receiving: only now do bytes travel.
-        if self._channel is None:
+        if transport is Transport.HTTP:
             self._send_chunks(stage_id, buffer, timeout_s)
-        else:
+        elif transport is not Transport.SHM:
             self._broadcast(stage_id, buffer, timeout_s)
         body = {"stage_id": stage_id, "digest": digest(), "timeout_s": timeout_s}
         self._control("staged", body, timeout_s)
         return stage_id
+
+    def _fill_segment(self, buffer: torch.Tensor) -> Segment:
+        """The packet in shared memory; a new segment where the last one has another size.
+
+        Raises:
+            SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
+        """
+        if self._segment is None or self._segment.buffer.numel() != buffer.numel():
+            try:
+                self._segment = Segment.create(buffer.numel())
+            except errors.SegmentUnreachable:
+                self.close()
+                if self._transport is Transport.AUTO:
+                    self._transport = Transport.GLOO
+                raise
+        self._segment.buffer.copy_(buffer)
+        return self._segment
 
     def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
         from tink_rl.transport.communicator import transfer
@@ -313,10 +355,17 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _transport(wanted: Transport, trainer_device: str, server_device: str) -> Transport:
+def _transport(
+    wanted: Transport, trainer_device: str, server_device: str, same_machine: bool
+) -> Transport:
     from tink_rl.transport.communicator import choose_transport
 
-    return choose_transport(wanted, trainer_device=trainer_device, server_device=server_device)
+    return choose_transport(
+        wanted,
+        trainer_device=trainer_device,
+        server_device=server_device,
+        same_machine=same_machine,
+    )
 
 
 def is_ready(status: ServerStatus) -> bool:

@@ -7,9 +7,6 @@ only if it names the model that was asked for, and vLLM need not be installed.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +14,12 @@ from typing import Any
 import httpx
 
 from tink_rl import errors
+from tink_rl.transport import payloads
 from tink_rl.types import ServerStatus
 
 _CONNECT_TIMEOUT_S = 5.0
 _CONTROL = "/tink/v1"
 CHUNK_BYTES = 8 * 2**20
-_NEVER_FORWARDED = ("chat_template", "chat_template_kwargs", "extra_args")
 
 
 class VLLMClient:
@@ -35,6 +32,7 @@ class VLLMClient:
         token: str | None = None,
         api_key: str | None = None,
         request_timeout_s: float = 600.0,
+        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
         connection_timeout: float = 0.0,
         group_port: int | None = None,
         transport: httpx.BaseTransport | None = None,
@@ -46,6 +44,7 @@ class VLLMClient:
             token: Bearer token of the control routes; sampling does not need it.
             api_key: vLLM's own `--api-key`, if it has one.
             request_timeout_s: Deadline of one sampling request.
+            connect_timeout_s: Deadline of opening one connection.
             connection_timeout: Seconds to wait for the server (TRL's name).
             group_port: Accepted for TRL's sake and not needed: the server names the port at join.
             transport: For tests.
@@ -56,6 +55,7 @@ class VLLMClient:
         self.base_url = base_url.rstrip("/").replace("://0.0.0.0", "://127.0.0.1")
         self._token = token
         self._request_timeout_s = request_timeout_s
+        self._connect_timeout_s = connect_timeout_s
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
             base_url=self.base_url,
@@ -83,13 +83,12 @@ class VLLMClient:
     # -- one door ---------------------------------------------------------------------------------
 
     def _send(self, method: str, path: str, *, timeout_s: float, **kwargs: Any) -> httpx.Response:
-        timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+        timeout = httpx.Timeout(timeout_s, connect=min(self._connect_timeout_s, timeout_s))
         try:
             return self._http.request(method, path, timeout=timeout, **kwargs)
         except httpx.ConnectError as error:
             raise errors.ServerUnreachable(
-                f"The vLLM server can't be reached at {self.base_url} ({error}); start one with "
-                "`tink-rl serve MODEL`, or correct the URL",
+                payloads.unreachable(self.base_url, str(error)),
                 replica=self.base_url,
             ) from error
         except httpx.TimeoutException as error:
@@ -131,8 +130,8 @@ class VLLMClient:
         if response.status_code == 200:
             data: dict[str, Any] = response.json()
             return data
-        data = _json_or_text(response)
-        if response.status_code == 404 and not _is_ours(data):
+        data = payloads.json_or_text(response.text)
+        if response.status_code == 404 and not payloads.is_ours(data):
             raise errors.PluginMissing(
                 f"the server at {self.base_url} runs without the tink_rl plugin; start it with "
                 "`tink-rl serve MODEL` (its Python needs `pip install tink-rl`)",
@@ -164,8 +163,7 @@ class VLLMClient:
                     raise
             if time.monotonic() > deadline:
                 raise errors.ServerUnreachable(
-                    f"The vLLM server can't be reached at {self.base_url}: /health did not answer "
-                    f"200 within {timeout_s:g} s",
+                    payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
                     replica=self.base_url,
                 )
             time.sleep(0.2)
@@ -174,37 +172,74 @@ class VLLMClient:
 
     def models(self) -> list[str]:
         """Names that can be sampled: the base or merged version, then the slots."""
+        return [card["id"] for card in self.model_cards()]
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """vLLM's cards of what can be sampled, the base first: `id`, `root`, `max_model_len`, ..."""
         response = self._send("GET", "/v1/models", timeout_s=10.0)
         if response.status_code != 200:
-            raise errors.from_wire(_json_or_text(response), response.status_code)
-        return [item["id"] for item in response.json()["data"]]
+            raise errors.from_wire(payloads.json_or_text(response.text), response.status_code)
+        cards: list[dict[str, Any]] = response.json()["data"]
+        return cards
 
-    def _sample(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        refused = sorted(set(payload) & set(_NEVER_FORWARDED))
-        if refused:
-            raise errors.SamplingRefused(
-                f"{refused} are never sent to a server (vLLM 0.31 can be stopped by a template); "
-                "apply the chat template in the trainer and send token ids"
-            )
-        response = self._send("POST", path, timeout_s=self._request_timeout_s, json=payload)
-        data = _json_or_text(response)
-        model = payload["model"]
-        if response.status_code == 404:
-            raise errors.UnknownVersion(
-                f"the server at {self.base_url} does not serve {model!r}; it was dropped, replaced "
-                "by a newer version, or the server was restarted",
+    # -- adapters by path: a server without the plugin ----------------------------------------------
+
+    def load_lora(self, name: str, path: str, *, timeout_s: float = 60.0) -> None:
+        """Let a stock server load the PEFT directory `path` under `name`, which must be fresh.
+
+        Raises:
+            RuntimeLoadingOff: the server does not let adapters be loaded while it runs.
+            AdapterConflict: `name` is loaded already.
+            BackendError: vLLM refused the adapter.
+        """
+        body = {"lora_name": name, "lora_path": path}
+        response = self._send("POST", "/v1/load_lora_adapter", timeout_s=timeout_s, json=body)
+        if response.status_code == 200:
+            return
+        text = payloads.error_text(payloads.json_or_text(response.text))
+        if response.status_code in (404, 405) and "NotFoundError" not in response.text:
+            raise errors.RuntimeLoadingOff(
+                f"the vLLM server at {self.base_url} has no tink_rl plugin and does not load adapters "
+                "while it runs; start it with `tink-rl serve MODEL --mode adapter`, or set "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 for `vllm serve MODEL --enable-lora`",
                 replica=self.base_url,
             )
-        if response.status_code != 200:
-            if _is_ours(data):
-                raise errors.from_wire(data, response.status_code)
-            raise errors.SamplingRefused(f"vLLM refused the request: {_message(data)}")
-        if data["model"] != model:
-            raise errors.UnknownVersion(
-                f"{model!r} was asked for, the server answered as {data['model']!r}",
-                replica=self.base_url,
-            )
-        return data  # type: ignore[no-any-return]
+        if "already been" in text:
+            raise errors.AdapterConflict(f"{name} is loaded already: {text}")
+        raise errors.BackendError(f"vLLM at {self.base_url} refused adapter {name}: {text}")
+
+    def unload_lora(self, name: str, *, timeout_s: float = 30.0) -> None:
+        """Let a stock server forget `name`; one that it does not know is fine."""
+        body = {"lora_name": name}
+        response = self._send("POST", "/v1/unload_lora_adapter", timeout_s=timeout_s, json=body)
+        if response.status_code not in (200, 404):
+            text = payloads.error_text(payloads.json_or_text(response.text))
+            raise errors.BackendError(f"vLLM at {self.base_url} did not unload {name}: {text}")
+
+    def complete(
+        self,
+        payload: Mapping[str, Any],
+        *,
+        path: str = "/v1/completions",
+        timeout_s: float | None = None,
+        expected: int | None = None,
+    ) -> dict[str, Any]:
+        """POST a sampling payload; the answer, once `payloads.read_answer` found nothing wrong.
+
+        Raises:
+            UnknownVersion: the server does not serve `payload["model"]`; nothing was generated.
+            SamplingRefused, EngineUnavailable, BackendError, ServerUnreachable, RequestTimeout.
+        """
+        payloads.check_payload(payload)
+        deadline_s = self._request_timeout_s if timeout_s is None else timeout_s
+        response = self._send("POST", path, timeout_s=deadline_s, json=payload)
+        return payloads.read_answer(
+            response.status_code,
+            payloads.json_or_text(response.text),
+            model=payload["model"],
+            url=self.base_url,
+            expected=expected,
+        )
 
     def generate(
         self,
@@ -258,11 +293,8 @@ class VLLMClient:
             payload["structured_outputs"] = {"regex": structured_outputs_regex}
         payload |= generation_kwargs or {}
         # The prefix cache must never answer one version with another one's keys and values.
-        payload.setdefault("cache_salt", _salt(payload["model"]))
-        choices = self._sample("/v1/completions", payload)["choices"]
-        expected = len(prompts) * payload["n"]
-        if len(choices) != expected:
-            raise errors.TinkError(f"{len(choices)} completions came back, expected {expected}")
+        payload.setdefault("cache_salt", payloads.salt(payload["model"]))
+        choices = self.complete(payload, expected=len(prompts) * payload["n"])["choices"]
         return _as_trl(choices, payload["n"], payload["model"])
 
     def chat(
@@ -312,10 +344,11 @@ class VLLMClient:
         if structured_outputs_regex is not None:
             shared["structured_outputs"] = {"regex": structured_outputs_regex}
         shared |= generation_kwargs or {}
-        shared.setdefault("cache_salt", _salt(shared["model"]))
+        shared.setdefault("cache_salt", payloads.salt(shared["model"]))
         choices: list[dict[str, Any]] = []
         for conversation in messages:
-            data = self._sample("/v1/chat/completions", {**shared, "messages": list(conversation)})
+            payload = {**shared, "messages": list(conversation)}
+            data = self.complete(payload, path="/v1/chat/completions")
             choices += [_chat_choice(c, data["prompt_token_ids"]) for c in data["choices"]]
         return _as_trl(choices, shared["n"], shared["model"])
 
@@ -327,9 +360,9 @@ class VLLMClient:
             "max_tokens": 1,
             "temperature": 1.0,
             "prompt_logprobs": 0,
-            "cache_salt": _salt(model),
+            "cache_salt": payloads.salt(model),
         }
-        rows = self._sample("/v1/completions", payload)["choices"][0]["prompt_logprobs"]
+        rows = self.complete(payload)["choices"][0]["prompt_logprobs"]
         pairs = zip(rows[1:], list(prompt_ids)[1:], strict=True)
         return [float(row[str(token)]["logprob"]) for row, token in pairs]
 
@@ -372,28 +405,6 @@ class VLLMClient:
         """Nothing to do: every version has a cache of its own (name and salt)."""
 
 
-def _salt(model: str) -> str:
-    # vLLM refuses '@' and '/' in a salt, and both occur in names.
-    return hashlib.sha256(model.encode()).hexdigest()[:32]
-
-
-def _json_or_text(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return response.text
-
-
-def _is_ours(data: Any) -> bool:
-    error = data.get("error") if isinstance(data, dict) else None
-    return isinstance(error, dict) and isinstance(error.get("code"), str) and "details" in error
-
-
-def _message(data: Any) -> str:
-    error = data.get("error", data) if isinstance(data, dict) else data
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
-
-
 def _chat_choice(choice: dict[str, Any], prompt_ids: list[int]) -> dict[str, Any]:
     content = (choice.get("logprobs") or {}).get("content")
     logprobs = None
@@ -415,39 +426,15 @@ def _chat_choice(choice: dict[str, Any], prompt_ids: list[int]) -> dict[str, Any
 
 
 def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]:
-    rows = [_logprob_rows(choice) for choice in choices]
-    asked = all(row is not None for row in rows)
+    found = [payloads.logprob_rows(choice) for choice in choices]
+    rows = [row for row in found if row is not None]
+    asked = len(rows) == len(found)
     return {
         "prompt_ids": [choice["prompt_token_ids"] for choice in choices[::n]],
         "completion_ids": [choice["token_ids"] for choice in choices],
-        "logprobs": [[values for values, _ in row or []] for row in rows] if asked else None,
-        "logprob_token_ids": [[ids for _, ids in row or []] for row in rows] if asked else None,
+        "logprobs": [[list(t.values()) for t in row] for row in rows] if asked else None,
+        "logprob_token_ids": [[list(t) for t in row] for row in rows] if asked else None,
         "model": model,
         "finish_reasons": [choice["finish_reason"] for choice in choices],
         "texts": [choice["text"] for choice in choices],
     }
-
-
-def _logprob_rows(choice: dict[str, Any]) -> list[tuple[list[float], list[int]]] | None:
-    """Per token the logprobs, most likely first (the sampled one always among them), and their ids."""
-    found = choice["logprobs"]
-    if found is None:
-        return None
-    rows = []
-    tokens = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
-    for (token, logprob, top), token_id in zip(tokens, choice["token_ids"], strict=True):
-        by_id = {_token_id(key): value for key, value in (top or {}).items()}
-        by_id[_token_id(token)] = logprob
-        if _token_id(token) != token_id:
-            raise errors.TinkError(f"token {token!r} came back for id {token_id}")
-        ordered = sorted(by_id.items(), key=lambda item: -item[1])
-        rows.append(([_number(v) for _, v in ordered], [i for i, _ in ordered]))
-    return rows
-
-
-def _token_id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -45,8 +45,13 @@ class Backend(Protocol):
 
     def check(
         self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
-    ) -> None:
+    ) -> Any:
         """Refuse at once what `sample` would refuse anyway; asks no server.
+
+        Returns:
+            What `sample` takes in place of `model_id`: the version that `model_id` means now, so that
+            a request which waits in the queue is answered by what was registered when it came, even
+            if it is unregistered or replaced meanwhile.
 
         Raises:
             NotSupportedByBackend: a parameter, token ids or a `model_id` that it cannot honour.
@@ -57,13 +62,15 @@ class Backend(Protocol):
     async def sample(
         self,
         prompts: Sequence[str | Sequence[int]],
-        model_id: str | None,
+        model_id: Any,
         params: SamplingParams,
         *,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Completion]:
         """`len(prompts) * params.n` completions, prompt-major; all or none.
+
+        `model_id` is what `check` gave, or what the client asked for.
 
         Raises:
             UnknownAdapter, NotSupportedByBackend, SamplingRefused: the request's fault.

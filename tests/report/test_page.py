@@ -1,0 +1,127 @@
+"""The report as a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.browser import measure, screenshot
+from tink_rl.cli import main
+from tink_rl.report import write_report
+from tink_rl.report.figures import BLUE, draw
+from tink_rl.report.page import render
+from tink_rl.report.run import load_run
+
+DEMO_RUN = Path(__file__).parent / "demo_run"
+FIGURES = {
+    *("reward", "heldout", "sync_phases", "step_shares", "tokens_per_second", "bytes"),
+    *("logprob_gap", "staleness", "completion_length"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    directory = Path(shutil.copytree(DEMO_RUN, tmp_path_factory.mktemp("run") / "demo"))
+    rows = [
+        {"version": v, "prompt": f"{p}173=", "completion": answer, "reward": reward}
+        for v, answer, reward in ((1, "<b>13</b>", 0.0), (40, "1347", 1.0))
+        for p in range(3)
+    ]
+    (directory / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    assert main(["report", str(run_dir)]) == 0
+    return run_dir / "report.html"
+
+
+def test_page_and_pngs_hold_every_figure(page):
+    assert {path.stem for path in (page.parent / "report").glob("*.png")} == FIGURES
+    for path in (page.parent / "report").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert set(re.findall(r'<figure class="card" id="(\w+)"', text)) == FIGURES
+    assert "0.47 → 0.97" in text and "finished after 80 steps" in text
+
+
+def test_page_loads_nothing_from_elsewhere(page):
+    text = page.read_text()
+    loaded = re.findall(r'(?:src|href)\s*=\s*"(?!#)([^"]+)"', text) + re.findall(r"@import", text)
+    assert loaded == ["data:,"]
+    assert "<script" not in text
+
+
+def test_completions_are_shown_as_text(page):
+    text = page.read_text()
+    assert "&lt;b&gt;13&lt;/b&gt;" in text and "<b>13</b>" not in text
+    assert text.index("version 1<") < text.index("version 40<")
+
+
+@pytest.mark.parametrize("width", [500, 1240])
+def test_browser_shows_all_figures_inside_the_window(page, tmp_path, width):
+    boxes = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"
+    script = (
+        f"[document.documentElement.scrollWidth <= innerWidth, {boxes}.length, "
+        f"Math.min(...{boxes}.map(b => b.width)) > 300, Math.min(...{boxes}.map(b => b.height)) > 150]"
+    )
+    assert measure(page, script, tmp_path, width=width) == f"true,{len(FIGURES)},true,true"
+
+
+def test_screenshot_shows_the_curves(page, tmp_path):
+    from matplotlib import colors, image
+
+    pixels = image.imread(screenshot(page, tmp_path / "page.png"))[..., :3]
+    assert pixels.shape == (2400, 1240, 3)
+    blue = (abs(pixels - colors.to_rgb(BLUE)) < 0.02).all(axis=-1)
+    # reward top left, publish phases at the right of the first two rows, shares below
+    for rows, columns in (
+        ((450, 800), (0, 620)),
+        ((450, 1150), (620, 1240)),
+        ((800, 1150), (0, 620)),
+    ):
+        assert blue[slice(*rows), slice(*columns)].sum() > 200
+
+
+def test_running_run_says_so_and_refreshes_itself(run_dir, tmp_path):
+    directory = Path(shutil.copytree(run_dir, tmp_path / "live"))
+    path = directory / "metrics.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:21]) + "\n")
+    text = write_report(directory, refresh_s=7).read_text()
+    assert 'content="7"' in text and "running: step 40 of 80" in text
+    run = load_run(directory)
+    late = render(run, [], now=run.updated + 3600)
+    assert "nothing new for 60 min, it may have stopped" in late
+
+
+def test_run_without_a_step_yet_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "begin", "step": 0, "max_steps": 5}\n')
+    text = write_report(tmp_path).read_text()
+    assert "No step was logged yet" in text and "Not logged by this run: Reward" in text
+
+
+def test_rows_that_are_zero_or_single_are_drawn(tmp_path):
+    row = {"step": 1, "loss": 0.0, "reward": 0.0, "rollout/logprob_gap": 0.0, "sync/bytes": 0.0}
+    row |= {"sync/seconds": 0.1, "sync/phase/stage": 0.1, "rollout/staleness": 0.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    names = {figure.name for figure in draw(load_run(tmp_path))}
+    assert names == {"reward", "sync_phases", "bytes", "logprob_gap", "staleness"}
+
+
+def test_watch_writes_until_the_run_ends(page, capsys):
+    assert main(["report", str(page.parent), "--watch", "1"]) == 0
+    assert "http-equiv" not in page.read_text()
+    assert "report.html" in capsys.readouterr().err
+
+
+def test_output_names_another_folder_and_a_missing_run_is_one_line(run_dir, tmp_path, capsys):
+    assert main(["report", str(run_dir), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "report" / "reward.png").is_file()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,41 @@
+"""`tink-rl report`: one page and PNGs of a run, also while it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from tink_rl.cli.console import say
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to `commands`."""
+    report = commands.add_parser(
+        "report",
+        help="one HTML page and PNGs of a run",
+        description="Write RUN_DIR/report.html (one file, nothing loaded from elsewhere) and its "
+        "figures as PNGs in RUN_DIR/report/. Works while the run goes on.",
+        allow_abbrev=False,
+    )
+    report.add_argument("run_dir", help="output_dir of a run")
+    report.add_argument("--output", help="folder to write to; default: RUN_DIR")
+    report.add_argument(
+        "--watch",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="write it again every so many seconds until the run ends; an open page follows",
+    )
+    report.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Write the report; with `--watch` until the run ends."""
+    from tink_rl.report import load_run, write_report
+
+    while True:
+        page = write_report(arguments.run_dir, arguments.output, refresh_s=arguments.watch)
+        say(f"report: {page}   figures: {page.parent / 'report'}/*.png")
+        if not arguments.watch or load_run(arguments.run_dir).finished:
+            return 0
+        time.sleep(arguments.watch)

@@ -1,0 +1,68 @@
+"""Which linear modules a base model has, and of which shapes: what an adapter must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tink_rl.errors import BaseMismatch, UnknownModules
+from tink_rl.policy.fingerprint import checkpoint_index
+
+_NOT_ADAPTED = ("lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in")
+# A packed (4-bit, GPTQ, AWQ) weight does not say the shape of the matrix that it stands for.
+_PLAIN = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseShapes:
+    """`BaseShapes(name="my-base", shapes={"model.layers.0.self_attn.q_proj": (128, 128), ...})`"""
+
+    name: str
+    """What error texts call the base."""
+    shapes: Mapping[str, tuple[int, int] | None]
+    """Module -> `(out, in)`; None where the checkpoint is packed and does not say."""
+
+    @classmethod
+    def from_model_dir(cls, model: str | Path) -> BaseShapes:
+        """Read from the headers of the checkpoint of `model`, a directory or a cached hub id.
+
+        Raises:
+            ConfigError: there is no readable safetensors checkpoint.
+        """
+        shapes: dict[str, tuple[int, int] | None] = {}
+        for name, entry in checkpoint_index(model).items():
+            module, _, kind = name.rpartition(".")
+            if module.rpartition(".")[2] in _NOT_ADAPTED:
+                continue
+            if kind in ("qweight", "weight_packed") or (
+                kind == "weight" and entry.dtype not in _PLAIN
+            ):
+                shapes[module] = None
+            elif kind == "weight" and len(entry.shape) == 2:
+                shapes[module] = (entry.shape[0], entry.shape[1])
+        return cls(name=str(model), shapes=shapes)
+
+    def check(self, given: Mapping[str, tuple[int, int]], *, where: str) -> None:
+        """Raise unless every module of `given` is one of this base, with the same shape.
+
+        Raises:
+            UnknownModules: names that the base does not have.
+            BaseMismatch: a module has another shape here: it was trained on another base.
+        """
+        unknown = sorted(set(given) - set(self.shapes))
+        if unknown:
+            example = next(iter(sorted(self.shapes)), "none")
+            raise UnknownModules(
+                f"{where}: {len(unknown)} of {len(given)} modules are not in the base {self.name}, first "
+                f"{unknown[0]!r}; it has names such as {example!r}: was the adapter trained on this base?",
+                unknown=unknown[:10],
+            )
+        for module, shape in given.items():
+            expected = self.shapes[module]
+            if expected is not None and shape != expected:
+                raise BaseMismatch(
+                    f"{where}: {module} adapts a weight of shape {list(shape)}, in the base {self.name} "
+                    f"it has {list(expected)}: the adapter was trained on another base; serve that one",
+                    module=module,
+                )

@@ -1,0 +1,177 @@
+"""Safetensors read and written piece by piece: one tensor in memory at a time, bounds checked first.
+
+The format (https://huggingface.co/docs/safetensors) is eight bytes of length, a JSON header, then the
+tensors. Nothing is mapped: a file that shrinks under a mapping ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tink_rl.errors import AdapterCorrupt
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 1 << 20
+_ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+_TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a file: `TensorEntry(name="...lora_A.weight", dtype="F32", shape=(8, 128), begin=0,
+    end=4096)`; `begin` and `end` count from the first byte after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """A safetensors file that is open for reading.
+
+    Raises:
+        AdapterCorrupt: the file is truncated, or its header does not describe its bytes exactly.
+    """
+
+    def __init__(self, file: BinaryIO, where: str) -> None:
+        self._file, self._where = file, where
+        self._before = os.fstat(file.fileno())
+        size = self._before.st_size
+        if size < 8:
+            raise self._corrupt(f"has {size} bytes, too few for a header")
+        (length,) = struct.unpack("<Q", self._read(0, 8))
+        if length > MAX_HEADER_BYTES:
+            raise self._corrupt(f"announces a header of {length} bytes, at most {MAX_HEADER_BYTES}")
+        if 8 + length > size:
+            raise self._corrupt(f"ends at byte {size}, inside its header of {length} bytes")
+        self._start = 8 + length
+        self.entries = self._parse(self._read(8, length))
+        self._check_cover(size - self._start)
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """The tensor of `entry` (float32, float16, bfloat16 or float64), in memory of its own.
+
+        Raises:
+            AdapterCorrupt: the file was cut meanwhile.
+        """
+        import torch
+
+        dtype = getattr(torch, _TORCH[entry.dtype])
+        if entry.end == entry.begin:
+            return torch.empty(entry.shape, dtype=dtype)
+        data = self._read(self._start + entry.begin, entry.end - entry.begin)
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since it was opened: what was read may be of two versions.
+
+        Raises:
+            AdapterCorrupt: it was.
+        """
+        now = os.fstat(self._file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._before.st_size, self._before.st_mtime_ns):
+            raise self._corrupt("was written to while it was read")
+
+    def _read(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not count:
+                raise self._corrupt(f"ends at byte {offset + done}, before its tensors do")
+            done += count
+        return data
+
+    def _parse(self, header: bytearray) -> list[TensorEntry]:
+        try:
+            found = json.loads(header.decode(), object_pairs_hook=unique_pairs)
+            if not isinstance(found, dict):
+                raise TypeError("it is no object")
+            found.pop("__metadata__", None)
+            return [_entry(name, item) for name, item in found.items()]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise self._corrupt(
+                f"has a header that is not one of safetensors ({_short(error)})"
+            ) from None
+
+    def _check_cover(self, size: int) -> None:
+        end = 0
+        for entry in sorted(self.entries, key=lambda entry: (entry.begin, entry.end)):
+            if entry.begin != end:
+                raise self._corrupt(f"has a gap or an overlap before tensor {entry.name[:200]!r}")
+            end = entry.end
+        if end != size:
+            raise self._corrupt(f"has {size} bytes of tensors, its header describes {end}")
+
+    def _corrupt(self, what: str) -> AdapterCorrupt:
+        return AdapterCorrupt(f"{self._where} {what}; copy it again, or save the adapter again")
+
+
+def unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses a key that comes twice, of which readers would keep different ones.
+
+    Raises:
+        ValueError: it does.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _short(error: BaseException) -> str:
+    # Never the text of an error that may quote the file: only its kind, or what we said ourselves.
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return "no JSON"
+    return str(error)[:100] if type(error) in (ValueError, TypeError) else type(error).__name__
+
+
+def _entry(name: str, item: Any) -> TensorEntry:
+    if set(item) != {"dtype", "shape", "data_offsets"} or item["dtype"] not in _ITEM_BYTES:
+        raise ValueError("a tensor without known dtype, shape and offsets")
+    shape, (begin, end) = item["shape"], item["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+        raise ValueError("a shape or offset that is no count")
+    if end - begin != math.prod(shape) * _ITEM_BYTES[item["dtype"]]:
+        raise ValueError("offsets that do not fit a shape")
+    return TensorEntry(name=name, dtype=item["dtype"], shape=tuple(shape), begin=begin, end=end)
+
+
+def float32_header(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> bytes:
+    """The first bytes of a file of float32 tensors in the given order; the same for the same input."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes:
+        end = offset + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for tensors that begin at a multiple of eight
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,354 @@
+"""The report's figures: each as inline SVG for the page and as PNG for everything else."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tink_rl.report.run import Run
+from tink_rl.types import Phase
+
+BLUE, AMBER, GREEN, INK, FAINT = "#2f6fdf", "#e08a1e", "#1f9d74", "#1d2733", "#8a97a6"
+_PHASE_COLORS = (
+    *("#b9c4d0", "#8fa3b8", "#6c8fc7", "#c9b6e4"),
+    *("#2f6fdf", "#e08a1e", "#1f9d74", "#d9667b"),
+)
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": "#c8d0d9",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ecf1",
+    "xtick.color": "#5b6773",
+    "ytick.color": "#5b6773",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "figure.facecolor": "white",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One drawn figure."""
+
+    name: str
+    """Also the PNG's file name."""
+    title: str
+    note: str
+    """What it shows, in one line."""
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Panel:
+    name: str
+    title: str
+    note: str
+    draw: Callable[[Any, Run], bool]
+    """Draws into an axis; False if the run has no such data."""
+
+
+def draw(run: Run) -> list[Figure]:
+    """Every figure for which the run has data.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is not available: the report draws with it; pip install 'tink-rl[train]'"
+        ) from error
+    from matplotlib.figure import Figure as Canvas
+
+    figures = []
+    for panel in _PANELS:
+        style: Any = {**_STYLE, "svg.hashsalt": panel.name}  # ids stay apart in one page
+        with matplotlib.rc_context(style):
+            canvas = Canvas(figsize=(5.6, 2.9), layout="constrained")
+            axis = canvas.subplots()
+            if not panel.draw(axis, run):
+                continue
+            axis.set_xlabel("optimizer step", color="#5b6773")
+            _only_whole_steps(axis)
+            figures.append(
+                Figure(
+                    name=panel.name,
+                    title=panel.title,
+                    note=panel.note,
+                    svg=_svg(canvas, panel.title),
+                    png=_png(canvas),
+                )
+            )
+    return figures
+
+
+def missing(run_figures: list[Figure]) -> list[str]:
+    """Titles of the figures that had no data."""
+    drawn = {figure.name for figure in run_figures}
+    return [panel.title for panel in _PANELS if panel.name not in drawn]
+
+
+def _svg(canvas: Any, title: str) -> str:
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _png(canvas: Any) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
+def _only_whole_steps(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axis.margins(x=0.01)
+
+
+def _only_decades(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_ylim()
+    axis.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axis.yaxis.set_major_locator(LogLocator(base=10))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+# -- panels -----------------------------------------------------------------------------------------
+
+
+def _line(axis: Any, run: Run, key: str, scale: float = 1.0, **style: Any) -> bool:
+    steps, values = run.series(key, scale)
+    if steps:
+        marker = "o" if len(steps) < 3 else None
+        axis.plot(steps, values, marker=marker, markersize=4, **{"linewidth": 1.6, **style})
+    return bool(steps)
+
+
+def _reward(axis: Any, run: Run) -> bool:
+    steps, means = run.series("reward")
+    if not steps:
+        return False
+    std_steps, stds = run.series("reward_std")
+    if std_steps == steps:
+        low = [mean - std for mean, std in zip(means, stds, strict=True)]
+        high = [mean + std for mean, std in zip(means, stds, strict=True)]
+        axis.fill_between(steps, low, high, color=BLUE, alpha=0.13, linewidth=0, label="± std")
+    _line(axis, run, "reward", color=BLUE, label="mean")
+    axis.legend(loc="lower right", ncols=2)
+    return True
+
+
+def _heldout(axis: Any, run: Run) -> bool:
+    drawn = False
+    evals = [row for row in run.evaluations if "eval_reward" in row]
+    if evals:
+        steps, values = ([row[k] for row in evals] for k in ("step", "eval_reward"))
+        axis.plot(steps, values, color=GREEN, marker="o", label="evaluation reward")
+        drawn = True
+    ends = (0, max(run.last_step, 1))
+    kinds = (("heldout", "sampled", GREEN, "o", -13), ("heldout_greedy", "greedy", AMBER, "s", 7))
+    for key, label, color, marker, shift in kinds:
+        before, after = (run.summary.get(f"{key}_{when}") for when in ("before", "after"))
+        if before is None or after is None:
+            continue
+        axis.plot(
+            ends, (before, after), color=color, marker=marker, markersize=6, linewidth=1.2,
+            linestyle="--", label=label,
+        )  # fmt: skip
+        for x, y in zip(ends, (before, after), strict=True):
+            axis.annotate(
+                f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, shift),
+                ha="center", color=color, fontsize=8,
+            )  # fmt: skip
+        drawn = True
+    if drawn:
+        axis.set_ylim(-0.05, 1.15)
+        axis.legend(loc="lower right")
+        axis.margins(x=0.06)
+    return drawn
+
+
+def _phases(axis: Any, run: Run) -> bool:
+    rows = [row for row in run.steps if "sync/seconds" in row]
+    if not rows:
+        return False
+    steps = [row["step"] for row in rows]
+    stacks, labels, colors = [], [], []
+    for phase, color in zip(Phase, _PHASE_COLORS, strict=True):
+        values = [1e3 * float(row.get(f"sync/phase/{phase}", 0.0)) for row in rows]
+        if any(values):
+            stacks.append(values)
+            labels.append(f"{phase}")
+            colors.append(color)
+    if not stacks:
+        return _line(axis, run, "sync/seconds", 1e3, color=BLUE)
+    _stack(axis, steps, stacks, labels, colors)
+    axis.set_ylabel("ms")
+    return True
+
+
+def _stack(axis: Any, steps: list[int], stacks: Any, labels: Any, colors: Any) -> None:
+    if len(steps) > 1:
+        axis.stackplot(steps, stacks, labels=labels, colors=colors, linewidth=0, step="mid")
+    else:
+        below = 0.0
+        for values, label, color in zip(stacks, labels, colors, strict=True):
+            axis.bar(steps, values, bottom=below, label=label, color=color, width=0.5)
+            below += values[0]
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True, handlelength=1.0)
+
+
+def _shares(axis: Any, run: Run) -> bool:
+    keys = ("sampling", "syncing", "training")
+    rows = [row for row in run.steps if all(f"share/{key}" in row for key in keys)]
+    if not rows:
+        return False
+    stacks = [[100 * row[f"share/{key}"] for row in rows] for key in keys]
+    _stack(axis, [row["step"] for row in rows], stacks, keys, (BLUE, AMBER, "#b9c4d0"))
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("% of the step")
+    return True
+
+
+def _bytes(axis: Any, run: Run) -> bool:
+    steps, values = run.series("sync/bytes", 2**-20)
+    if not steps:
+        return False
+    total, sums = 0.0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    axis.bar(steps, values, color=BLUE, width=0.9, label="one publish")
+    axis.set_ylabel("MiB, one publish")
+    axis.set_ylim(0, 1.25 * max(values) or 1)
+    other = axis.twinx()
+    other.plot(steps, sums, color=AMBER, linewidth=1.6)
+    other.set_ylabel("MiB, all so far", color=AMBER)
+    other.set_ylim(bottom=0)
+    other.grid(visible=False)
+    return True
+
+
+def _tokens(axis: Any, run: Run) -> bool:
+    drawn = _line(axis, run, "rollout/tokens_per_second", color=BLUE)
+    if drawn:
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("tokens/s")
+    return drawn
+
+
+def _staleness(axis: Any, run: Run) -> bool:
+    steps, values = run.series("rollout/staleness")
+    if not steps:
+        return False
+    axis.step(steps, values, where="mid", color=BLUE, linewidth=1.6)
+    axis.set_ylim(-0.1, max(1.0, *values) + 0.2)
+    axis.set_ylabel("versions behind")
+    return True
+
+
+_GAPS = ("rollout/logprob_gap", "sync/probe_gap", "sampling/sampling_logp_difference/mean")
+
+
+def _gap(axis: Any, run: Run) -> bool:
+    drawn = _line(axis, run, _GAPS[0], color=BLUE, label="largest")
+    drawn = _line(axis, run, _GAPS[2], color=FAINT, label="mean") or drawn
+    if not (_probe(axis, run) or drawn):
+        return False
+    if any(value > 0 for key in _GAPS for value in run.values(key)):  # else no log scale
+        axis.set_yscale("log", nonpositive="clip")
+        _only_decades(axis)
+    axis.set_ylabel("nats")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return True
+
+
+def _probe(axis: Any, run: Run) -> bool:
+    steps, values = run.series(_GAPS[1])
+    if steps:
+        axis.plot(steps, values, "o", color=AMBER, markersize=4, label="probe")
+    return bool(steps)
+
+
+def _length(axis: Any, run: Run) -> bool:
+    drawn = _line(axis, run, "completions/mean_length", color=BLUE, label="mean")
+    if drawn:
+        _line(axis, run, "completions/max_length", color=FAINT, linewidth=1.0, label="longest")
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("tokens")
+        axis.legend(loc="lower right", ncols=2)
+    return drawn
+
+
+_PANELS = (
+    _Panel(
+        name="reward",
+        title="Reward",
+        note="Mean over the step's completions, and their standard deviation.",
+        draw=_reward,
+    ),
+    _Panel(
+        name="heldout",
+        title="Held-out accuracy",
+        note="Problems that training never saw, sampled through the server.",
+        draw=_heldout,
+    ),
+    _Panel(
+        name="sync_phases",
+        title="Publish time by phase",
+        note="What it took to make each new policy the served one.",
+        draw=_phases,
+    ),
+    _Panel(
+        name="step_shares",
+        title="Where a step's time goes",
+        note="Sampling, syncing, and the trainer's own work.",
+        draw=_shares,
+    ),
+    _Panel(
+        name="tokens_per_second",
+        title="Rollout speed",
+        note="Completion tokens per second of sampling.",
+        draw=_tokens,
+    ),
+    _Panel(
+        name="bytes",
+        title="Bytes published",
+        note="To each server: the adapter, never the model.",
+        draw=_bytes,
+    ),
+    _Panel(
+        name="logprob_gap",
+        title="Trainer-sampler logprob gap",
+        note="Near zero: the server samples the policy that is trained.",
+        draw=_gap,
+    ),
+    _Panel(
+        name="staleness",
+        title="Staleness",
+        note="How many versions the sampled policy was behind the trained one.",
+        draw=_staleness,
+    ),
+    _Panel(
+        name="completion_length",
+        title="Completion length",
+        note="In tokens.",
+        draw=_length,
+    ),
+)

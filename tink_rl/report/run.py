@@ -1,0 +1,181 @@
+"""What a run left behind, or has written so far, as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from tink_rl.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "trainer_state.json"
+ROLLOUTS_FILE = "rollouts.jsonl"
+SUMMARY_FILE = "summary.json"
+POLICY_FILE = "tink_policy.json"
+_SAMPLES_PER_VERSION = 6
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion of the rollout log.
+
+    Example: `Sample(version=3, prompt="4173=", completion="1347", reward=1.0)`
+    """
+
+    version: int
+    prompt: str
+    completion: str
+    reward: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as far as its files tell it."""
+
+    directory: Path
+    steps: list[dict[str, Any]]
+    """Logged training rows, one per step, in order."""
+    evaluations: list[dict[str, Any]]
+    """Rows with `eval_*` keys."""
+    max_steps: int | None
+    finished: bool
+    updated: float
+    """When the newest of its files was written (seconds since 1970)."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    """By version; a few of each."""
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that was logged; 0 before the first."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    def series(self, key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+        """Steps and values of the rows that hold `key`."""
+        found = [row for row in self.steps if _is_number(row.get(key))]
+        return [int(row["step"]) for row in found], [scale * float(row[key]) for row in found]
+
+    def values(self, key: str) -> list[float]:
+        """The finite values of `key`, in order."""
+        return [value for value in self.series(key)[1] if math.isfinite(value)]
+
+
+def load_run(directory: str | Path) -> Run:
+    """Read a run directory; unfinished last lines of files that are being written are left out.
+
+    Raises:
+        ConfigError: no such directory, or none of the files that a run writes.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise ConfigError(f"run directory {str(directory)!r} does not exist; give an output_dir")
+    rows, source, max_steps, finished = _read_log(path)
+    if not rows and source is None:
+        raise ConfigError(
+            f"{path} holds neither {METRICS_FILE} nor {STATE_FILE} (nor a checkpoint with one); give "
+            "the output_dir of a run"
+        )
+    by_step: dict[int, dict[str, Any]] = {}
+    evaluations = []
+    for row in rows:
+        step = int(row.get("step", 0))
+        if any(key.startswith("eval_") for key in row):
+            evaluations.append(row)
+        elif "loss" in row or "reward" in row or "learning_rate" in row:
+            by_step[step] = row  # a step that was done again after a resume counts once
+    watched = [source, path / ROLLOUTS_FILE, path / SUMMARY_FILE]
+    return Run(
+        directory=path,
+        steps=[by_step[step] for step in sorted(by_step)],
+        evaluations=evaluations,
+        max_steps=max_steps,
+        finished=finished,
+        updated=max(p.stat().st_mtime for p in watched if p is not None and p.exists()),
+        summary=_read_json(path / SUMMARY_FILE),
+        policy=_read_json(path / POLICY_FILE),
+        samples=_read_samples(path / ROLLOUTS_FILE),
+    )
+
+
+def _read_log(path: Path) -> tuple[list[dict[str, Any]], Path | None, int | None, bool]:
+    """Rows, the file that they come from, the planned number of steps, and whether the run is over."""
+    metrics, state_file = path / METRICS_FILE, path / STATE_FILE
+    if metrics.is_file():
+        rows = list(_json_lines(metrics))
+        events = {row["event"]: row for row in rows if "event" in row}
+        max_steps = events.get("begin", {}).get("max_steps")
+        plain = [row for row in rows if "event" not in row]
+        return plain, metrics, max_steps, "end" in events
+    finished = state_file.is_file()
+    if not finished:
+        checkpoints = path.glob(f"checkpoint-*/{STATE_FILE}")
+        newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
+        if newest is None:
+            return [], None, None, False
+        state_file = newest
+    state = _read_json(state_file)
+    return list(state.get("log_history", [])), state_file, state.get("max_steps"), finished
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}); is it being written? try again"
+        ) from error
+    return data if isinstance(data, dict) else {}
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line; the last one may be half written."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise ConfigError(
+                        f"{path} holds a line that is no JSON: {line[:80]!r}"
+                    ) from None
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _read_samples(path: Path) -> dict[int, list[Sample]]:
+    """A few completions of every version: the first of different prompts."""
+    found: dict[int, list[Sample]] = {}
+    if not path.is_file():
+        return found
+    for row in _json_lines(path):
+        version = row.get("version")
+        if version is None:
+            continue
+        kept = found.setdefault(int(version), [])
+        prompt = str(row.get("prompt", ""))
+        if len(kept) >= _SAMPLES_PER_VERSION or any(s.prompt == prompt for s in kept):
+            continue
+        reward = row.get("reward")
+        kept.append(
+            Sample(
+                version=int(version),
+                prompt=prompt,
+                completion=str(row.get("completion", "")),
+                reward=float(reward) if _is_number(reward) else None,
+            )
+        )
+    return found
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Which adapter versions lie on a vLLM server: loaded on demand, used by count, dropped when idle."""

@@ -1,0 +1,181 @@
+"""Two ways onto a server: as a verified packet through our plugin, or by path on a stock server."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.errors import TinkError
+from tink_rl.policy import packet
+from tink_rl.policy.store import AdapterStore
+from tink_rl.residency.table import AdapterVersion
+from tink_rl.transport.fleet import Replica
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
+
+if TYPE_CHECKING:
+    import torch
+
+_LOST = (
+    errors.RequestTimeout,
+    errors.ServerUnreachable,
+    errors.ChannelLost,
+    errors.StaleEpoch,
+    errors.UnknownVersion,
+)
+"""After these nobody knows whether the server did what was asked: look again."""
+_LOOK_AGAIN_S = 0.1
+
+
+class PluginLoader:
+    """Sends the stored tensors as a packet: checked by the server, nothing on a shared disk."""
+
+    def __init__(
+        self,
+        client: VLLMClient,
+        store: AdapterStore,
+        *,
+        deadline_s: float = 60.0,
+        attempts: int = 3,
+    ) -> None:
+        """Store.
+
+        Args:
+            client: With the token of the control routes.
+            store: Where the adapters' bytes are.
+            deadline_s: Longest wait for another process that loads the same version.
+            attempts: How often a load whose reply was lost is tried.
+        """
+        self._client, self._store = client, store
+        self._deadline_s, self._attempts = deadline_s, attempts
+
+    def load(self, wanted: AdapterVersion) -> None:
+        """See `Loader.load`. The digest that every worker reports is compared.
+
+        Raises:
+            LeaseHeld: another process has been loading this version for too long.
+            DigestMismatch, ModeUnavailable, RankExceeded, ServerUnreachable, BadToken.
+        """
+        status = self._client.status()
+        header, buffer = self._pack(wanted, status)
+        deadline, left = time.monotonic() + self._deadline_s, self._attempts
+        while not self._is_there(wanted.name, header.digest, status):
+            try:
+                self._publish(wanted.name, header, buffer)
+                return
+            except errors.LeaseHeld:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
+            except _LOST:
+                left -= 1
+                if left <= 0 or time.monotonic() > deadline:
+                    raise
+            status = self._client.status()
+
+    def _pack(
+        self, wanted: AdapterVersion, status: ServerStatus
+    ) -> tuple[packet.PacketHeader, torch.Tensor]:
+        import torch
+
+        adapter = self._store.read(wanted.digest).to(getattr(torch, status.adapter_dtype))
+        header, buffer = packet.pack(
+            adapter.tensors,
+            mode=SyncMode.ADAPTER,
+            base_fingerprint=status.base_fingerprint,
+            rank=adapter.rank,
+        )
+        name = PolicyVersion.parse(wanted.name)
+        return packet.seal(header.named(name.policy, name.version, 0), buffer), buffer
+
+    def _is_there(self, name: str, digest: str, status: ServerStatus) -> bool:
+        found = status.served.get(name)
+        if found is not None and found != digest:
+            raise errors.DigestMismatch(
+                f"{self._client.base_url} serves {name} with digest {found[:12]}, the store holds "
+                f"{digest[:12]}; restart the vLLM server",
+                given=found,
+                expected=digest,
+            )
+        return found is not None
+
+    def _publish(self, name: str, header: packet.PacketHeader, buffer: torch.Tensor) -> None:
+        replica = self._replica(name)
+        try:
+            replica.ensure_channel()
+            stage_id = replica.stage(header, buffer, lambda: header.digest)
+            held = replica.commit(stage_id)["digest"]
+        finally:
+            replica.close()
+        if held != header.digest:
+            raise errors.DigestMismatch(
+                f"{self._client.base_url} holds {held!r} as {name}, sent was {header.digest!r}"
+            )
+
+    def _replica(self, name: str) -> Replica:
+        config = SyncConfig(
+            policy=PolicyVersion.parse(name).policy, transport="http", lease_wait_s=0.0
+        )
+        return Replica(self._client, config, writer=f"residency-{uuid.uuid4().hex[:12]}")
+
+    def drop(self, name: str) -> None:
+        """See `Loader.drop`. A version that somebody else is loading at this moment stays."""
+        replica = self._replica(name)
+        try:
+            replica.ensure_channel()
+            replica.drop(name)
+        except errors.LeaseHeld:
+            return
+        finally:
+            replica.close()
+
+
+class PathLoader:
+    """Lets a stock server read the store's directory, which both must see under the same path."""
+
+    def __init__(self, client: VLLMClient, store: AdapterStore, *, attempts: int = 3) -> None:
+        self._client, self._store, self._attempts = client, store, attempts
+
+    def load(self, wanted: AdapterVersion) -> None:
+        """See `Loader.load`. After a lost reply the server's own list decides.
+
+        Raises:
+            RuntimeLoadingOff, BackendError, ServerUnreachable.
+            DigestMismatch: the server has this name from another path.
+        """
+        self._store.read(wanted.digest)  # the server would take damaged bytes without a word
+        path = str(self._store.open(wanted.digest))
+        last: TinkError | None = None
+        for _ in range(self._attempts):
+            if self._is_there(wanted.name, path):
+                return
+            try:
+                self._client.load_lora(wanted.name, path)
+            except (
+                errors.RequestTimeout,
+                errors.ServerUnreachable,
+                errors.AdapterConflict,
+            ) as error:
+                last = error
+            else:
+                return
+        if not self._is_there(wanted.name, path):
+            raise last or errors.BackendError(f"adapter {wanted.name} could not be loaded")
+
+    def _is_there(self, name: str, path: str) -> bool:
+        for card in self._client.model_cards():
+            if card["id"] == name:
+                if card.get("root") != path:
+                    raise errors.DigestMismatch(
+                        f"{self._client.base_url} serves {name} from {card.get('root')!r}, the store "
+                        f"is at {path!r}; let both processes use one TINK_STORE_DIR, or restart vLLM"
+                    )
+                return True
+        return False
+
+    def drop(self, name: str) -> None:
+        """See `Loader.drop`. vLLM keeps the tensors until it needs their slot; the files stay too."""
+        self._client.unload_lora(name)

@@ -1,0 +1,340 @@
+"""What travels to a vLLM server for a sample and how its answer is read: pure, for every client.
+
+The synchronous `VLLMClient` and the asynchronous `AsyncSampler` send the same payloads and take an
+answer by the same checks: it names the model that was asked for, every choice is there, every logprob
+belongs to its token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tink_rl import errors
+from tink_rl.types import Completion, SamplingParams
+
+Prompt = str | Sequence[int]
+NEVER_FORWARDED = ("chat_template", "chat_template_kwargs", "extra_args")
+"""vLLM 0.31 can be stopped by a template, and `extra_args` reaches the engine unchecked."""
+_SAME_NAME = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "ignore_eos"),
+)
+
+
+def salt(model: str) -> str:
+    """The cache salt of a model name: one version is never answered from another one's cache."""
+    # vLLM refuses '@' and '/' in a salt, and both occur in names.
+    return hashlib.sha256(model.encode()).hexdigest()[:32]
+
+
+def unreachable(url: str, reason: str) -> str:
+    """What a user is told when nobody answers at `url`."""
+    return (
+        f"The vLLM server can't be reached at {url}\n({reason}) Start one with `tink-rl serve MODEL "
+        "--mode adapter`, or correct VLLM_BASE_URL."
+    )
+
+
+# -- what is asked ----------------------------------------------------------------------------------
+
+
+def completion_payload(
+    prompts: Sequence[Prompt], model: str, params: SamplingParams, *, stream: bool = False
+) -> dict[str, Any]:
+    """The body of `POST /v1/completions`."""
+    payload: dict[str, Any] = {
+        "model": model,
+        "prompt": [p if isinstance(p, str) else list(p) for p in prompts],
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "cache_salt": salt(model),
+        **{name: getattr(params, name) for name in _SAME_NAME},
+    }
+    if params.stop:
+        payload["stop"] = list(params.stop)
+    if params.stop_token_ids:
+        payload["stop_token_ids"] = list(params.stop_token_ids)
+    if params.logit_bias:
+        payload["logit_bias"] = {str(key): value for key, value in params.logit_bias.items()}
+    if stream:
+        payload["stream"] = True
+    return payload
+
+
+def check_payload(payload: Mapping[str, Any]) -> None:
+    """Raise `SamplingRefused` if the payload holds something that is never sent to a server."""
+    refused = sorted(set(payload) & set(NEVER_FORWARDED))
+    if refused:
+        raise errors.SamplingRefused(
+            f"{refused} are never sent to a server (vLLM 0.31 can be stopped by a template); "
+            "apply the chat template in the trainer and send token ids"
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
+    """Raise `SamplingRefused` unless there are prompts and every token id lies in the vocabulary.
+
+    With `vocab_size` None only what is wrong for every vocabulary is refused.
+    """
+    if not prompts:
+        raise errors.SamplingRefused("prompts is empty; expected at least one")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise errors.SamplingRefused(f"prompts[{i}] is empty; expected text or token ids")
+        if not isinstance(prompt, str):
+            check_ids(prompt, vocab_size, f"prompts[{i}]")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int | None, where: str) -> None:
+    """Raise `SamplingRefused` unless every id is an integer in [0, vocab_size)."""
+    limit = vocab_size if vocab_size is not None else 2**31
+    for token in ids:
+        if type(token) is not int or not 0 <= token < limit:
+            raise errors.SamplingRefused(
+                f"{where} holds {token!r}; expected token ids from 0 to {limit - 1}"
+            )
+
+
+def check_params(params: SamplingParams, vocab_size: int | None) -> None:
+    """Raise `SamplingRefused` for values that vLLM refuses, or takes and must not.
+
+    An id outside the vocabulary corrupts other requests of the batch on some vLLM versions
+    (CVE-2026-93840), so with an unknown vocabulary no parameter that names ids is let through.
+    """
+    for name, low, high in (
+        ("max_tokens", 1, 2**31 - 1),
+        ("min_tokens", 0, params.max_tokens),
+        ("n", 1, 2**31 - 1),
+        ("temperature", 0.0, 1e4),
+        ("top_p", 0.0, 1.0),
+        ("top_k", -1, 2**31 - 1),
+        ("min_p", 0.0, 1.0),
+        ("repetition_penalty", 0.0, 1e4),
+        ("presence_penalty", -2.0, 2.0),
+        ("frequency_penalty", -2.0, 2.0),
+        ("seed", -(2**63), 2**63 - 1),
+        ("logprobs", 0, 2**31 - 1),
+    ):
+        _check_number(name, getattr(params, name), low, high)
+    if params.top_p == 0 or params.repetition_penalty == 0:
+        raise errors.SamplingRefused("top_p and repetition_penalty must be above 0")
+    if params.temperature == 0 and params.n > 1:
+        raise errors.SamplingRefused(
+            f"n={params.n} with temperature=0: greedy completions are all the same; set n=1"
+        )
+    if not all(isinstance(text, str) and text for text in params.stop):
+        raise errors.SamplingRefused(f"stop={params.stop!r}: expected texts that are not empty")
+    named = list(params.stop_token_ids) + list(params.logit_bias or {})
+    if named and vocab_size is None:
+        raise errors.SamplingRefused(
+            "stop_token_ids and logit_bias need the size of the vocabulary, which is unknown here: "
+            "set TINK_BASE_MODEL to the directory of the served base model"
+        )
+    check_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
+    check_ids(list(params.logit_bias or {}), vocab_size, "logit_bias")
+    for value in (params.logit_bias or {}).values():
+        _check_number("logit_bias", value, -100.0, 100.0)
+
+
+_WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "seed", "logprobs")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if value is None and name in ("seed", "logprobs"):
+        return
+    allowed = (int,) if name in _WHOLE else (int, float)
+    if type(value) not in allowed or not low <= value <= high:
+        kind = "a whole number" if name in _WHOLE else "a number"
+        raise errors.SamplingRefused(f"{name}={value!r}: expected {kind} from {low:g} to {high:g}")
+
+
+# -- what is answered -------------------------------------------------------------------------------
+
+
+def read_answer(
+    status: int, data: Any, *, model: str, url: str, expected: int | None = None
+) -> dict[str, Any]:
+    """The JSON of a sample that may be trusted.
+
+    Args:
+        status: HTTP status.
+        data: The body, as JSON where it is.
+        model: What was asked for.
+        url: Base URL of the server, for the error.
+        expected: Number of choices; None: any.
+
+    Raises:
+        UnknownVersion: the server does not serve `model`, or answered as another one.
+        SamplingRefused: vLLM refused the parameters.
+        EngineUnavailable: the engine died or is stopping.
+        BackendError: no completion, or not all of them.
+        TinkError: what our plugin raised.
+    """
+    if status == 404:
+        raise errors.UnknownVersion(
+            f"the server at {url} does not serve {model!r}; it was dropped, replaced "
+            "by a newer version, or the server was restarted",
+            replica=url,
+        )
+    if status != 200:
+        if is_ours(data):
+            raise errors.from_wire(data, status)
+        if status >= 500:
+            raise errors.EngineUnavailable(
+                f"vLLM at {url} answered HTTP {status}: {error_text(data)}; look into its log",
+                replica=url,
+            )
+        raise errors.SamplingRefused(f"vLLM refused the request: {error_text(data)}")
+    if not isinstance(data, dict) or "choices" not in data:
+        raise errors.BackendError(f"the server at {url} answered no completion: {str(data)[:200]}")
+    check_model(data.get("model"), model, url)
+    if expected is not None and len(data["choices"]) != expected:
+        raise errors.BackendError(
+            f"{len(data['choices'])} completions came back from {url}, expected {expected}"
+        )
+    return data
+
+
+def check_model(found: Any, model: str, url: str) -> None:
+    """Raise `UnknownVersion` unless the server answered as the model that was asked for."""
+    if found != model:
+        raise errors.UnknownVersion(
+            f"{model!r} was asked for, the server answered as {found!r}", replica=url
+        )
+
+
+def json_or_text(text: str) -> Any:
+    """The body as JSON, or as it is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def is_ours(data: Any) -> bool:
+    """Whether an error body was written by the tink_rl plugin."""
+    error = data.get("error") if isinstance(data, dict) else None
+    return isinstance(error, dict) and isinstance(error.get("code"), str) and "details" in error
+
+
+def error_text(data: Any) -> str:
+    """The message of an error body of vLLM."""
+    error = data.get("error", data) if isinstance(data, dict) else data
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+
+
+def as_completions(
+    choices: Sequence[Mapping[str, Any]], params: SamplingParams, **origin: Any
+) -> list[Completion]:
+    """One record per choice, prompt-major; `origin` is `model_id`, `version` and `digest`."""
+    found = []
+    for number, choice in enumerate(choices):
+        rows = logprob_rows(choice) if params.logprobs is not None else None
+        found.append(
+            Completion(
+                prompt_index=number // params.n,
+                index=number % params.n,
+                text=choice["text"],
+                token_ids=list(choice["token_ids"]),
+                logprobs=_sampled(rows, choice["token_ids"]),
+                top_logprobs=rows if rows is not None and params.logprobs else None,
+                prompt_token_ids=choice.get("prompt_token_ids"),
+                finish_reason=choice["finish_reason"],
+                **origin,
+            )
+        )
+    return found
+
+
+def _sampled(rows: list[dict[int, float]] | None, token_ids: Sequence[int]) -> list[float] | None:
+    if rows is None:
+        return None
+    return [row[token] for row, token in zip(rows, token_ids, strict=True)]
+
+
+def logprob_rows(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:
+    """Per token: id -> logprob, most likely first; the sampled token is always among them.
+
+    Raises:
+        BackendError: a logprob came back for another token than the one that was sampled.
+    """
+    found = choice["logprobs"]
+    if found is None:
+        return None
+    rows = []
+    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
+    tokens = zip(found["tokens"], found["token_logprobs"], tops, strict=True)
+    for (token, logprob, top), token_id in zip(tokens, choice["token_ids"], strict=True):
+        by_id = {_token_id(key): _number(value) for key, value in (top or {}).items()}
+        by_id[_token_id(token)] = _number(logprob)
+        if _token_id(token) != token_id:
+            raise errors.BackendError(f"token {token!r} came back for id {token_id}")
+        rows.append(dict(sorted(by_id.items(), key=lambda item: -item[1])))
+    return rows
+
+
+def _token_id(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+# -- server-sent events -----------------------------------------------------------------------------
+
+
+class StreamedChoices:
+    """Puts the chunks of a streamed sample together again, as the choices of a whole answer."""
+
+    def __init__(self, count: int) -> None:
+        self.choices: list[dict[str, Any]] = [
+            {"text": "", "token_ids": [], "logprobs": None, "finish_reason": None}
+            for _ in range(count)
+        ]
+
+    def add(self, piece: Mapping[str, Any]) -> None:
+        """Take one choice of one chunk."""
+        choice = self.choices[piece["index"]]
+        choice["text"] += piece["text"]
+        choice["token_ids"] += piece.get("token_ids") or []
+        choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
+        if piece.get("prompt_token_ids") is not None:
+            choice["prompt_token_ids"] = piece["prompt_token_ids"]
+        if piece.get("logprobs") is not None:
+            whole = choice["logprobs"] or {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+            for key, values in whole.items():
+                values += piece["logprobs"].get(key) or []
+            choice["logprobs"] = whole
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The choices.
+
+        Raises:
+            BackendError: the stream ended before every choice had.
+        """
+        open_ones = [i for i, choice in enumerate(self.choices) if not choice["finish_reason"]]
+        if open_ones:
+            raise errors.BackendError(f"the stream ended, completions {open_ones[:8]} had not")
+        return self.choices
+
+
+def event_data(line: str) -> Any:
+    """What one line of a stream of server-sent events carries: JSON, "[DONE]", or None.
+
+    Raises:
+        BackendError: the server reports an error inside the stream.
+    """
+    if not line.startswith("data:"):
+        return None
+    text = line.removeprefix("data:").strip()
+    if text == "[DONE]":
+        return text
+    data = json_or_text(text)
+    if not isinstance(data, dict) or "choices" not in data:
+        raise errors.BackendError(f"the stream broke off: {error_text(data)}")
+    return data

@@ -1,0 +1,231 @@
+"""vLLM behind the worker's queue: the adapters of `VLLMBackend`, sampled over aiohttp.
+
+What is resident is sampled without leaving the event loop; a load waits in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tink_rl import errors
+from tink_rl.transport import payloads
+from tink_rl.transport.async_sampler import AsyncSampler
+from tink_rl.types import Completion, SamplingParams
+from tink_rl.vllm_backend import MAX_TRIES, Model, Target, VLLMBackend, gave_up
+from tink_rl.worker.backends import Delta, ModelInfo
+
+_NUM_LOADERS = 8
+"""Adapters that are brought to the server at the same time."""
+_MAX_LOGPROBS = 20
+
+
+class VLLMSampler:
+    """A `Backend` over a `VLLMBackend`, which it shares with whoever registers adapters."""
+
+    name = "vllm"
+
+    def __init__(self, backend: VLLMBackend) -> None:
+        """Store; connections open on first use, in the loop that samples."""
+        self.backend = backend
+        self._sampler = AsyncSampler(
+            backend.client.base_url,
+            api_key=backend.settings.api_key(),
+            connect_timeout_s=backend.settings.vllm_timeout,
+        )
+        self._threads = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tink-acquire")
+
+    async def _in_thread(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
+
+    # -- Backend ------------------------------------------------------------------------------------
+
+    def check(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        model_id: str | Model | None,
+        params: SamplingParams,
+    ) -> Model | str | None:
+        """See `Backend.check`: the version that is current now, so that a request which waits in the
+        queue is answered by what was registered when it came."""
+        if (params.logprobs or 0) > _MAX_LOGPROBS:
+            raise errors.SamplingRefused(
+                f"logprobs={params.logprobs}: expected at most {_MAX_LOGPROBS}"
+            )
+        self.backend.check(prompts, params, ask=False)
+        if isinstance(model_id, Model):
+            return model_id
+        return self.backend.resolve(model_id) or model_id
+
+    async def sample(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        model_id: str | Model | None,
+        params: SamplingParams,
+        *,
+        timeout_s: float,
+        on_delta: Callable[[Delta], None] | None = None,
+    ) -> list[Completion]:
+        """See `Backend.sample`."""
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                if not self.backend.check(prompts, params, ask=False):
+                    await self._in_thread(self.backend.check, prompts, params)
+                model = model_id if isinstance(model_id, Model) else await self._find(model_id)
+
+                async def send(target: Target) -> list[Completion]:
+                    left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
+                    return await self._send(target, prompts, params, max(0.001, left_s), on_delta)
+
+                return await self._with_target(model, send)
+        except errors.TinkError:
+            raise
+        except TimeoutError as error:
+            raise errors.DeadlineExceeded(
+                f"vLLM at {self._sampler.base_url} did not answer within {timeout_s:g} s; raise the "
+                "timeout of the request, or lower max_tokens"
+            ) from error
+
+    async def _find(self, model_id: str | None) -> Model:
+        model = self.backend.resolve(model_id)
+        if model is None:
+            model = await self._in_thread(self.backend.find, model_id)
+        assert isinstance(model, Model)
+        return model
+
+    async def _with_target(
+        self, model: Model, send: Callable[[Target], Awaitable[list[Completion]]]
+    ) -> list[Completion]:
+        """`VLLMBackend._with_target`, in the loop."""
+        for _ in range(MAX_TRIES):
+            target = self.backend.acquire_now(model) or await self._acquire(model)
+            try:
+                return await send(target)
+            except errors.UnknownVersion:
+                self.backend.refused(target)
+            finally:
+                self.backend.release(target)
+        raise gave_up(model, self._sampler.base_url)
+
+    async def _acquire(self, model: Model) -> Target:
+        """A target; if the task is cancelled meanwhile, the pin that the thread takes is given back."""
+        future = asyncio.ensure_future(self._in_thread(self.backend.acquire, model))
+        try:
+            target: Target = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._give_back)
+            raise
+        return target
+
+    def _give_back(self, future: asyncio.Future[Any]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.backend.release(future.result())
+
+    async def _send(
+        self,
+        target: Target,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams,
+        timeout_s: float,
+        on_delta: Callable[[Delta], None] | None,
+    ) -> list[Completion]:
+        count = len(prompts) * params.n
+        if on_delta is None:
+            payload = payloads.completion_payload(prompts, target.name, params)
+            data = await self._sampler.complete(payload, timeout_s=timeout_s, expected=count)
+            choices = data["choices"]
+        else:
+            payload = payloads.completion_payload(prompts, target.name, params, stream=True)
+            whole = payloads.StreamedChoices(count)
+            async for piece in self._sampler.stream(payload, timeout_s=timeout_s):
+                whole.add(piece)
+                on_delta(_delta(piece, params))
+            choices = whole.finished()
+        return payloads.as_completions(choices, params, **target.origin())
+
+    async def models(self) -> list[ModelInfo]:
+        """See `Backend.models`."""
+        view = await self._in_thread(self.backend.view, fresh=True)
+        found = []
+        if view.merged is None:
+            found.append(ModelInfo(model_id=view.base, kind="base"))
+        else:
+            found.append(self._policy(view.base, view.status.served.get(view.base)))
+        for item in self.backend.registry.list():
+            found.append(
+                ModelInfo(
+                    model_id=item.adapter_id,
+                    kind="adapter",
+                    version=item.version,
+                    digest=item.digest,
+                )
+            )
+        return found + [self._policy(name, digest) for name, digest in view.names.items()]
+
+    def _policy(self, name: str, digest: str | None) -> ModelInfo:
+        version = name.rpartition("@")[2]
+        return ModelInfo(
+            model_id=name,
+            kind="policy",
+            version=int(version) if "@" in name and version.isdecimal() else None,
+            digest=digest,
+        )
+
+    async def canary(self, timeout_s: float) -> None:
+        """See `Backend.canary`; a policy that is folded into the base answers for it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                view = self.backend._view or await self._in_thread(self.backend.view, fresh=True)
+                payload = payloads.completion_payload(
+                    [[0]], view.base, SamplingParams(max_tokens=1, temperature=0.0)
+                )
+                try:
+                    await self._sampler.complete(payload, timeout_s=timeout_s, expected=1)
+                except errors.UnknownVersion:  # another policy was published meanwhile
+                    view = await self._in_thread(self.backend.view, fresh=True)
+                    payload = replace_model(payload, view.base)
+                    await self._sampler.complete(payload, timeout_s=timeout_s, expected=1)
+        except errors.TinkError:
+            raise
+        except TimeoutError as error:
+            raise errors.DeadlineExceeded(
+                f"vLLM at {self._sampler.base_url} sampled nothing within {timeout_s:g} s; is it "
+                "paused or wedged? Look into its log"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """See `Backend.describe`."""
+        settings = self.backend.settings
+        return {
+            "backend": self.name,
+            "url": self.backend.client.base_url,
+            "store": str(self.backend.store.root),
+            "max_resident_adapters": settings.tink_max_resident_adapters,
+        }
+
+    async def close(self) -> None:
+        """See `Backend.close`; the `VLLMBackend` stays open for its owner."""
+        await self._sampler.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def replace_model(payload: dict[str, Any], name: str) -> dict[str, Any]:
+    """The payload for another model name."""
+    return {**payload, "model": name, "cache_salt": payloads.salt(name)}
+
+
+def _delta(piece: dict[str, Any], params: SamplingParams) -> Delta:
+    ids = piece.get("token_ids")
+    rows = (
+        payloads.logprob_rows({**piece, "token_ids": ids or []}) if piece.get("logprobs") else None
+    )
+    return Delta(
+        prompt_index=piece["index"] // params.n,
+        index=piece["index"] % params.n,
+        text=piece["text"],
+        token_ids=list(ids) if ids is not None else None,
+        logprobs=[row[i] for row, i in zip(rows, ids or [], strict=True)] if rows else None,
+    )

@@ -72,9 +72,9 @@ def read_whole(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def _read_zero3(
     parameters: Sequence[torch.Tensor], partitioned: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         # They are emptied again at the end of the block.
         return [p.detach().clone() for p in parameters]
 
@@ -109,9 +109,9 @@ def _write_zero3(
     values: Sequence[torch.Tensor],
     partitioned: list[torch.Tensor],
 ) -> None:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     # At the end of the block rank 0's values are sent to all, which cut their partitions from them.
-    with GatheredParameters(partitioned, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)

@@ -329,6 +329,24 @@ class RequestIdReused(TinkError, ValueError):
     code, status = "request_id_reused", 409
 
 
+class InvalidJson(BadRequest):
+    """A body is no JSON, or JSON of a kind that is refused (duplicate keys, NaN, too deep)."""
+
+    code = "invalid_json"
+
+
+class UnsupportedMediaType(BadRequest):
+    """A body is not `application/json`."""
+
+    code, status = "unsupported_media_type", 415
+
+
+class WrongScope(TinkError):
+    """A good token, but not one for this route."""
+
+    code, status = "wrong_scope", 403
+
+
 # -- seen from the client -------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
 _NOT_FOR_THE_SERVER = re.compile(
     r"^(USE_VLLM|USE_MEGATRON|MEGATRON_SERVER_URL|VLLM_(BASE_URL|HOST|PORT|GROUP_PORT|TIMEOUT|"
     r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
-    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_TOKEN)$"
+    r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_.*)$"
 )
 _GOLDEN_MARK = "golden_does_not_fit: "
 _MEMORY_PATTERN = re.compile(
@@ -166,13 +166,14 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise errors.PortTaken(
-                f"port {port} on {host} is in use{_holder(port)}; stop that process or give another "
+                f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
                 f"--port ({error.strerror})"
             ) from error
         return int(probe.getsockname()[1])
 
 
-def _holder(port: int) -> str:
+def port_holder(port: int) -> str:
+    """` by process PID`, if that can be seen."""
     with contextlib.suppress(
         Exception
     ):  # a hint only: psutil may be missing or not allowed to look

@@ -170,6 +170,10 @@ class Settings(BaseSettings):
 
     # -- what follows -----------------------------------------------------------------------------
 
+    def set_value(self, name: str) -> Any:
+        """The value of a field if code or the environment gave one; else None."""
+        return getattr(self, name) if name in self.model_fields_set else None
+
     @property
     def host_url(self) -> str:
         """URL by VLLM_HOST and VLLM_PORT."""

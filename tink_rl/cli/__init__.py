@@ -12,17 +12,18 @@ from importlib import import_module
 
 from tink_rl import __version__
 from tink_rl.cli.console import show_wait
+from tink_rl.cli.serve import model_first
 from tink_rl.errors import LaunchFailed, TinkError
 
 __all__ = ["main", "show_wait"]
 
-_COMMANDS = ("serve", "status", "report")
+_COMMANDS = ("serve", "status", "report", "doctor", "export", "worker")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(model_first(sys.argv[1:] if argv is None else argv))
     if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
+from collections.abc import Sequence
 
 from tink_rl.cli.console import say, show_wait
+from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
+from tink_rl.settings import Settings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -18,17 +21,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "serve",
         help="start vLLM with the plugin",
         description="Start stock vLLM with the tink_rl plugin. Flags that are not listed here are "
-        "passed on to vLLM.",
+        "passed on to vLLM. VLLM_PORT, VLLM_GROUP_PORT, VLLM_MAX_LORAS and VLLM_MAX_LORA_RANK are "
+        "defaults, so that one set of variables configures server and clients.",
         allow_abbrev=False,
     )
-    serve.add_argument("model", help="model directory or hub id")
+    serve.add_argument("model", help="model directory or hub id (--model MODEL does as well)")
     serve.add_argument("--mode", default="both", help="merged, adapter or both (default)")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--port", type=int, help="default: VLLM_PORT, else 8000")
     serve.add_argument("--dtype", default="auto")
     serve.add_argument("--max-model-len", type=int)
-    serve.add_argument("--max-lora-rank", type=int, default=32)
-    serve.add_argument("--max-loras", type=int, default=4)
+    serve.add_argument("--max-lora-rank", type=int, help="default: VLLM_MAX_LORA_RANK, else 32")
+    serve.add_argument("--max-loras", type=int, help="default: VLLM_MAX_LORAS, else 4")
+    serve.add_argument("--enable-lora", action="store_true", help="mode adapter and both do anyway")
     serve.add_argument("--max-cpu-loras", type=int)
     serve.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     serve.add_argument("--gpu-memory-utilization", type=float)
@@ -44,7 +49,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--golden-budget-gib", type=float, help="merged: memory for the base weights"
     )
     serve.add_argument("--golden-tier", default="auto", help="auto, device, host or file")
-    serve.add_argument("--channel-port", type=int, default=0, help="0: any free port")
+    serve.add_argument(
+        "--channel-port", type=int, help="default: VLLM_GROUP_PORT, else 0, which is any free port"
+    )
     serve.add_argument("--startup-timeout", type=float, default=300.0, help="seconds")
     serve.add_argument("--log-file")
     serve.set_defaults(run=run)
@@ -52,15 +59,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Start the server and watch it until a signal; the exit code."""
+    _check_flags(arguments)
+    settings = Settings.load()
     options = ServerOptions(
         model=arguments.model,
         mode=arguments.mode,
         host=arguments.host,
-        port=arguments.port,
+        port=_first(arguments.port, settings.set_value("vllm_port"), 8000),
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
-        max_lora_rank=arguments.max_lora_rank,
-        max_loras=arguments.max_loras,
+        max_lora_rank=_first(arguments.max_lora_rank, settings.set_value("vllm_max_lora_rank"), 32),
+        max_loras=_first(arguments.max_loras, settings.set_value("vllm_max_loras"), 4),
         max_cpu_loras=arguments.max_cpu_loras,
         tensor_parallel_size=arguments.tensor_parallel_size,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
@@ -68,7 +77,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         token_file=arguments.token_file,
         golden_budget_gib=arguments.golden_budget_gib,
         golden_tier=arguments.golden_tier,
-        channel_port=arguments.channel_port,
+        channel_port=_first(arguments.channel_port, settings.set_value("vllm_group_port"), 0),
         startup_timeout_s=arguments.startup_timeout,
         log_file=arguments.log_file,
         extra_args=tuple(rest),
@@ -93,6 +102,31 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     finally:
         server.stop()
     return 0
+
+
+def model_first(argv: Sequence[str]) -> list[str]:
+    """`serve --model M ...`, as `trl vllm-serve` writes it, as `serve M ...`; else unchanged."""
+    words = list(argv)
+    if words[:1] != ["serve"]:
+        return words
+    for i, word in enumerate(words):
+        if word == "--model" and i + 1 < len(words):
+            return ["serve", words[i + 1], *words[1:i], *words[i + 2 :]]
+        if word.startswith("--model="):
+            return ["serve", word.removeprefix("--model="), *words[1:i], *words[i + 1 :]]
+    return words
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.enable_lora and arguments.mode not in ("adapter", "both"):
+        raise ConfigError(
+            f"--enable-lora with --mode {arguments.mode}: slots need --mode adapter or --mode both"
+        )
+
+
+def _first(*candidates: int | None) -> int:
+    """The first that was given: the flag, the variable, the default."""
+    return next(value for value in candidates if value is not None)
 
 
 def _interrupt(number: int, frame: object) -> None:

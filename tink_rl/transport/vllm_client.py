@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -167,6 +168,17 @@ class VLLMClient:
                     replica=self.base_url,
                 )
             time.sleep(0.2)
+
+    def clock_offset_s(self) -> float | None:
+        """Seconds by which the server's clock is ahead of ours (to a second); None if it says no date.
+
+        Raises:
+            ServerUnreachable: nobody answers.
+        """
+        date = self._send("GET", "/health", timeout_s=10.0).headers.get("date")
+        if date is None:
+            return None
+        return parsedate_to_datetime(date).timestamp() - time.time()
 
     # -- sampling ---------------------------------------------------------------------------------
 

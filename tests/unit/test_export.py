@@ -1,0 +1,159 @@
+"""Export: the adapter's own bytes, a fold that is exact, a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.policies import PeftTwin
+from tests.tiny_models import make_model, make_tokenizer
+from tink_rl import errors
+from tink_rl.cli import main
+from tink_rl.export import export, find_adapter
+from tink_rl.policy.adapter import from_peft_dir
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def run_dir(model_dir, tmp_path_factory):
+    """What a run leaves: adapter, version, log, summary."""
+    twin = PeftTwin(model_dir("qwen3"))
+    twin.randomise(3)
+    directory = tmp_path_factory.mktemp("run")
+    twin.model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    policy = {"policy": "math", "version": 7, "digest": "9f" * 32, "mode": "merged"}
+    (directory / "tink_policy.json").write_text(json.dumps(policy))
+    rows = [{"step": i, "reward": i / 10} for i in range(1, 11)]
+    (directory / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    summary = {"heldout_before": 0.25, "heldout_after": 0.75}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def reference(model_dir, run_dir):
+    base = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
+    return PeftModel.from_pretrained(base, run_dir)
+
+
+def test_adapter_keeps_its_bytes_and_peft_computes_the_same(model_dir, run_dir, tmp_path):
+    export(run_dir, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"README.md", "adapter_config.json", "tokenizer.json", "tink_policy.json"}
+    assert "trainer_state.json" not in names
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (run_dir / file).read_bytes()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(reference(model_dir, run_dir)))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("12") == [5, 6]
+
+
+def test_merged_model_is_pefts_own_merge_bit_for_bit(model_dir, run_dir, tmp_path):
+    export(run_dir, tmp_path / "out", merged=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = reference(model_dir, run_dir).merge_and_unload()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(logits(loaded), logits(expected))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_bf16_base_is_folded_in_fp32_and_rounded_once(run_dir, tmp_path):
+    base = make_model("qwen3", tmp_path / "base")
+    weights = {k: v.bfloat16() for k, v in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    export(run_dir, tmp_path / "out", merged=True, base=str(base))
+    adapter = from_peft_dir(run_dir)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        expected = weight
+        if f"{module}.lora_A.weight" in adapter.tensors:
+            a, b = (adapter.tensors[f"{module}.lora_{part}.weight"] for part in "AB")
+            expected = (weight.float() + b @ a).bfloat16()
+            assert not torch.equal(expected, weight)
+        assert torch.equal(written[name], expected), name
+
+
+def test_sharded_base_stays_sharded(model_dir, run_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base", max_shard_size="300KB")
+    export(run_dir, tmp_path / "out", merged=True, base=str(tmp_path / "base"))
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = reference(model_dir, run_dir).merge_and_unload()
+    assert torch.equal(logits(loaded), logits(expected))
+
+
+def test_card_says_version_digest_base_and_what_training_brought(run_dir, tmp_path):
+    export(run_dir, tmp_path / "out", base="org/base")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (
+        "base_model: org/base",
+        "library_name: peft",
+        "math@7",
+        "9f9f",
+        "| base model | org/base |",
+    ):
+        assert text in card
+    assert "| held-out accuracy | 0.250 before, 0.750 after training |" in card
+    assert "| training reward | 0.300 before, 0.800 after training |" in card
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_newest_checkpoint_is_taken_where_the_run_has_not_ended(run_dir, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(run_dir, tmp_path / f"checkpoint-{step}")
+    assert find_adapter(tmp_path).name == "checkpoint-10"
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(model_dir, run_dir, tmp_path):
+    with pytest.raises(errors.ConfigError, match="output_dir of a run"):
+        export(tmp_path, tmp_path / "out")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    with pytest.raises(errors.ConfigError, match="not empty"):
+        export(run_dir, taken)
+    small = make_model(
+        "qwen3", tmp_path / "small", num_hidden_layers=1, layer_types=["full_attention"]
+    )
+    with pytest.raises(errors.UnknownModules, match=r"layers\.1.*--base"):
+        export(run_dir, tmp_path / "out", merged=True, base=str(small))
+    with pytest.raises(errors.ConfigError, match="hf download"):
+        export(run_dir, tmp_path / "out", merged=True, base="org/absent")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "taken"]
+    assert (taken / "file").read_text() == "mine"
+
+
+def test_broken_weights_are_refused(run_dir, tmp_path):
+    broken = shutil.copytree(run_dir, tmp_path / "broken")
+    file = broken / "adapter_model.safetensors"
+    save_file({k: torch.full_like(v, torch.inf) for k, v in load_file(file).items()}, file)
+    with pytest.raises(errors.NonFiniteWeights):
+        export(broken, tmp_path / "out")
+    file.write_bytes(b"no tensors")
+    with pytest.raises(errors.ConfigError, match="save the adapter again"):
+        export(broken, tmp_path / "out")
+
+
+def test_command_writes_and_says_where(run_dir, tmp_path, capsys):
+    assert main(["export", str(run_dir), "--output", str(tmp_path / "out"), "--merged"]) == 0
+    said = capsys.readouterr().err
+    assert "merged model math@7 written to" in said and "--base ORGANISATION/NAME" in said
+    assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 1
+    assert "not empty" in capsys.readouterr().err

@@ -1,0 +1,596 @@
+"""Which adapters lie on a server: the table's races, and both loaders against a server that loses replies."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.fake_vllm import FakeVLLM
+from tests.policies import PeftTwin
+from tests.tiny_models import make_model
+from tink_rl import errors, vllm_backend
+from tink_rl.residency.table import AdapterVersion, Residency
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.vllm_backend import VLLMBackend
+
+# -- the table ----------------------------------------------------------------------------------------
+
+
+def version(name: str, number: int = 1) -> AdapterVersion:
+    return AdapterVersion(adapter_id=name, version=number, digest=f"{number:012x}" + "0" * 52)
+
+
+class CountingLoader:
+    """A server in memory that notices what must never happen."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.there: set[str] = set()
+        self.loads: list[str] = []
+        self.drops: list[str] = []
+        self.users: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self.load_may_go = threading.Event()
+        self.drop_may_go = threading.Event()
+        self.load_may_go.set()
+        self.drop_may_go.set()
+        self.load_began = threading.Event()
+        self.drop_began = threading.Event()
+        self.failures: list[errors.TinkError] = []
+
+    def load(self, wanted: AdapterVersion) -> None:
+        self.load_began.set()
+        assert self.load_may_go.wait(10)
+        with self.lock:
+            self.loads.append(wanted.name)
+            if self.failures:
+                raise self.failures.pop(0)
+            if wanted.name in self.there:
+                self.wrong.append(f"{wanted.name} was loaded twice")
+            self.there.add(wanted.name)
+
+    def drop(self, name: str) -> None:
+        self.drop_began.set()
+        assert self.drop_may_go.wait(10)
+        with self.lock:
+            if self.users.get(name):
+                self.wrong.append(f"{name} was dropped in use")
+            self.drops.append(name)
+            self.there.discard(name)
+
+    def use(self, name: str, change: int) -> None:
+        with self.lock:
+            if name not in self.there:
+                self.wrong.append(f"{name} was used and is not there")
+            self.users[name] = self.users.get(name, 0) + change
+
+
+@pytest.fixture
+def loader():
+    return CountingLoader()
+
+
+def table(loader, capacity=4, **more):
+    return Residency(loader, capacity=capacity, **more)
+
+
+def test_name_on_the_server_is_unique_per_bytes():
+    one = AdapterVersion(adapter_id="math", version=3, digest="0123456789abcdef" * 4)
+    assert one.name == "math.0123456789ab@3"
+
+
+def test_concurrent_acquires_of_one_name_load_it_once(loader):
+    residency = table(loader)
+    loader.load_may_go.clear()
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(residency.acquire, version("a")) for _ in range(16)]
+        assert loader.load_began.wait(5) and residency.pin_if_resident(version("a")) is None
+        loader.load_may_go.set()
+        entries = [future.result() for future in waiting]
+    assert loader.loads == [version("a").name] and len({id(e) for e in entries}) == 1
+    assert residency.resident() == {version("a").name: 16}
+
+
+def test_failed_load_is_told_to_everybody_who_waited_and_tried_again_by_the_next(loader):
+    residency = table(loader)
+    loader.failures = [errors.RankExceeded("too large")]
+    loader.load_may_go.clear()
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(residency.acquire, version("a")) for _ in range(8)]
+        assert loader.load_began.wait(5)
+        loader.load_may_go.set()
+        failures = [future.exception() for future in waiting]
+    told = [failure for failure in failures if isinstance(failure, errors.RankExceeded)]
+    assert len(told) >= 1 and len(told) == len([f for f in failures if f is not None])
+    residency.release(residency.acquire(version("a")))
+    assert version("a").name in residency.resident()
+
+
+def test_least_recently_used_leaves_first(loader):
+    residency = table(loader, capacity=2)
+    for name in ("a", "b", "a", "c"):
+        residency.release(residency.acquire(version(name)))
+    residency.settle()
+    assert loader.drops == [version("b").name]
+    assert loader.there == {version("a").name, version("c").name}
+
+
+def test_pinned_ones_may_exceed_the_capacity_and_leave_when_released(loader):
+    residency = table(loader, capacity=1)
+    pinned = [residency.acquire(version(name)) for name in "abc"]
+    residency.settle()
+    assert loader.drops == [] and len(residency.resident()) == 3
+    for entry in pinned:
+        residency.release(entry)
+    residency.settle()
+    assert loader.there == {version("c").name}
+
+
+def test_replaced_version_is_dropped_only_after_its_last_request(loader):
+    residency = table(loader)
+    first, second = (residency.acquire(version("a", 1)) for _ in range(2))
+    residency.retire("a", keep=2)
+    residency.release(first)
+    residency.settle()
+    assert loader.drops == []
+    residency.release(second)
+    residency.settle()
+    assert loader.drops == [version("a", 1).name]
+
+
+def test_retiring_spares_other_ids_and_the_version_to_keep(loader):
+    residency = table(loader)
+    for wanted in (version("a", 1), version("a", 2), version("b", 1)):
+        residency.release(residency.acquire(wanted))
+    residency.retire("a", keep=2)
+    residency.settle()
+    assert loader.there == {version("a", 2).name, version("b", 1).name}
+    residency.retire("a")
+    residency.settle()
+    assert loader.there == {version("b", 1).name}
+
+
+def test_acquire_while_it_is_being_dropped_waits_and_loads_again(loader):
+    residency = table(loader)
+    residency.release(residency.acquire(version("a")))
+    loader.drop_may_go.clear()
+    residency.retire("a")
+    assert loader.drop_began.wait(5) and residency.pin_if_resident(version("a")) is None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(residency.acquire, version("a"))
+        assert not waiting.done()
+        loader.drop_may_go.set()
+        residency.release(waiting.result(5))
+    assert loader.loads == [version("a").name] * 2 and loader.wrong == []
+
+
+def test_drop_that_fails_is_logged_and_forgotten(loader, caplog):
+    residency = table(loader)
+    residency.release(residency.acquire(version("a")))
+
+    def fail(name):
+        raise errors.ServerUnreachable("gone")
+
+    loader.drop = fail
+    residency.retire("a")
+    residency.settle()
+    assert residency.resident() == {} and "was not dropped: gone" in caplog.text
+
+
+def test_load_and_drop_that_never_end_are_errors_within_the_deadline(loader):
+    residency = table(loader, wait_s=0.05)
+    loader.load_may_go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(residency.acquire, version("a"))
+        assert loader.load_began.wait(5)
+        with pytest.raises(errors.DeadlineExceeded, match="its load did not end within"):
+            residency.acquire(version("a"))
+        loader.load_may_go.set()
+        residency.release(first.result(5))
+    loader.drop_may_go.clear()
+    residency.retire("a")
+    with pytest.raises(errors.DeadlineExceeded, match="its drop did not end within"):
+        residency.acquire(version("a"))
+    loader.drop_may_go.set()
+
+
+def test_forgotten_entry_is_loaded_again_and_its_pins_harm_nobody(loader):
+    residency = table(loader)
+    old = residency.acquire(version("a"))
+    loader.there.clear()  # the server was restarted
+    residency.forget(old)
+    new = residency.acquire(version("a"))
+    residency.forget(old)  # a second request that failed on the old life
+    residency.release(old)
+    assert new is not old and residency.resident() == {version("a").name: 1}
+    residency.forget_all()
+    assert residency.resident() == {}
+
+
+def test_pinned_versions_are_never_dropped_under_random_use(loader):
+    residency = table(loader, capacity=3)
+    names = [f"a{i}" for i in range(8)]
+
+    def work(seed):
+        draw = random.Random(seed)
+        for _ in range(150):
+            wanted = version(draw.choice(names), draw.choice((1, 1, 2)))
+            entry = residency.acquire(wanted)
+            loader.use(wanted.name, 1)
+            if draw.random() < 0.05:
+                residency.retire(wanted.adapter_id, keep=draw.choice((1, 2)))
+            if draw.random() < 0.1:
+                time.sleep(0.0005)
+            loader.use(wanted.name, -1)
+            residency.release(entry)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+    residency.settle()
+    assert loader.wrong == [] and len(loader.drops) > 20
+    assert len(residency.resident()) <= 3 and set(residency.resident()) == loader.there
+
+
+# -- a backend over a server that misbehaves ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(model_dir, tmp_path_factory):
+    """Three PEFT directories of the tiny base."""
+    twin, root = PeftTwin(model_dir("qwen3")), tmp_path_factory.mktemp("adapters")
+    for seed in range(3):
+        twin.randomise(seed)
+        twin.model.save_pretrained(root / str(seed))
+    return [root / str(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def make(model_dir, tmp_path):
+    """`make(fake, **settings)`: a backend of the fake server; all of them share one store."""
+    opened = []
+
+    def make(fake, **settings):
+        backend = VLLMBackend(
+            {"tink_store_dir": str(tmp_path / "store"), **settings},
+            client=VLLMClient("http://fake:1", token="t" * 20, transport=fake.transport()),
+        )
+        opened.append(backend)
+        return backend
+
+    yield make
+    for backend in opened:
+        backend.close()
+
+
+def fake_server(model_dir, **options):
+    return FakeVLLM(str(model_dir("qwen3")), **options)
+
+
+BOTH = pytest.mark.parametrize("plugin", [True, False], ids=["plugin", "stock"])
+
+
+def sample(backend, name=None):
+    [[found]] = backend.generate([[5, 6]], name, max_tokens=1)
+    return found
+
+
+@BOTH
+def test_adapter_is_loaded_on_first_use_and_sampled_under_its_own_name(
+    make, model_dir, adapters, plugin
+):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    registered = backend.register("math", adapters[0])
+    assert fake.served == {}
+    for _ in range(3):
+        found = sample(backend, "math")
+        assert (found.text, found.version) == (f"math.{registered.digest[:12]}@1", 1)
+    assert list(fake.served) == [found.text]
+    assert fake.count("/tink/v1/commit" if plugin else "/v1/load_lora_adapter") == 1
+    if not plugin:
+        assert fake.served[found.text] == str(backend.store.open(registered.digest))
+
+
+@BOTH
+@pytest.mark.parametrize("handled", [True, False], ids=["handled", "unhandled"])
+def test_lost_reply_of_a_load_is_settled_by_looking(make, model_dir, adapters, plugin, handled):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    path = "/tink/v1/commit" if plugin else "/v1/load_lora_adapter"
+    fake.lose.append((path, handled))
+    assert sample(backend, "math").version == 1
+    assert fake.count(path) == (1 if handled else 2) and len(fake.served) == 1
+
+
+@BOTH
+def test_load_whose_reply_is_always_lost_ends_with_the_reason(make, model_dir, adapters, plugin):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    path = "/tink/v1/commit" if plugin else "/v1/load_lora_adapter"
+    fake.lose += [(path, False)] * 9
+    with pytest.raises(errors.RequestTimeout):
+        sample(backend, "math")
+    fake.lose.clear()
+    assert sample(backend, "math").version == 1
+
+
+@BOTH
+def test_restarted_server_gets_its_adapters_again_and_nothing_is_sampled_twice(
+    make, model_dir, adapters, plugin
+):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    for i in range(3):
+        backend.register(f"a{i}", adapters[i])
+        sample(backend, f"a{i}")
+    fake.restart()
+    fake.generated.clear()
+    assert sample(backend, "a1").text in fake.served
+    if plugin:  # the new incarnation says that the others are gone too
+        assert list(backend._residency.resident()) == [sample(backend, "a1").text]
+    assert sample(backend, "a2").version == sample(backend, "a0").version == 1
+    assert len(fake.generated) == len(set(fake.generated)) + (1 if plugin else 0)
+
+
+def test_server_that_forgets_every_time_is_an_error_not_a_loop(make, model_dir, adapters):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    fake.hooks["/v1/completions"] = fake.served.clear
+    with pytest.raises(errors.EngineUnavailable, match="TINK_MAX_RESIDENT_ADAPTERS"):
+        sample(backend, "math")
+    assert fake.generated == [] and fake.count("/v1/completions") == vllm_backend.MAX_TRIES
+
+
+def test_another_process_that_loads_the_same_version_is_waited_for(make, model_dir, adapters):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    registered = backend.register("math", adapters[0])
+    name = f"math.{registered.digest[:12]}@1"
+    lease, _ = fake.leases.take(name.partition("@")[0], "somebody else")
+    digest = []
+
+    def finish():
+        fake.hooks.clear()
+        fake.served[name] = digest[0]
+        fake.leases.release(lease.policy, lease.epoch)
+
+    def learn_digest():
+        from tink_rl.residency.loaders import PluginLoader
+
+        header, _ = PluginLoader(backend.client, backend.store)._pack(
+            vllm_backend._adapter(backend.registry.current("math")), backend.client.status()
+        )
+        digest.append(header.digest)
+
+    learn_digest()
+    threading.Timer(0.3, finish).start()
+    assert sample(backend, "math").text == name
+    assert fake.count("/tink/v1/commit") == 0 and fake.count("/tink/v1/join") >= 1
+
+
+def test_other_bytes_under_our_name_are_never_sampled(make, model_dir, adapters):
+    for plugin in (True, False):
+        fake = fake_server(model_dir, plugin=plugin)
+        backend = make(fake)
+        registered = backend.register("math", adapters[0])
+        fake.served[f"math.{registered.digest[:12]}@1"] = "something else"
+        with pytest.raises(errors.DigestMismatch):
+            sample(backend, "math")
+        assert fake.generated == []
+
+
+def test_two_registries_on_one_server_never_mix(make, model_dir, adapters, tmp_path):
+    fake = fake_server(model_dir)
+    one, two = make(fake), make(fake, tink_store_dir=str(tmp_path / "other"))
+    one.register("math", adapters[0])
+    two.register("math", adapters[1])
+    first, second = sample(one, "math"), sample(two, "math")
+    assert first.text != second.text and first.version == second.version == 1
+    assert sample(one, "math").text == first.text
+
+
+def test_what_another_process_registers_and_unregisters_counts_at_once(make, model_dir, adapters):
+    fake = fake_server(model_dir)
+    one, two = make(fake), make(fake)
+    one.register("math", adapters[0])
+    assert sample(two, "math").version == 1
+    one.register("math", adapters[1])
+    assert sample(two, "math").version == 2
+    two._residency.settle()
+    assert len(fake.served) == 1  # the replaced version left, although `one` replaced it
+    one.unregister("math")
+    with pytest.raises(errors.UnknownAdapter):
+        sample(two, "math")
+    two._residency.settle()
+    assert fake.served == {}
+
+
+def test_stock_server_without_runtime_loading_says_which_switch_is_missing(
+    make, model_dir, adapters
+):
+    fake = fake_server(model_dir, plugin=False, runtime_loading=False)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    with pytest.raises(errors.RuntimeLoadingOff, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        sample(backend, "math")
+    assert sample(backend).text == "base"
+    missing = backend.info()["missing"]
+    assert len(missing) == 5 and any("no weight updates" in line for line in missing)
+    with pytest.raises(errors.PluginMissing, match="tink-rl serve MODEL --mode full"):
+        backend.init_communicator("cpu")
+
+
+def test_what_stock_vllm_says_of_an_adapter_is_passed_on(make, model_dir, adapters):
+    fake = fake_server(model_dir, plugin=False)
+    fake.lora_error = "LoRA rank 64 is greater than max_lora_rank 16"
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    with pytest.raises(errors.BackendError, match="greater than max_lora_rank 16"):
+        sample(backend, "math")
+
+
+def test_damaged_store_is_never_sent_to_a_server(make, model_dir, adapters):
+    for plugin in (True, False):
+        fake = fake_server(model_dir, plugin=plugin)
+        backend = make(fake)
+        registered = backend.register("math", adapters[0])
+        file = backend.store.open(registered.digest) / "adapter_model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.chmod(0o600)
+        file.write_bytes(data)
+        with pytest.raises(errors.StoreDamaged):
+            sample(backend, "math")
+        assert fake.served == {}
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+
+# -- names ----------------------------------------------------------------------------------------------
+
+
+def test_trainers_versions_and_static_names_can_be_sampled(make, model_dir):
+    fake = fake_server(model_dir)
+    fake.served["policy@17"] = "9f" * 32
+    backend = make(fake)
+    found = sample(backend, "policy@17")
+    assert (found.text, found.version, found.digest) == ("policy@17", 17, "9f" * 32)
+    fake.served["policy@18"] = fake.served.pop("policy@17")
+    assert sample(backend, "policy@18").version == 18
+    with pytest.raises(errors.UnknownAdapter, match="policy@17"):
+        sample(backend, "policy@17")
+
+
+def test_merged_policy_means_that_there_is_no_base(make, model_dir):
+    fake = fake_server(model_dir)
+    fake.served["policy@3"], fake.merged = "9f" * 32, "policy@3"
+    backend = make(fake)
+    with pytest.raises(errors.ModeUnavailable, match="policy@3 is folded into the weights"):
+        sample(backend)
+    assert sample(backend, "policy@3").version == 3
+
+
+def test_whole_weights_that_were_published_are_the_base(make, model_dir):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    assert (sample(backend).text, sample(backend).version) == ("base", None)
+    fake.served["policy@4"], fake.full = "9f" * 32, "policy@4"
+    found = sample(backend)
+    assert (found.text, found.version, found.digest) == ("policy@4", 4, "9f" * 32)
+
+
+def test_server_names_of_other_registrations_are_not_model_ids(make, model_dir, adapters):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    name = sample(backend, "math").text
+    with pytest.raises(errors.UnknownAdapter):
+        sample(backend, name)
+
+
+# -- registering ------------------------------------------------------------------------------------------
+
+
+def test_missing_path_and_unreachable_server_keep_the_seeds_sentences(make, model_dir, tmp_path):
+    backend = make(fake_server(model_dir))
+    path = tmp_path / "nothing"
+    with pytest.raises(ValueError, match="LoRA path does not exist: ") as caught:
+        backend.register("math", path)
+    assert str(caught.value).splitlines()[0] == f"LoRA path does not exist: {path}"
+    lonely = VLLMBackend({"port": 9, "timeout": 0.2, "tink_store_dir": str(tmp_path / "s")})
+    for ask in (lonely.connect, lambda: lonely.generate("a"), lambda: lonely.register("a", path)):
+        with pytest.raises(ConnectionError) as unreachable:
+            ask()
+        first, second = str(unreachable.value).splitlines()
+        assert first == "The vLLM server can't be reached at http://127.0.0.1:9"
+        assert "`tink-rl serve MODEL" in second
+    lonely.close()
+
+
+def test_adapter_needs_a_base_that_can_be_read_or_the_word_of_the_user(
+    make, model_dir, adapters, tmp_path
+):
+    fake = FakeVLLM("org/unknown-model")
+    with pytest.raises(errors.BaseMismatch, match="TINK_BASE_MODEL"):
+        make(fake).register("math", adapters[0])
+    assert make(fake, tink_allow_unverified_base=True).register("a", adapters[0]).version == 1
+    assert make(fake, tink_base_model=str(model_dir("qwen3"))).register("b", adapters[0])
+    smaller = make_model("qwen3", tmp_path / "small", hidden_size=64)
+    with pytest.raises(errors.BaseMismatch):
+        make(FakeVLLM(str(smaller))).register("c", adapters[0])
+
+
+def test_registering_needs_no_server_if_the_base_is_named(model_dir, adapters, tmp_path):
+    with VLLMBackend(
+        {
+            "port": 9,
+            "timeout": 0.2,
+            "tink_store_dir": str(tmp_path / "s"),
+            "tink_base_model": str(model_dir("qwen3")),
+        }
+    ) as backend:
+        assert backend.register("math", adapters[0]).version == 1
+        assert backend.info()["reachable"] is False
+
+
+def test_rank_above_the_servers_slots_is_refused_at_once(make, model_dir, tmp_path):
+    twin = PeftTwin(model_dir("qwen3"), r=32, target_modules=["q_proj"])
+    twin.model.save_pretrained(tmp_path / "large")
+    with pytest.raises(errors.RankExceeded):
+        make(fake_server(model_dir)).register("math", tmp_path / "large")
+
+
+def test_ids_that_are_taken_switched_off_or_malformed_are_refused(make, model_dir, adapters):
+    backend = make(fake_server(model_dir))
+    for bad in ("", "../x", "a@1", "x" * 101, "ü", "a\0b"):
+        with pytest.raises(errors.BadRequest):
+            backend.register(bad, adapters[0])
+    with pytest.raises(errors.BadRequest, match="itself serves"):
+        backend.register("base", adapters[0])
+    with pytest.raises(errors.ConfigError, match="VLLM_ENABLE_LORA"):
+        make(fake_server(model_dir), enable_lora=False).register("a", adapters[0])
+    with pytest.raises(errors.UnknownAdapter):
+        backend.unregister("nobody")
+
+
+def test_paths_outside_the_adapter_roots_are_refused(make, model_dir, adapters, tmp_path):
+    backend = make(fake_server(model_dir), tink_adapter_roots=str(tmp_path))
+    with pytest.raises(errors.PathNotAllowed):
+        backend.register("math", adapters[0])
+    root = adapters[0].parent
+    assert backend.register("math", adapters[0], roots=[root]).version == 1
+
+
+# -- the module's functions ---------------------------------------------------------------------------
+
+
+def test_functions_are_a_thin_face_over_one_default_object(make, model_dir, adapters, monkeypatch):
+    import vllm_backend as seed
+
+    fake = fake_server(model_dir)
+    monkeypatch.setattr(vllm_backend, "_default", make(fake))
+    found = seed.register_lora_adapter(adapter_id="my_lora", lora_path=str(adapters[0]))
+    assert (found["adapter_id"], found["version"]) == ("my_lora", 1)
+    assert seed.list_lora_adapters() == [{"adapter_id": "my_lora", "lora_path": str(adapters[0])}]
+    [[answer]] = seed.generate_with_vllm(["Once"], adapter_id="my_lora", max_tokens=1)
+    assert answer["text"].startswith("my_lora.") and answer["version"] == 1
+    assert seed.get_client_info()["adapters"] == 1
+    seed.unregister_lora_adapter("my_lora")
+    assert seed.list_lora_adapters() == []
+    seed.close_communicator()
+
+
+def test_initialize_replaces_the_default_only_if_the_server_answers(monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_backend, "_default", None)
+    with pytest.raises(ConnectionError, match=r"can.t be reached at http://127\.0\.0\.1:9\n"):
+        vllm_backend.initialize_vllm_client(
+            {"port": 9, "timeout": 0.2, "tink_store_dir": str(tmp_path)}
+        )
+    assert vllm_backend._default is None

@@ -1,0 +1,162 @@
+"""`tink-rl worker` as a process: where it listens, whom it lets in, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.stub_vllm import BASE, StubVLLM
+from tests.worker_rig import WorkerCommand, in_threads, wait_until
+from tink_rl.errors import BadToken, ConfigError
+from tink_rl.worker.auth import Scope, Tokens
+from tink_rl.worker.http_server import bind
+from tink_rl.worker.options import WorkerOptions, load_options
+
+
+def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_path):
+    with WorkerCommand(tmp_path) as command:
+        assert httpx.get(f"{command.url}/livez").status_code == 200
+        assert httpx.get(f"{command.url}/readyz").status_code == 503
+        response = httpx.post(f"{command.url}/api/v1/sample", json={"prompts": ["x"]})
+        assert response.status_code == 503 and "Retry-After" in response.headers
+        assert "can't be reached" in response.json()["error"]["message"]
+        assert stat.S_IMODE(command.token_file.stat().st_mode) == 0o600
+        token = command.token_file.read_text().strip()
+        assert token not in command.text and token not in " ".join(command.argv)
+        assert str(command.token_file) in command.text
+        assert command.stop() == 0
+
+
+def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_path):
+    with StubVLLM(latency_s=2.0) as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
+        url = command.url
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 20)
+        before = vllm.num_completions
+        late: list[int] = []
+
+        def client(i):
+            if i < 8:
+                body = {"prompts": [f"p{i}"], "sampling_params": {"max_tokens": 2}}
+                return httpx.post(f"{url}/api/v1/sample", json=body, timeout=30)
+            time.sleep(1.0)
+            command.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "stopping" in command.text)
+            late.append(httpx.post(f"{url}/api/v1/sample", json={"prompts": ["x"]}).status_code)
+            return None
+
+        responses = in_threads(9, client)[:8]
+        assert command.process.wait(25) == 0
+        assert [r.status_code for r in responses] == [200] * 8 and late == [503]
+        assert vllm.num_completions - before >= 8
+        assert "0 requests were cut off" in command.text
+        with socket.socket() as port:
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(("127.0.0.1", httpx.URL(url).port))  # free again
+
+
+def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
+    with (
+        StubVLLM(latency_s=30.0) as vllm,
+        WorkerCommand(tmp_path, "--drain", "0.5", vllm=vllm.url) as command,
+    ):
+        url = command.url
+
+        def client(i):
+            if i == 0:
+                body = {"prompts": ["x"], "sampling_params": {"max_tokens": 2}}
+                return httpx.post(f"{url}/api/v1/sample", json=body, timeout=30)
+            time.sleep(1.0)
+            return command.stop()
+
+        response, code = in_threads(2, client)
+        assert response.status_code == 503 and code == 0
+        assert response.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_stock_server_is_sampled_through_the_worker(tmp_path):
+    with StubVLLM() as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
+        answer = httpx.post(f"{command.url}/api/v1/sample", json={"prompts": ["x"]}).json()
+        assert answer["completions"][0]["token_ids"] == [1, 2]
+        models = httpx.get(f"{command.url}/api/v1/models").json()["models"]
+        assert [m["model_id"] for m in models] == [BASE]
+
+
+def test_a_taken_port_is_exit_3_and_one_line_before_anything_is_loaded(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = (
+            "import sys; from tink_rl.cli import main\n"
+            f"code = main(['worker', '--port', '{port}'])\n"
+            "print(code, [m for m in ('torch', 'aiohttp', 'vllm') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "3 []"
+    [line] = done.stderr.strip().splitlines()
+    assert f"port {port}" in line and f"process {os.getpid()}" in line and "--port" in line
+
+
+def test_an_address_of_another_machine_is_said_and_is_no_taken_port():
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])
+def test_other_machines_are_not_let_in_without_a_token(host):
+    with pytest.raises(ConfigError, match="--sample-token-file"):
+        load_options(host=host)
+    assert load_options(host=host, sample_token_file="x").host == host
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("port", 65536), ("max_queued", 0), ("timeout_s", 0), ("drain_s", -1)]
+)
+def test_a_bad_option_names_its_variable_and_value(monkeypatch, name, value):
+    variable = f"TINK_WORKER_{name.upper()}"
+    monkeypatch.setenv(variable, str(value))
+    with pytest.raises(ConfigError, match=rf"{variable}='?{value}"):
+        load_options()
+
+
+def test_flags_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("TINK_WORKER_PORT", "9001")
+    assert load_options().port == 9001
+    assert load_options(port=9002, host=None).port == 9002
+
+
+def test_token_files_are_made_private_and_read_once(tmp_path):
+    options = WorkerOptions(
+        sample_token_file=str(tmp_path / "sample"), admin_token_file=str(tmp_path / "admin")
+    )
+    tokens = Tokens.from_options(options)
+    for name in ("sample", "admin"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+        tokens.require(Scope.SAMPLE, f"Bearer {(tmp_path / name).read_text().strip()}")
+    with pytest.raises(BadToken):
+        tokens.require(Scope.SAMPLE, None)
+    (tmp_path / "admin").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Tokens.from_options(options)
+
+
+def test_the_http_threads_outnumber_all_that_can_wait():
+    options = WorkerOptions(max_running=7, max_queued=11)
+    assert options.num_threads > options.max_waiting > 7 + 11
+
+
+def test_the_rooms_of_the_worker_load_neither_torch_nor_vllm():
+    code = (
+        "import sys, tink_rl.worker.app, tink_rl.worker.http_server, tink_rl.worker.build, "
+        "tink_rl.cli.worker\nprint([m for m in ('torch', 'trl', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,132 @@
+"""A running server: does it have the plugin, and is it set up for training?"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from tink_rl import __version__, errors
+from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
+from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
+
+_MAX_CLOCK_S = 5.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_REMEDIES: dict[type[errors.TinkError], str] = {
+    errors.ServerUnreachable: "tink-rl serve MODEL, or correct the URL",
+    errors.RequestTimeout: "look into the server's log; restart it if it hangs",
+    errors.PluginMissing: "tink-rl serve MODEL (pip install tink-rl in the server's Python)",
+    errors.BadToken: "--token-file: the file that `tink-rl serve` named at its start",
+    errors.NotReady: "publish again, or restart the server",
+}
+
+
+def check_server(
+    client: VLLMClient, *, base_model: str | None = None
+) -> tuple[list[Finding], ServerStatus | None]:
+    """Findings about the server behind `client`, and its status if it gave one.
+
+    Args:
+        client: With the token of the control routes.
+        base_model: The base that the trainer will load: must be the one that is served.
+    """
+    try:
+        status = client.status()
+    except errors.TinkError as error:
+        fix = _REMEDIES.get(type(error), "look into the server's log")
+        return [blocker("server", error.message, fix)], None
+    findings = [ok("server", f"{client.base_url}: plugin present, base {status.base_model!r}")]
+    findings += check_status(status)
+    findings += [_transport(client.base_url), _clock(client)]
+    if base_model is not None:
+        findings.append(_base(status, base_model))
+    return findings, status
+
+
+def check_status(status: ServerStatus) -> list[Finding]:
+    """What the status says. Pure."""
+    findings = []
+    if status.state is ServerState.NOT_READY or status.reason:
+        fix = _REMEDIES[errors.NotReady]
+        findings.append(blocker("state", f"{status.state}: {status.reason}", fix))
+    if status.protocol != PROTOCOL_VERSION:
+        text = f"protocol {status.protocol}, ours is {PROTOCOL_VERSION}"
+        findings.append(
+            blocker("release", text, f"pip install tink-rl=={__version__} on both sides")
+        )
+    theirs = status.versions.get("tink-rl", "unknown")
+    if theirs != __version__:
+        text = f"the server runs tink-rl {theirs}, here is {__version__}"
+        findings.append(
+            warning("release", text, f"pip install tink-rl=={__version__} on both sides")
+        )
+    findings.append(ok("modes", f"{', '.join(status.modes)}; served now: {_served(status)}"))
+    if "adapter" in status.modes:
+        text = (
+            f"{status.max_loras} slots of rank up to {status.max_lora_rank}, {status.adapter_dtype}"
+        )
+        findings.append(ok("slots", text))
+    findings.append(_dtype(status))
+    findings.append(_logprobs(status))
+    if status.golden:
+        tier, size = status.golden["tier"], status.golden["bytes"] / 2**20
+        findings.append(ok("golden weights", f"{size:.1f} MiB per worker on tier {tier!r}"))
+    return findings
+
+
+def _served(status: ServerStatus) -> str:
+    return ", ".join(status.served) or "the base"
+
+
+def _dtype(status: ServerStatus) -> Finding:
+    text = f"weights {status.dtype} on {status.device}, up to {status.max_model_len} tokens"
+    if status.dtype == "float32" and status.device != "cpu":
+        return warning("dtype", text, "--dtype bfloat16 halves memory and time on a GPU")
+    if status.dtype != "float32" and "merged" in status.modes:
+        return note("dtype", f"{text}; merged mode rounds W + BA to it, auto measures by how much")
+    return ok("dtype", text)
+
+
+def _logprobs(status: ServerStatus) -> Finding:
+    if status.logprobs_mode == "processed_logprobs":
+        return ok("logprobs", "processed_logprobs: the importance ratio is unbiased")
+    return blocker(
+        "logprobs",
+        f"{status.logprobs_mode}: without temperature in them the importance ratio is biased",
+        "restart with --logprobs-mode processed_logprobs (`tink-rl serve` does)",
+    )
+
+
+def _transport(url: str) -> Finding:
+    parts = urlsplit(url)
+    if parts.hostname in _LOOPBACK:
+        return ok("network", "loopback only")
+    if parts.scheme == "https":
+        return ok(
+            "network", "TLS; use SyncConfig(transport='http'), the channel has no TLS of its own"
+        )
+    return warning(
+        "network",
+        f"{url}: token and weights travel without encryption",
+        "a private network, or a TLS proxy and transport='http'",
+    )
+
+
+def _clock(client: VLLMClient) -> Finding:
+    offset = client.clock_offset_s()
+    if offset is None:
+        return note("clock", "the server's answers carry no date")
+    if abs(offset) > _MAX_CLOCK_S:
+        text = f"the server's clock is {offset:+.0f} s off: its log will not line up with this one"
+        return warning("clock", text, "set both clocks by NTP (timedatectl set-ntp true)")
+    return ok("clock", "agrees with this machine's")
+
+
+def _base(status: ServerStatus, base_model: str) -> Finding:
+    if base_fingerprint(base_model) == status.base_fingerprint:
+        return ok("base", f"{base_model!r} is what the server serves")
+    return blocker(
+        "base",
+        f"{base_model!r} is not the base that is served ({status.base_model!r})",
+        f"tink-rl serve {base_model}",
+    )

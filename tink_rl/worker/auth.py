@@ -1,0 +1,88 @@
+"""Who may do what: two bearer tokens, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from enum import IntEnum
+from pathlib import Path
+
+from tink_rl.errors import BadToken, WrongScope
+from tink_rl.tokens import ensure_token_file
+from tink_rl.worker.options import WorkerOptions
+
+
+class Scope(IntEnum):
+    """What a route asks of its caller."""
+
+    OPEN = 0
+    """Nothing: liveness and readiness, which say nothing but yes or no."""
+    SAMPLE = 1
+    """The sample token, if one is set."""
+    ADMIN = 2
+    """The admin token, always."""
+
+
+class Tokens:
+    """The tokens of one worker; holds only their hashes."""
+
+    def __init__(
+        self, *, admin: str, sample: str | None = None, admin_file: Path | None = None
+    ) -> None:
+        """Keep the tokens' hashes; `sample=None` lets everybody sample."""
+        self.admin_file = admin_file
+        """Where the admin token can be read."""
+        self._admin = _hash(admin)
+        self._sample = None if sample is None else _hash(sample)
+
+    @classmethod
+    def from_options(cls, options: WorkerOptions) -> Tokens:
+        """Read the token files; makes those that are missing.
+
+        Raises:
+            ConfigError: others can read a file, or its token is too short.
+        """
+        file = ensure_token_file(options.admin_token_file)
+        named = options.sample_token_file
+        return cls(
+            admin=_read(file),
+            sample=None if named is None else _read(ensure_token_file(named)),
+            admin_file=file,
+        )
+
+    def require(self, scope: Scope, authorization: str | None) -> None:
+        """Return if `authorization` (the header) carries a token for `scope`; admin's is good for all.
+
+        Raises:
+            BadToken: no token, or one that is not ours.
+            WrongScope: the sample token where the admin token is needed.
+        """
+        if scope is Scope.OPEN or (scope is Scope.SAMPLE and self._sample is None):
+            return
+        given = _hash(_bearer(authorization))
+        is_admin = hmac.compare_digest(given, self._admin)
+        is_sample = hmac.compare_digest(given, self._sample or bytes(len(given)))
+        if is_admin or (is_sample and scope is Scope.SAMPLE):
+            return
+        if is_sample:
+            raise WrongScope(
+                "this token is for sampling; the route wants the admin token (its file is named in "
+                "the worker's first lines)"
+            )
+        raise BadToken(
+            "missing or wrong token; send `Authorization: Bearer TOKEN` with the token from the "
+            f"{'admin' if scope is Scope.ADMIN else 'sample'} token file of the worker"
+        )
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(header: str | None) -> str:
+    scheme, _, token = (header or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _read(file: Path) -> str:
+    return file.read_text().strip()

@@ -1,0 +1,488 @@
+"""What may be asked and what is answered, as pydantic models: the checks and the OpenAPI document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from tink_rl.errors import BadRequest
+from tink_rl.types import Completion, SamplingParams
+
+MAX_PROMPTS = 64
+MAX_N = 16
+MAX_COMPLETIONS = 256
+"""prompts x n of one request."""
+MAX_INT = 2**31 - 1
+MAX_STOPS = 4
+MAX_STOP_CHARS = 64
+MAX_BIASES = 300
+MAX_TIMEOUT_S = 3600.0
+ADAPTER_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._@/-]{0,127}$"
+REQUEST_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    # protected_namespaces: `model_id` is the seed's name
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+# -- parts of a request ---------------------------------------------------------------------------
+
+
+def _check_prompts(value: Any) -> Any:
+    """Prompts of one kind, none empty. By hand: pydantic would name every branch of the union."""
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
+        raise _problem(f"expected a list of 1 to {MAX_PROMPTS} prompts, got {_short(value)}")
+    kind = type(value[0])
+    for index, prompt in enumerate(value):
+        if type(prompt) not in (str, list):
+            raise _problem(f"[{index}]: expected text or a list of token ids, got {_short(prompt)}")
+        if type(prompt) is not kind:
+            raise _problem(f"[{index}]: text and token ids cannot be mixed in one request")
+        if not prompt:
+            raise _problem(f"[{index}]: is empty; expected at least one token")
+        if kind is list:
+            _check_ids(index, prompt)
+    return value
+
+
+def _check_ids(index: int, ids: list[Any]) -> None:
+    if set(map(type, ids)) != {int}:
+        bad = next(i for i in ids if type(i) is not int)
+        raise _problem(f"[{index}]: token ids are integers, got {_short(bad)}")
+    if min(ids) < 0 or max(ids) > MAX_INT:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise _problem(f"[{index}]: token id {_short(bad)} is not in 0..{MAX_INT}")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _parse_biases(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise _problem(f"expected an object of at most {MAX_BIASES} token ids, got {_short(value)}")
+    biases = {}
+    for key, bias in value.items():
+        if not (len(key) <= 10 and key.isascii() and key.isdecimal() and int(key) <= MAX_INT):
+            raise _problem(f"the key {_short(key)} is no token id")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:  # NaN fails this too
+            raise _problem(f"the bias of token {key} is {_short(bias)}; expected -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _no_top_k(value: int) -> int:
+    return max(value, 0)
+
+
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    BeforeValidator(_check_prompts),
+    WithJsonSchema(
+        {
+            "oneOf": [
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                    "items": {"type": "string", "minLength": 1},
+                },
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                    "items": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
+                    },
+                },
+            ],
+            "description": "Texts, or lists of token ids; one kind per request.",
+        }
+    ),
+]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    BeforeValidator(_listed),
+    Field(max_length=MAX_STOPS),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+                {
+                    "type": "array",
+                    "maxItems": MAX_STOPS,
+                    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+                },
+            ]
+        }
+    ),
+]
+Biases = Annotated[
+    dict[int, float] | None,
+    BeforeValidator(_parse_biases),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "maxProperties": MAX_BIASES,
+                    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                },
+                {"type": "null"},
+            ],
+            "description": "Token id (as a string) -> what is added to its logit.",
+        }
+    ),
+]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+class SamplingFields(_Strict):
+    """How completions are sampled. Unknown fields are refused, never dropped."""
+
+    max_tokens: int = Field(default=16, ge=1, le=MAX_INT)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy, and then n is 1.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Annotated[int, AfterValidator(_no_top_k)] = Field(
+        default=0, ge=-1, le=MAX_INT, description="0 or -1 is off."
+    )
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    n: int = Field(default=1, ge=1, le=MAX_N, description="Completions per prompt.")
+    stop: Stops = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
+    seed: int | None = Field(default=None, ge=0, le=MAX_INT)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Logprobs of the sampled tokens (0), and of this many most likely ones.",
+    )
+    ignore_eos: bool = False
+    logit_bias: Biases = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SamplingFields:
+        if self.min_tokens > self.max_tokens:
+            raise _problem(f".min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        if self.temperature == 0 and self.n > 1:
+            raise _problem(f".n={self.n} with temperature 0 would be {self.n} times the same")
+        return self
+
+    def to_params(self) -> SamplingParams:
+        """The record that backends take."""
+        fields = dict(self)
+        fields["stop"], fields["stop_token_ids"] = tuple(self.stop), tuple(self.stop_token_ids)
+        return SamplingParams(**fields)
+
+
+class SampleRequest(_Strict):
+    """`POST /api/v1/sample`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompts": ["Once upon a time"],
+                    "model_id": "my_lora_adapter",
+                    "sampling_params": {"max_tokens": 50, "temperature": 0.8, "top_p": 0.95},
+                }
+            ]
+        }
+    )
+    prompts: Prompts
+    model_id: str | None = Field(
+        default=None,
+        pattern=MODEL_ID,
+        description="A registered adapter, `id@N` for its version N, or another name that the "
+        "server serves. Left out: the base model.",
+    )
+    sampling_params: SamplingFields = SamplingFields()
+    request_id: str | None = Field(
+        default=None,
+        pattern=REQUEST_ID,
+        description="Makes a retry idempotent: it joins the running request or gets its answer again.",
+    )
+    stream: bool = Field(default=False, description="Answer as server-sent events.")
+    timeout_s: float | None = Field(
+        default=None, gt=0, le=MAX_TIMEOUT_S, description="Deadline, seconds."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SampleRequest:
+        total = len(self.prompts) * self.sampling_params.n
+        if total > MAX_COMPLETIONS:
+            raise _problem(
+                f"sampling_params.n={self.sampling_params.n} x {len(self.prompts)} prompts are "
+                f"{total} completions; at most {MAX_COMPLETIONS} fit into one request"
+            )
+        return self
+
+    def fingerprint(self) -> str:
+        """Equal for bodies that ask for the same."""
+        asked = self.model_dump(exclude={"request_id"})
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class AdapterRequest(_Strict):
+    """`POST /api/v1/adapters`."""
+
+    adapter_id: str = Field(pattern=ADAPTER_ID)
+    lora_path: str = Field(
+        min_length=1, max_length=4096, description="PEFT directory on the worker's machine."
+    )
+
+
+# -- answers --------------------------------------------------------------------------------------
+
+
+class CompletionOut(BaseModel):
+    """One completion and the weights that produced it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    prompt_index: int
+    index: int
+    text: str
+    token_ids: list[int] | None
+    logprobs: list[float] | None
+    top_logprobs: list[dict[str, float]] | None
+    prompt_token_ids: list[int] | None
+    finish_reason: str | None
+    model_id: str | None
+    version: int | None
+    digest: str | None
+
+
+class Usage(BaseModel):
+    """Tokens of one request, where the backend says them."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class SampleResponse(BaseModel):
+    """Completions, prompt-major: `len(prompts) * n`."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    request_id: str
+    model_id: str | None
+    completions: list[CompletionOut]
+    usage: Usage
+
+
+class AdapterOut(BaseModel):
+    """A registered adapter."""
+
+    adapter_id: str
+    lora_path: str
+    version: int | None = None
+    digest: str | None = None
+
+
+class AdapterList(BaseModel):
+    """`GET /api/v1/adapters`."""
+
+    adapters: list[AdapterOut]
+
+
+class AdapterGone(BaseModel):
+    """`DELETE /api/v1/adapters/{adapter_id}`."""
+
+    adapter_id: str
+    unregistered: Literal[True] = True
+
+
+class ModelOut(BaseModel):
+    """A name that can be sampled."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    model_id: str
+    kind: str
+    version: int | None
+    digest: str | None
+
+
+class ModelList(BaseModel):
+    """`GET /api/v1/models`."""
+
+    models: list[ModelOut]
+
+
+class Health(BaseModel):
+    """`GET /livez` and `/readyz`."""
+
+    status: Literal["ok"]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+    request_id: str
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorBody
+
+
+# -- bounds that depend on the served model -------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What the backend said of its model; None where it did not."""
+
+    vocab_size: int | None = None
+    max_model_len: int | None = None
+
+    def check(self, request: SampleRequest) -> None:
+        """Return if the request fits.
+
+        Raises:
+            BadRequest: names the parameter.
+        """
+        params = request.sampling_params
+        if self.vocab_size is not None:
+            self._check_vocabulary("sampling_params.logit_bias", params.logit_bias or ())
+            self._check_vocabulary("sampling_params.stop_token_ids", params.stop_token_ids)
+            for index, prompt in enumerate(request.prompts):
+                if not isinstance(prompt, str):
+                    self._check_vocabulary(f"prompts[{index}]", prompt)
+        if self.max_model_len is None:
+            return
+        if params.max_tokens > self.max_model_len:
+            raise BadRequest(
+                f"sampling_params.max_tokens={params.max_tokens} exceeds the model's length of "
+                f"{self.max_model_len} tokens"
+            )
+        for index, prompt in enumerate(request.prompts):
+            if not isinstance(prompt, str) and len(prompt) + params.max_tokens > self.max_model_len:
+                raise BadRequest(
+                    f"prompts[{index}] has {len(prompt)} tokens; with max_tokens="
+                    f"{params.max_tokens} it exceeds the model's length of {self.max_model_len}"
+                )
+
+    def _check_vocabulary(self, name: str, ids: Any) -> None:
+        assert self.vocab_size is not None
+        if ids and max(ids) >= self.vocab_size:
+            raise BadRequest(
+                f"{name}: token id {max(ids)} is not in the vocabulary (0..{self.vocab_size - 1})"
+            )
+
+
+# -- between JSON and records ---------------------------------------------------------------------
+
+
+def validate(model: type[_M], value: Any) -> _M:
+    """`value` as a `model`.
+
+    Raises:
+        BadRequest: names the first parameter that is wrong, what was given and what is allowed.
+    """
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body is {_short(value)}; expected a JSON object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise BadRequest(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown parameter {_short(name)}; it is refused, not dropped"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    if first["type"] == _CUSTOM:
+        return (
+            f"{name}{'' if first['msg'].startswith(('.', '[')) or not name else ': '}{first['msg']}"
+        )
+    return f"{name}={_short(first['input'])}: {first['msg'].lower()}"
+
+
+def sample_response(
+    request_id: str, model_id: str | None, completions: Sequence[Completion]
+) -> dict[str, Any]:
+    """The JSON of `SampleResponse`, without a detour through pydantic: this is the hot path."""
+    tokens = [c.token_ids for c in completions]
+    prompts = {c.prompt_index: c.prompt_token_ids for c in completions}.values()
+    return {
+        "request_id": request_id,
+        "model_id": model_id,
+        "completions": [_completion(c) for c in completions],
+        "usage": {"prompt_tokens": _total(prompts), "completion_tokens": _total(tokens)},
+    }
+
+
+def _completion(c: Completion) -> dict[str, Any]:
+    return {
+        "prompt_index": c.prompt_index,
+        "index": c.index,
+        "text": c.text,
+        "token_ids": c.token_ids,
+        "logprobs": c.logprobs,
+        "top_logprobs": c.top_logprobs,
+        "prompt_token_ids": c.prompt_token_ids,
+        "finish_reason": c.finish_reason,
+        "model_id": c.model_id,
+        "version": c.version,
+        "digest": c.digest,
+    }
+
+
+def _total(lists: Any) -> int | None:
+    found = list(lists)
+    return None if any(ids is None for ids in found) else sum(map(len, found))
+
+
+_CUSTOM = "tink"
+
+
+def _problem(text: str) -> PydanticCustomError:
+    # braces would be taken for placeholders
+    return PydanticCustomError(_CUSTOM, "{text}", {"text": text})
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "an integer of more than 30 digits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number that is not finite"
+    if isinstance(value, str):
+        value = value[:100]
+    text = repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,195 @@
+"""The worker as one object: backend, adapters, queue, tokens, readiness and figures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from tink_rl import errors
+from tink_rl.worker.accounts import Accounts
+from tink_rl.worker.auth import Tokens
+from tink_rl.worker.backends import Backend, ModelInfo
+from tink_rl.worker.jobs import JobQueue, Ticket, Work
+from tink_rl.worker.metrics import Metrics
+from tink_rl.worker.options import WorkerOptions, load_options
+from tink_rl.worker.readiness import Readiness
+from tink_rl.worker.schemas import ModelLimits, SampleRequest
+
+_MODELS_TIMEOUT_S = 10.0
+_MAX_REGISTRATIONS = 4
+"""Registrations at once; each reads and writes up to half a GiB."""
+
+
+class Adapters(Protocol):
+    """Who keeps the registered adapters; called from many threads. `VLLMBackend` is one."""
+
+    def register(self, adapter_id: str, lora_path: str) -> Any:
+        """Register the directory under the id."""
+        ...
+
+    def unregister(self, adapter_id: str) -> Any:
+        """Forget the id."""
+        ...
+
+    def list(self, details: bool = False) -> Sequence[dict[str, Any]]:
+        """All of them: `adapter_id`, `lora_path`, and with `details` also `version` and `digest`."""
+        ...
+
+
+class WorkerService:
+    """Everything behind the routes. `start` it, then use it from any thread, then `stop` it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        adapters: Adapters | None,
+        *,
+        options: WorkerOptions | None = None,
+        tokens: Tokens | None = None,
+        readiness: Readiness | None = None,
+    ) -> None:
+        """Put the parts together; starts nothing.
+
+        Args:
+            backend: Samples.
+            adapters: Keeps adapters; None where the backend has none.
+            options: Limits; from the environment if None.
+            tokens: Who may do what; from the options' files if None.
+            readiness: For tests.
+
+        Raises:
+            ConfigError: an option, a token file or the ledger is not usable.
+        """
+        self.options = options or load_options()
+        self.tokens = tokens or Tokens.from_options(self.options)
+        self.admin_token_file = self.tokens.admin_file
+        self.backend, self._adapters = backend, adapters
+        self.accounts = Accounts(self.options.ledger)
+        self.queue = JobQueue(
+            backend,
+            self.accounts,
+            max_running=self.options.max_running,
+            max_queued=self.options.max_queued,
+            max_waiting=self.options.max_waiting,
+            replay_s=self.options.replay_s,
+        )
+        self.readiness = readiness or Readiness(backend)
+        self.queue.on_success = self.readiness.note_success
+        self.metrics = Metrics(
+            self.accounts, self.queue.depth, lambda: self.readiness.reason is None
+        )
+        self._registering = threading.BoundedSemaphore(_MAX_REGISTRATIONS)
+        self._start_lock = threading.Lock()
+        self._is_started = False
+
+    def start(self) -> WorkerService:
+        """Start the queue's thread and the canary; once, however often it is called."""
+        with self._start_lock:
+            if not self._is_started:
+                self.queue.start(self.readiness.run())
+                self._is_started = True
+        return self
+
+    def stop(self) -> int:
+        """Refuse new requests, let those under way finish, end; how many were cut off."""
+        if not self._is_started:
+            return 0
+        num_cut = self.queue.drain(self.options.drain_s)
+        self.queue.close()
+        self.accounts.close()
+        return num_cut
+
+    def not_ready_reason(self) -> str | None:
+        """Why requests should go elsewhere, or None."""
+        return "the worker is stopping" if self.queue.is_closing else self.readiness.reason
+
+    # -- sampling ---------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        request: SampleRequest,
+        request_id: str,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Ticket:
+        """Admit a request under `request_id` (the client's, if it gave one); leave the ticket when done.
+
+        Raises:
+            BadRequest, NotSupportedByBackend, UnknownAdapter: refused before it was queued.
+            QueueFull, RequestIdReused, ShuttingDown: as `JobQueue.submit`.
+        """
+        params = request.sampling_params.to_params()
+        self.limits().check(request)
+        model = self.backend.check(request.prompts, request.model_id, params)
+        work = Work(
+            request_id=request_id,
+            prompts=request.prompts,
+            model_id=request.model_id,
+            model=model,
+            params=params,
+            timeout_s=request.timeout_s or self.options.timeout_s,
+            fingerprint=request.fingerprint() if request.request_id else None,
+            stream=request.stream,
+        )
+        return self.queue.submit(work, is_gone)
+
+    def limits(self) -> ModelLimits:
+        """What the backend says of its model."""
+        facts = self.backend.describe()
+        return ModelLimits(
+            vocab_size=facts.get("vocab_size"), max_model_len=facts.get("max_model_len")
+        )
+
+    def models(self) -> list[ModelInfo]:
+        """Every name that can be sampled now."""
+        found: list[ModelInfo] = self.queue.run(self.backend.models(), _MODELS_TIMEOUT_S)
+        return found
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def list_adapters(self) -> list[dict[str, Any]]:
+        """All registered adapters; none where the backend has none."""
+        return [] if self._adapters is None else list(self._adapters.list(details=True))
+
+    def register(self, adapter_id: str, lora_path: str) -> dict[str, Any]:
+        """Register an adapter; its entry in the list.
+
+        Raises:
+            NotSupportedByBackend: this backend has no adapters.
+            TinkError: what is wrong with the id, the path or the files.
+        """
+        with self._turn() as adapters:
+            adapters.register(adapter_id, lora_path)
+            found = [a for a in adapters.list(details=True) if a["adapter_id"] == adapter_id]
+        if not found:
+            raise errors.AdapterConflict(
+                f"{adapter_id!r} was unregistered again while it was being registered"
+            )
+        return found[0]
+
+    def unregister(self, adapter_id: str) -> None:
+        """Forget an adapter; requests under way finish on it.
+
+        Raises:
+            UnknownAdapter: nothing is registered under this id.
+            NotSupportedByBackend: this backend has no adapters.
+        """
+        with self._turn() as adapters:
+            adapters.unregister(adapter_id)
+
+    @contextmanager
+    def _turn(self) -> Iterator[Adapters]:
+        if self._adapters is None:
+            raise errors.NotSupportedByBackend(
+                f"the {self.backend.name} backend has no adapters; merge the adapter into the served "
+                "weights, or use vLLM (USE_VLLM=true)"
+            )
+        if not self._registering.acquire(timeout=1.0):
+            raise errors.QueueFull(
+                f"{_MAX_REGISTRATIONS} adapters are being registered; try again", retry_after_s=2
+            )
+        try:
+            yield self._adapters
+        finally:
+            self._registering.release()

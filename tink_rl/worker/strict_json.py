@@ -1,0 +1,78 @@
+"""JSON from strangers: one meaning per body, and a bound on what parsing it may cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from tink_rl.errors import InvalidJson
+
+MAX_DEPTH = 8
+MAX_NODES = 1024
+"""Keys, and lists or objects; a full request has about 400."""
+MAX_STRINGS = 4096
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse(body: bytes) -> Any:
+    """The value of a JSON body.
+
+    Raises:
+        InvalidJson: no UTF-8, no JSON, a duplicate key, NaN or Infinity, a lone surrogate, or deeper
+            or with more parts than any request of this API.
+    """
+    _check_structure(body)
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidJson(f"the body is not UTF-8 (byte {error.start})") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidJson):
+            raise
+        raise InvalidJson(f"the body is no JSON: {str(error)[:200]}") from error
+    if _SURROGATE.search(text):
+        _check_surrogates(value)
+    return value
+
+
+def _check_structure(body: bytes) -> None:
+    """Bounds on the parts, found without building them: a list of a million lists is 60 MB."""
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if unescaped.count(b'"') > 2 * MAX_STRINGS:
+        raise InvalidJson(f"the body has more than {MAX_STRINGS} strings")
+    skeleton = b"".join(unescaped.split(b'"')[::2])  # what stands outside strings
+    brackets = skeleton.translate(None, _NO_BRACKETS)
+    num_nodes = brackets.count(b"[") + brackets.count(b"{")
+    if num_nodes > MAX_NODES or skeleton.count(b":") > MAX_NODES:
+        raise InvalidJson(f"the body has more than {MAX_NODES} keys, lists and objects")
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if brackets:
+        raise InvalidJson(f"the body is no JSON, or nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidJson(f"the key {twice[:80]!r} comes twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidJson(f"{name} is no JSON number")
+
+
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidJson(
+            "a string holds half of a surrogate pair; send whole characters"
+        ) from error

@@ -57,13 +57,12 @@ class SourceDir:
             return None
         except OSError as error:
             raise self._refused(name, error.errno) from None
-        file = os.fdopen(handle, "rb", buffering=0, closefd=True)
         try:
             self._check(name, os.fstat(handle), max_bytes)
+            return os.fdopen(handle, "rb", buffering=0)  # type: ignore[return-value]
         except BaseException:
-            file.close()
+            os.close(handle)
             raise
-        return file  # type: ignore[return-value]
 
     def _check(self, name: str, found: os.stat_result, max_bytes: int) -> None:
         if not stat.S_ISREG(found.st_mode):

@@ -264,8 +264,8 @@ class AdapterStore:
             with _storage(self.root):
                 yield directory
         finally:
-            os.close(handle)
             shutil.rmtree(directory, ignore_errors=True)
+            os.close(handle)  # last: `clean` of another process must not remove it at the same time
 
     def _prepare(self) -> None:
         with _storage(self.root):
@@ -335,7 +335,8 @@ def _remove_unless_held(directory: Path) -> bool:
         return False
     finally:
         os.close(handle)
-    shutil.rmtree(directory)
+    with suppress(FileNotFoundError):  # its writer has just finished
+        shutil.rmtree(directory)
     return True
 
 

@@ -85,8 +85,15 @@ class TensorFile:
         dtype = getattr(torch, _TORCH[entry.dtype])
         if entry.end == entry.begin:
             return torch.empty(entry.shape, dtype=dtype)
-        data = self._read(self._start + entry.begin, entry.end - entry.begin)
-        return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+        return torch.frombuffer(self.read_bytes(entry), dtype=dtype).view(entry.shape)
+
+    def read_bytes(self, entry: TensorEntry) -> bytearray:
+        """The bytes of `entry`, whatever its dtype.
+
+        Raises:
+            AdapterCorrupt: the file was cut meanwhile.
+        """
+        return self._read(self._start + entry.begin, entry.end - entry.begin)
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to since it was opened: what was read may be of two versions.

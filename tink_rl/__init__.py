@@ -12,9 +12,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DistillationTrainer": "tink_rl.training.trainer",
     "GRPOTrainer": "tink_rl.training.trainer",
+    "PolicySyncCallback": "tink_rl.training.callback",
     "PolicyVersion": "tink_rl.types",
     "PublishRecord": "tink_rl.types",
+    "RLOOTrainer": "tink_rl.training.trainer",
     "SyncConfig": "tink_rl.config",
     "SyncMode": "tink_rl.types",
     "TinkError": "tink_rl.errors",
@@ -25,9 +28,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "DistillationTrainer",
     "GRPOTrainer",
+    "PolicySyncCallback",
     "PolicyVersion",
     "PublishRecord",
+    "RLOOTrainer",
     "SyncConfig",
     "SyncMode",
     "TinkError",

@@ -70,6 +70,10 @@ class SyncConfig:
         default=None,
         metadata={"help": "Largest allowed |logprob difference| of a probe; None: by dtype."},
     )
+    rollout_log_every: int = field(
+        default=1,
+        metadata={"help": "Write the rollouts of every k-th step to rollouts.jsonl; 0: none."},
+    )
     join_timeout_s: float = field(default=30.0, metadata={"help": "Deadline of opening a channel."})
     stage_timeout_s: float = field(
         default=60.0, metadata={"help": "Deadline of moving one packet."}
@@ -99,11 +103,10 @@ class SyncConfig:
             PolicyVersion(policy=self.policy, version=0)
         except ValueError as error:
             raise ConfigError(f"SyncConfig.policy: {error}") from error
-        if self.keep_versions < 1 or self.probe_every < 0:
-            raise ConfigError(
-                f"SyncConfig.keep_versions={self.keep_versions}, probe_every={self.probe_every}: "
-                "expected at least 1 and at least 0"
-            )
+        for name, least in (("keep_versions", 1), ("probe_every", 0), ("rollout_log_every", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"SyncConfig.{name}={value}: expected at least {least}")
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name.endswith("_s") and not (isinstance(value, (int, float)) and value >= 0):

@@ -98,6 +98,8 @@ class WeightSync:
         self._version = 0
         self._noise = 0.0
         self._kept: list[str] = []
+        self.pinned: str | None = None
+        """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
         self._spare: torch.Tensor | None = None
         """A buffer that holds no version any more, to pack the next one into."""
@@ -351,9 +353,10 @@ class WeightSync:
         if self.mode is SyncMode.MERGED:
             return
         self._kept.append(name)
-        while len(self._kept) > self.config.keep_versions:
-            old = self._kept.pop(0)
-            self._drop(old)
+        for old in self._kept[: -self.config.keep_versions]:
+            if old != self.pinned:
+                self._kept.remove(old)
+                self._drop(old)
 
     def _drop(self, name: str) -> None:
         self.fleet.each(lambda replica: replica.drop(name))

@@ -1,4 +1,4 @@
-"""Adapters on disk with their golden answers, made once in a session."""
+"""What several server tests share: golden adapters, and the server that trainers train against."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.policies import PeftTwin
+from tests.trainers import left_clean
 
 NUM_GOLDENS = 32
 
@@ -33,3 +34,10 @@ def golden_adapters(model_dir, tmp_path_factory):
         found.append(GoldenAdapter(f"golden-{seed}", path, twin.clear_cases(count=2)))
     assert len({str(sorted(golden.cases.items())) for golden in found}) == NUM_GOLDENS
     return found
+
+
+@pytest.fixture
+def server(servers):
+    """The tiny Qwen3 in both modes; afterwards nothing of the test stays served."""
+    with left_clean(servers.get("qwen3", mode="both")) as server:
+        yield server

@@ -6,87 +6,17 @@ import json
 import logging
 
 import pytest
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as PlainGRPOTrainer
 
 import tink_rl
-from tests.policies import PeftTwin, assert_served, drop_all, sync_to
-from tink_rl import SyncConfig, errors
+from tests.policies import PeftTwin, assert_served
+from tests.trainers import PROMPTS, make_trainer, rows, settings
+from tink_rl import errors
 from tink_rl.training import checks
 
 pytestmark = pytest.mark.server
-PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
-
-
-def reward_noise(completions, **_):
-    """Varies between any two completions, so that every step changes the policy."""
-    return [float(sum(map(ord, text)) % 7) for text in completions]
-
-
-def config(path, **changes):
-    settings = {
-        "output_dir": str(path),
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 16,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 4,
-        "learning_rate": 5e-3,
-        "beta": 0.0,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "model_init_kwargs": {"dtype": "float32"},
-        **changes,
-    }
-    return GRPOConfig(**settings)
-
-
-def make_trainer(
-    server, model_dir, path, *, sync=None, cls=tink_rl.GRPOTrainer, lora=None, **changes
-):
-    directory = model_dir("qwen3")
-    extra = {"servers": server.url, "sync": sync} if cls is tink_rl.GRPOTrainer else {}
-    return cls(
-        model=str(directory),
-        reward_funcs=reward_noise,
-        args=config(path, **changes),
-        train_dataset=PROMPTS,
-        processing_class=AutoTokenizer.from_pretrained(directory),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **(lora or {})),
-        **extra,
-    )
-
-
-@pytest.fixture
-def server(servers):
-    server = servers.get("qwen3", mode="both")
-    yield server
-    if server.alive:  # a run leaves its last version served: fold it back, drop it
-        with server.client() as client:
-            names = list(client.status().served)
-        for policy in {name.rpartition("@")[0] for name in names}:
-            mode = "merged" if client_merged(server) else "adapter"
-            with sync_to(server, server.options.model, mode, policy=policy) as sync:
-                drop_all(server, sync)
-
-
-def client_merged(server):
-    with server.client() as client:
-        return client.status().merged
-
-
-def settings(server, **changes):
-    return SyncConfig(token=server.token, **changes)
-
-
-def rows(trainer):
-    return [row for row in trainer.state.log_history if "reward" in row]
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merged"])
@@ -215,7 +145,9 @@ def test_colocate_vespo_and_dora_are_refused_before_the_first_step(server, model
     with pytest.raises(errors.ConfigError, match="token_truncate"):
         make_trainer(server, model_dir, tmp_path, loss_type="vespo")
     with pytest.raises(errors.UnsupportedAdapter, match="use_dora=False"):
-        make_trainer(server, model_dir, tmp_path, sync=settings(server), lora={"use_dora": True})
+        make_trainer(
+            server, model_dir, tmp_path, sync=settings(server), lora_changes={"use_dora": True}
+        )
 
 
 def test_settings_that_bias_the_importance_ratio_are_told(server):

@@ -13,7 +13,6 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
-from tink_rl.training.generation import _requests
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
 from tink_rl.weight_sync import choose_mode, largest_gap
@@ -130,16 +129,6 @@ def test_gate_holds_new_requests_and_waits_only_for_older_ones():
         gate.leave(ticket)
 
     asyncio.run(run())
-
-
-def test_prompts_of_one_group_size_travel_together():
-    groups = [([1], 4), ([2], 4), ([3], 2)]
-    assert _requests(groups, 1) == [(0, 2, [(2, [3])]), (0, 4, [(0, [1]), (1, [2])])]
-    assert _requests(groups, 2) == [
-        (0, 2, [(2, [3])]),
-        (0, 4, [(0, [1])]),
-        (1, 4, [(1, [2])]),
-    ]
 
 
 def _client(handler):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from tink_rl.errors import ConfigError
 from tink_rl.types import ServerStatus
 
@@ -24,12 +26,53 @@ def check_trl_version(version: str) -> None:
         )
 
 
+def check_trainer(trainer: Any, supported: tuple[type, ...]) -> None:
+    """Check that a built trainer can read its rollouts through the seam.
+
+    Raises:
+        ConfigError: it is another trainer, has a vLLM connection, sees images, or samples otherwise.
+    """
+    if not isinstance(trainer, supported):
+        names = ", ".join(cls.__name__ for cls in supported)
+        raise ConfigError(
+            f"attach() got {type(trainer).__name__}; expected one of {names}. To publish another "
+            "trainer's policy, add tink_rl.PolicySyncCallback(trainer, ...)"
+        )
+    if getattr(trainer, "vllm_generation", None) is not None:
+        raise ConfigError(
+            "this trainer has a vLLM connection already; build it with use_vllm=False, then attach"
+        )
+    processing = getattr(trainer, "processing_class", None)
+    if isinstance(processing, ProcessorMixin):
+        raise ConfigError(
+            f"processing_class is a {type(processing).__name__}: rollouts are sent as "
+            "token ids, without images; give the tokenizer of a text model"
+        )
+    if getattr(trainer, "use_transformers_continuous_batching", False):
+        raise ConfigError(
+            "use_transformers_continuous_batching=True: rollouts come from the vLLM server; leave it "
+            "False"
+        )
+    if getattr(trainer, "rollout_func", None) is not None:
+        raise ConfigError(
+            "rollout_func is set: it bypasses the sampled logprobs of the server; leave it None, and "
+            "use tools=[...] or environment_factory for several turns"
+        )
+
+
 def check_arguments(args: Any) -> None:
     """Check a trainer's arguments, before it is built.
 
     Raises:
-        ConfigError: colocated vLLM was asked for, or VESPO with a mode that TRL refuses.
+        ConfigError: colocated vLLM was asked for, requests would carry a fixed seed or number, or
+            VESPO with a mode that TRL refuses.
     """
+    fixed = sorted({"seed", "n"} & set(args.generation_kwargs or ()))
+    if fixed:
+        raise ConfigError(
+            f"generation_kwargs sets {', '.join(fixed)}: every step would sample alike; seeds follow "
+            "from the trainer's seed=..., and num_generations is the number"
+        )
     if args.use_vllm and args.vllm_mode == "colocate":
         raise ConfigError(
             "vllm_mode='colocate': this trainer samples from a server; set vllm_mode='server' (and "

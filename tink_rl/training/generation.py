@@ -1,21 +1,22 @@
 """What stands where TRL's `VLLMGeneration` stands: `sync_weights()` and `generate(...)`.
 
 Every rank samples for itself, from the version that rank 0 published last; nothing here is a
-collective, so ranks may take different numbers of turns.
+collective, so ranks may take different numbers of turns. Inside `rollout(batch)` all turns are sampled
+from the version that the first one took, with seeds that follow from the batch.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from tink_rl.errors import ConfigError, UnknownVersion
+from tink_rl.training.rollouts import Ask, RolloutBatch
 from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
@@ -61,6 +62,7 @@ class PolicyGeneration:
         current: Callable[[], str],
         sync: Callable[[], None],
         recover: Callable[[], bool],
+        pin: Callable[[str | None], None] = lambda name: None,
     ) -> None:
         """Store.
 
@@ -70,10 +72,12 @@ class PolicyGeneration:
             current: Name of the current version, `policy@N`.
             sync: Publish if the model differs from what is served; every rank calls it.
             recover: Publish again to replicas that lost the version; False if none did.
+            pin: Told the version that an open rollout samples from, then None: it must stay served.
         """
         self.clients = list(clients)
         self.settings = settings
-        self._current, self._sync, self._recover = current, sync, recover
+        self._current, self._sync, self._recover, self._pin = current, sync, recover, pin
+        self._batch: RolloutBatch | None = None
         self.last_model = ""
         """The version that sampled the last batch."""
         self.last_seconds = 0.0
@@ -84,6 +88,18 @@ class PolicyGeneration:
     def sync_weights(self) -> None:
         """Publish if the model differs from what is served (same digest: free)."""
         self._sync()
+
+    @contextmanager
+    def rollout(self, batch: RolloutBatch) -> Iterator[RolloutBatch]:
+        """All turns generated inside belong to `batch` and are sampled from one version."""
+        if self._batch is not None:
+            raise ConfigError("a rollout is under way already; it cannot hold another one")
+        self._batch = batch
+        try:
+            yield batch
+        finally:
+            self._batch = None
+            self._pin(None)
 
     def generate(
         self,
@@ -108,18 +124,24 @@ class PolicyGeneration:
         """
         if images is not None and any(image is not None for image in images):
             raise ConfigError("images were given; this trainer samples text only")
-        model = self._current()
+        batch = self._batch or RolloutBatch()
+        if not batch.model:
+            batch.model = self._current()
+            self._pin(batch.model if self._batch is not None else None)
+        asks = batch.plan(prompts)
         start = time.perf_counter()
         with profiler or nullcontext():
             try:
-                rows = self._sample(prompts, model)
+                answers = self._sample(asks, batch.model)
             except UnknownVersion:
                 if not self._recover():
                     raise
-                rows = self._sample(prompts, model)
+                answers = self._sample(asks, batch.model)
         self.last_seconds = time.perf_counter() - start
         self.total_seconds += self.last_seconds
-        self.last_model = model
+        self.last_model = batch.model
+        batch.add(asks, answers)
+        rows = [row for answer in answers for row in answer]  # asks stand in the prompts' order
         self.last_num_tokens = sum(len(row["completion_ids"]) for row in rows)
         logprobs = [row["logprobs"] for row in rows]
         return (
@@ -129,25 +151,32 @@ class PolicyGeneration:
             [row["logprob_token_ids"] for row in rows],
         )
 
-    def _sample(self, prompts: list[list[int]], model: str) -> list[dict[str, Any]]:
-        """Rows in the order of `prompts`, sampled in as few requests as there are group sizes."""
-        groups = [(list(key), len(list(run))) for key, run in itertools.groupby(prompts)]
-        requests = list(_requests(groups, len(self.clients)))
+    def _sample(self, asks: list[Ask], model: str) -> list[list[dict[str, Any]]]:
+        """For each of `asks` its answers, sampled in few requests that run side by side."""
+        requests = list(_requests(asks, len(self.clients)))
         if len(requests) == 1:
-            answers = [self._ask(client, n, items, model) for client, n, items in requests]
+            answers = [self._ask(*requests[0], model=model)]
         else:
             with ThreadPoolExecutor(min(len(requests), 16)) as pool:
-                answers = list(pool.map(lambda r: self._ask(r[0], r[1], r[2], model), requests))
-        by_group: dict[int, list[dict[str, Any]]] = {}
+                answers = list(pool.map(lambda request: self._ask(*request, model=model), requests))
+        by_ask: dict[int, list[dict[str, Any]]] = {}
         for answer in answers:
-            by_group |= answer
-        return [row for index in range(len(groups)) for row in by_group[index]]
+            by_ask |= answer
+        return [by_ask[index] for index in range(len(asks))]
 
     def _ask(
-        self, client_index: int, n: int, items: list[tuple[int, list[int]]], model: str
+        self, client_index: int, items: list[tuple[int, Ask]], *, model: str
     ) -> dict[int, list[dict[str, Any]]]:
+        settings = self.settings.as_request()
+        first = items[0][1]
+        n = len(first.rows)
+        if first.seed is not None:
+            settings["generation_kwargs"] = {
+                "seed": first.seed,
+                **(settings["generation_kwargs"] or {}),
+            }
         output = self.clients[client_index].generate(
-            [prompt for _, prompt in items], n=n, model=model, **self.settings.as_request()
+            [ask.prompt_ids for _, ask in items], n=n, model=model, **settings
         )
         rows = []
         for i, completion_ids in enumerate(output["completion_ids"]):
@@ -158,16 +187,15 @@ class PolicyGeneration:
         return {index: rows[k * n : (k + 1) * n] for k, (index, _) in enumerate(items)}
 
 
-def _requests(
-    groups: list[tuple[list[int], int]], num_clients: int
-) -> list[tuple[int, int, list[tuple[int, list[int]]]]]:
-    """`(client, n, [(group index, prompt)])`: prompts of the same group size travel together."""
-    sizes = sorted({size for _, size in groups})
+def _requests(asks: Sequence[Ask], num_clients: int) -> list[tuple[int, list[tuple[int, Ask]]]]:
+    """`(client, [(index of ask, ask)])`: what has one seed and one number of rows travels together."""
+    alike: dict[tuple[int, int], list[tuple[int, Ask]]] = {}
+    for index, ask in enumerate(asks):
+        alike.setdefault((ask.seed or 0, len(ask.rows)), []).append((index, ask))
     found = []
-    for size in sizes:
-        items = [(i, prompt) for i, (prompt, count) in enumerate(groups) if count == size]
-        for client in range(num_clients):
-            share = items[client::num_clients]
-            if share:
-                found.append((client, size, share))
+    for turn, items in enumerate(alike.values()):
+        for share in range(num_clients):
+            mine = items[share::num_clients]
+            if mine:
+                found.append(((turn + share) % num_clients, mine))
     return found

@@ -72,6 +72,7 @@ class PolicyLink:
         self._model, self._accelerator, self._prober = model, accelerator, prober
         self._config = config
         self._current = ""
+        self._digests: dict[str, str] = {}
         self._started = False
 
     @property
@@ -109,9 +110,19 @@ class PolicyLink:
         """Publish what the model holds now; every rank gets the record.
 
         Every rank must call it.
+
+        Raises:
+            ConfigError: a rollout is under way, and in this mode it would go on with another policy.
+            TinkError: see `WeightSync.publish`.
         """
 
         def work() -> dict[str, Any]:
+            if self.sync.pinned and self.sync.mode is not SyncMode.ADAPTER:
+                raise errors.ConfigError(
+                    f"publish() in the middle of a rollout that {self.sync.pinned} samples: in "
+                    f"{self.sync.mode.value} mode its next turn would come from another policy; "
+                    "publish between rollouts, or set SyncConfig(mode='adapter')"
+                )
             probing = self._config.probe_every and len(self.records) % self._config.probe_every == 0
             probe = self._on_all("probe") if probing else None
             record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
@@ -120,9 +131,18 @@ class PolicyLink:
         data = self.ranks.lead(work, self._duties())
         record = PublishRecord(**{**data, "mode": SyncMode(data["mode"])})
         self._current = record.name
+        self._digests[record.name] = record.digest
         if record.published:
             self.records.append(record)
         return record
+
+    def pin(self, name: str | None) -> None:
+        """Keep `name` served while a rollout goes on with it; None: it ended."""
+        self.sync.pinned = name
+
+    def digest_of(self, name: str) -> str:
+        """Digest of a version that this run published; known on every rank."""
+        return self._digests[name]
 
     def _duties(self) -> Duties:
         """What a sharded model needs every rank for."""

@@ -1,4 +1,4 @@
-"""The doors into training: `GRPOTrainer` (change one import) and `attach` (for a built trainer).
+"""The first door into training: TRL's on-policy trainers (change one import), and `attach`.
 
 TRL builds its vLLM object by class name and offers no injection point, but reads only `sync_weights()`
 and `generate(...)` of it. So a trainer is built with `use_vllm=False`, then gets our object and the
@@ -9,76 +9,57 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import trl
-from transformers import TrainerCallback
+from transformers import TrainingArguments
 
 from tink_rl.config import SyncConfig
-from tink_rl.errors import ConfigError, PublishFailed
-from tink_rl.training import checks
+from tink_rl.training import checks, live
+from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
-from tink_rl.training.probe import Prober
+from tink_rl.training.publishing import PublishCallback, metrics_of
+from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
+from tink_rl.training.scoring import RolloutScope
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.types import PublishRecord, ServerStatus
+from tink_rl.types import ServerStatus
 
-logger = logging.getLogger("tink_rl")
+SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
+"""What `attach` takes: the trainers that read their rollouts through the seam."""
 
 
-class _PublishCallback(TrainerCallback):
-    """Publishes on train begin and right after each optimizer step; closes the link at the end."""
+class _RolloutCallback(PublishCallback):
+    """As its parent; also times the steps and keeps TRL from publishing again on its own."""
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, link: PolicyLink, scope: RolloutScope) -> None:
+        super().__init__(trainer, link, trainer.vllm_generation.sync_weights)
+        self._scope = scope
         self._last_step_end = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Prove the servers, restore the version number, publish what was loaded."""
-        trainer = self._trainer
-        if state.global_step:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            trainer.policy_link.restore(checkpoint)
-        trainer.vllm_generation.sync_weights()
-        trainer._last_loaded_step = state.global_step
+        """See `PublishCallback`."""
+        super().on_train_begin(args, state, control)
+        self._trainer._last_loaded_step = state.global_step
         self._last_step_end = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Publish the policy that this optimizer step made."""
+        """See `PublishCallback`."""
         _copy_logprob_gap(self._trainer)
-        self._publish_or_save(args, state)
+        super().on_step_end(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         now = time.perf_counter()
         self._trainer._metrics["train"]["step_seconds"].append(now - self._last_step_end)
         self._last_step_end = now
 
-    def _publish_or_save(self, args: Any, state: Any) -> None:
-        """A publish that failed twice ends the run, but not before a checkpoint was written."""
-        try:
-            self._trainer.vllm_generation.sync_weights()
-        except PublishFailed as error:
-            self._trainer._save_checkpoint(self._trainer.model, trial=None)
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            raise PublishFailed(
-                f"{error.message}; the state of step {state.global_step} was saved: resume with "
-                f"--resume_from_checkpoint {checkpoint}",
-                **error.details,
-            ) from error
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write version and digest beside the checkpoint."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if checkpoint.is_dir():
-            self._trainer.policy_link.save(checkpoint)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give the lease back; the last version stays served."""
-        self._trainer.policy_link.close()
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show a few of the last rollouts as a wandb table, where the run reports there."""
+        if self._scope.shown and state.is_world_process_zero:
+            live.log_table(args, state, "completions", self._scope.shown)
+            self._scope.shown = []
 
 
 def _copy_logprob_gap(trainer: Any) -> None:
@@ -89,14 +70,14 @@ def _copy_logprob_gap(trainer: Any) -> None:
 
 def attach(
     trainer: Any,
-    servers: str | VLLMClient | list[str | VLLMClient] | None = None,
+    servers: Servers = None,
     *,
     sync: SyncConfig | None = None,
 ) -> PolicyLink:
     """Let a trainer that was built with `use_vllm=False` sample from vLLM and publish after each step.
 
     Args:
-        trainer: A TRL 1.16 `GRPOTrainer` with a PEFT model.
+        trainer: A TRL 1.16 `GRPOTrainer`, `RLOOTrainer` or `DistillationTrainer` with a PEFT model.
         servers: URL(s) or client(s); None: `sync.servers`, else TRL's `vllm_server_*` arguments.
         sync: Settings.
 
@@ -109,63 +90,24 @@ def attach(
         SecondPublisher: this model is published already.
     """
     checks.check_trl_version(trl.__version__)
-    sync = sync or SyncConfig()
-    if getattr(trainer, "vllm_generation", None) is not None:
-        raise ConfigError(
-            "this trainer has a vLLM connection already; build it with use_vllm=False, then attach"
-        )
+    checks.check_trainer(trainer, SUPPORTED)
     checks.check_arguments(trainer.args)
-    _refuse_transformers_batching(trainer)
-    clients = _clients(servers, sync, trainer.args)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    link = PolicyLink(
-        model,
-        trainer.accelerator,
-        clients=clients,
-        config=sync,
-        base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
-        prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
-        rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
-    )
-    trainer.policy_link = link
-    trainer.vllm_generation = _generation(trainer, link, clients)
+    sync = sync or SyncConfig()
+    clients = clients_of(servers, sync, trainer.args)
+    link = link_to(trainer, clients, sync)
+    trainer.vllm_generation = generation = _generation(trainer, link, clients)
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
-    trainer.add_callback(_PublishCallback(trainer))
+    log = RolloutLog(
+        trainer.args.output_dir,
+        trainer.processing_class,
+        rank=trainer.accelerator.process_index,
+        sampling=generation.settings.as_request(),
+    )
+    scope = RolloutScope(trainer, generation, link, log, every=sync.rollout_log_every)
+    scope.install()
+    trainer.add_callback(_RolloutCallback(trainer, link, scope))
     trainer.add_callback(RunLog(trainer))
     return link
-
-
-def _refuse_transformers_batching(trainer: Any) -> None:
-    if getattr(trainer, "use_transformers_continuous_batching", False):
-        raise ConfigError(
-            "use_transformers_continuous_batching=True: rollouts come from the vLLM server; leave it False"
-        )
-    if getattr(trainer, "rollout_func", None) is not None:
-        raise ConfigError(
-            "rollout_func is set: it bypasses the sampled logprobs of the server; leave it None"
-        )
-
-
-def _clients(
-    servers: str | VLLMClient | list[str | VLLMClient] | None, sync: SyncConfig, args: Any
-) -> list[VLLMClient]:
-    given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers or sync.servers)
-    if not given:
-        given = [
-            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        ]
-    return [
-        server
-        if isinstance(server, VLLMClient)
-        else VLLMClient(
-            server,
-            token=sync.read_token(),
-            api_key=sync.api_key,
-            request_timeout_s=sync.request_timeout_s,
-            connection_timeout=args.vllm_server_timeout,
-        )
-        for server in given
-    ]
 
 
 def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> PolicyGeneration:
@@ -186,7 +128,8 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
 
     def sync() -> None:
         link.start(check)
-        _log_publish(trainer, link.publish())
+        for key, value in metrics_of(link.publish()).items():
+            trainer._metrics["train"][key].append(value)
 
     return _MeasuredGeneration(
         clients,
@@ -194,6 +137,7 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
         current=lambda: link.current,
         sync=sync,
         recover=link.recover,
+        pin=link.pin,
         trainer=trainer,
     )
 
@@ -215,20 +159,6 @@ class _MeasuredGeneration(PolicyGeneration):
         return rows
 
 
-def _log_publish(trainer: Any, record: PublishRecord | None) -> None:
-    if record is None or not record.published:
-        return
-    metrics = trainer._metrics["train"]
-    metrics["sync/seconds"].append(record.seconds)
-    metrics["sync/held_seconds"].append(record.held_seconds)
-    metrics["sync/bytes"].append(float(record.num_bytes))
-    metrics["sync/policy_version"].append(float(record.version))
-    for phase, seconds in record.phase_seconds.items():
-        metrics[f"sync/phase/{phase}"].append(seconds)
-    if record.probe_gap is not None:
-        metrics["sync/probe_gap"].append(record.probe_gap)
-
-
 class PolicySyncMixin:
     """Builds a TRL trainer without its own vLLM object and attaches ours."""
 
@@ -238,7 +168,7 @@ class PolicySyncMixin:
         self,
         *args: Any,
         sync: SyncConfig | None = None,
-        servers: str | VLLMClient | list[str | VLLMClient] | None = None,
+        servers: Servers = None,
         **kwargs: Any,
     ) -> None:
         """TRL's arguments, plus `sync` (settings) and `servers` (else TRL's `vllm_server_*`)."""
@@ -275,7 +205,7 @@ def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, in
     if "args" in kwargs:
         return kwargs["args"], None
     for position, value in enumerate(args):
-        if isinstance(value, trl.GRPOConfig):
+        if isinstance(value, TrainingArguments):
             return value, position
     return None, None
 
@@ -285,6 +215,25 @@ class GRPOTrainer(PolicySyncMixin, trl.GRPOTrainer):  # type: ignore[misc]
 
     Change one import. The arguments are TRL's; `use_vllm` may be True (`vllm_mode="server"`) or left
     out. Additional: `sync=SyncConfig(...)`, `servers=URL(s)`.
+
+    Raises:
+        ConfigError, UnsupportedAdapter: before the first step, with the reason and the remedy.
+    """
+
+
+class RLOOTrainer(PolicySyncMixin, trl.RLOOTrainer):  # type: ignore[misc]
+    """`trl.RLOOTrainer`, as `GRPOTrainer` here.
+
+    TRL's RLOO takes no logprobs from the sampler, so there is no importance ratio to correct; the
+    largest difference of a sequence's logprob is logged as `rollout/sequence_logprob_gap`.
+
+    Raises:
+        ConfigError, UnsupportedAdapter: before the first step, with the reason and the remedy.
+    """
+
+
+class DistillationTrainer(PolicySyncMixin, trl.DistillationTrainer):  # type: ignore[misc]
+    """`trl.DistillationTrainer`: the student samples from the vLLM server, the teacher scores here.
 
     Raises:
         ConfigError, UnsupportedAdapter: before the first step, with the reason and the remedy.

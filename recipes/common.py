@@ -1,0 +1,146 @@
+"""What the recipes share: their arguments, the adapter, the server, and the run around a trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+import tink_rl
+from recipes.tasks import TASKS, Task, load_task
+from recipes.tiny_base import ensure_tiny_base
+from tink_rl.cli import show_wait
+
+
+@dataclass
+class RecipeArguments:
+    """What the recipes add to TRL's config."""
+
+    task: str = field(default="digits", metadata={"help": f"One of {', '.join(TASKS)}."})
+    data_path: str | None = field(default=None, metadata={"help": "gsm8k: a JSONL file to use."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base; default: the tiny base, trained on first use."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the trainer's base; tiny base: float32."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "all-linear, or module names joined by commas."}
+    )
+    vllm_server: str = field(
+        default="auto",
+        metadata={"help": "URL of a running server; auto: start one, stop it at the end."},
+    )
+    server_mode: str = field(
+        default="both", metadata={"help": "auto server: merged, adapter or both."}
+    )
+    server_max_model_len: int = field(default=0, metadata={"help": "auto server; 0: the model's."})
+    sync_mode: str = field(default="auto", metadata={"help": "merged, adapter or auto."})
+    policy: str = field(default="policy", metadata={"help": "Name of the policy on the server."})
+    token_file: str | None = field(default=None, metadata={"help": "Token of the control routes."})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a trainer is built from."""
+
+    model: str
+    tokenizer: Any
+    task: Task
+    lora: LoraConfig
+    server: str
+    sync: tink_rl.SyncConfig
+
+
+def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
+    """Base, task and server of a run; a managed server stops with `stack`."""
+    if "WANDB_API_KEY" not in os.environ and not Path("~/.netrc").expanduser().exists():
+        os.environ.setdefault("WANDB_MODE", "offline")  # logged out: keep the run on disk
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("tink_rl").setLevel(logging.INFO)
+    model = recipe.model_name_or_path or _tiny_base(config)
+    dtype = "float32" if recipe.model_name_or_path is None else recipe.dtype
+    config.model_init_kwargs = {"dtype": dtype, **(config.model_init_kwargs or {})}
+    return Setup(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        task=load_task(recipe.task, seed=config.seed, data_path=recipe.data_path),
+        lora=_lora(recipe),
+        server=_server(recipe, config, model, stack),
+        sync=tink_rl.SyncConfig(
+            mode=recipe.sync_mode, policy=recipe.policy, token_file=recipe.token_file
+        ),
+    )
+
+
+def run_on_policy(trainer_class: Any, recipe: RecipeArguments, config: Any) -> None:
+    """Train with GRPO's or RLOO's arguments; prints where the run's files are."""
+    with ExitStack() as stack:
+        setup = set_up(recipe, config, stack)
+        trainer = trainer_class(
+            model=setup.model,
+            reward_funcs=setup.task.reward,
+            args=config,
+            train_dataset=setup.task.train,
+            processing_class=setup.tokenizer,
+            peft_config=setup.lora,
+            servers=setup.server,
+            sync=setup.sync,
+        )
+        train_and_save(trainer)
+
+
+def train_and_save(trainer: Any) -> None:
+    """Train; save adapter, state and version of the last policy."""
+    config = trainer.args
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        trainer.policy_link.save(config.output_dir)
+        print(f"adapter, log and version of the last policy: {config.output_dir}")
+
+
+def _lora(recipe: RecipeArguments) -> LoraConfig:
+    names = recipe.lora_target_modules
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=names if names == "all-linear" else names.split(","),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _tiny_base(config: Any) -> str:
+    with config.main_process_first(desc="training the tiny base"):
+        return str(ensure_tiny_base())
+
+
+def _server(recipe: RecipeArguments, config: Any, model: str, stack: ExitStack) -> str:
+    """URL of the server; rank 0 starts a managed one, which the stack stops."""
+    url = [recipe.vllm_server]
+    if recipe.vllm_server == "auto" and config.process_index == 0:
+        server = tink_rl.VLLMServer(
+            model,
+            mode=recipe.server_mode,
+            dtype="float32" if recipe.model_name_or_path is None else "auto",
+            max_model_len=recipe.server_max_model_len or None,
+            token_file=recipe.token_file,
+            shared_with_trainer=True,
+            log_file=str(Path(config.output_dir) / "vllm.log"),
+            on_wait=show_wait,
+        )
+        url = [stack.enter_context(server).url]
+    if config.world_size > 1:
+        broadcast_object_list(url, from_process=0)
+    return url[0]

@@ -1,0 +1,125 @@
+"""The other recipes, and two runs at the same time against one server."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.tiny_base import ensure_tiny_base
+from tink_rl import VLLMServer
+from tink_rl.training.rollouts import read_rollouts
+
+pytestmark = [pytest.mark.recipe, pytest.mark.server]
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def tiny(servers, tmp_path_factory):
+    """A server of the tiny base with slots for two runs."""
+    servers.stop()
+    token = tmp_path_factory.mktemp("tiny") / "token"
+    with VLLMServer(
+        ensure_tiny_base(),
+        mode="both",
+        dtype="float32",
+        max_lora_rank=16,
+        max_loras=4,
+        shared_with_trainer=True,
+        token_file=str(token),
+    ) as server:
+        yield server
+
+
+def start(server, output, module, *arguments, policy, config="digits.yaml"):
+    command = [
+        *(sys.executable, "-m", module, *arguments),
+        *("--config", str(ROOT / "recipes/configs" / config)),
+        *("--vllm_server", server.url, "--token_file", str(server.token_file)),
+        *("--policy", policy, "--output_dir", str(output)),
+    ]
+    output.mkdir(parents=True)
+    with (output / "train.log").open("w") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(process, output):
+    assert process.wait(240) == 0, (output / "train.log").read_text()[-4000:]
+    state = json.loads((output / "trainer_state.json").read_text())
+    return [row for row in state["log_history"] if "loss" in row]
+
+
+def policy_run(server, output, policy):
+    small = ("--max_steps", str(NUM_STEPS), "--per_device_train_batch_size", "64")
+    module = "tests.recipes.run_policy"
+    return start(server, output, module, policy, *small, "--sync_mode", "adapter", policy=policy)
+
+
+def last_rewards(history):
+    return statistics.mean(row["reward"] for row in history[-4:])
+
+
+@pytest.mark.timeout(600)
+def test_two_policies_learn_on_one_server_what_each_learns_alone(tiny, tmp_path):
+    alone, together = {}, {}
+    for policy in ("right", "wrong"):
+        output = tmp_path / f"{policy}-alone"
+        alone[policy] = finish(policy_run(tiny, output, policy), output)
+    running = {p: policy_run(tiny, tmp_path / p, p) for p in ("right", "wrong")}
+    for policy, process in running.items():
+        together[policy] = finish(process, tmp_path / policy)
+    for policy, history in together.items():
+        # Neither samples the other: in name, and in what the logprobs say.
+        logged = list(read_rollouts(tmp_path / policy / "rollouts.jsonl"))
+        assert {row["policy"] for row in logged} == {policy} and len(logged) == 64 * NUM_STEPS
+        assert max(row["rollout/logprob_gap"] for row in history) <= 1e-3
+        # What it reaches: more than it began with, and what it reaches alone.
+        assert last_rewards(history) > history[0]["reward"]
+        assert last_rewards(history) == pytest.approx(last_rewards(alone[policy]), abs=0.1)
+    digests = {
+        policy: {row["digest"] for row in read_rollouts(tmp_path / policy / "rollouts.jsonl")}
+        for policy in together
+    }
+    # They begin with the same (fresh) adapter; nothing after it is shared.
+    assert len(digests["right"] & digests["wrong"]) == 1
+
+
+@pytest.mark.timeout(300)
+def test_rloo_recipe_learns_the_digits(tiny, tmp_path):
+    output = tmp_path / "rloo"
+    process = start(
+        tiny,
+        output,
+        "recipes.rloo",
+        *("--max_steps", "12"),
+        policy="rloo",
+        config="digits_rloo.yaml",
+    )
+    history = finish(process, output)
+    rewards = [row["reward"] for row in history]
+    assert statistics.mean(rewards[-5:]) > statistics.mean(rewards[:5])
+    assert max(row["rollout/sequence_logprob_gap"] for row in history) <= 1e-3
+    assert json.loads((output / "tink_policy.json").read_text())["policy"] == "rloo"
+
+
+@pytest.mark.timeout(300)
+def test_sft_recipe_shows_how_the_answers_turn_downwards(tiny, tmp_path):
+    output = tmp_path / "sft"
+    process = start(tiny, output, "recipes.sft_live", policy="down", config="digits_sft.yaml")
+    finish(process, output)
+    shown = (output / "train.log").read_text()
+    first, last = shown.index("step 0, down@1"), shown.index("step 80, down@81")
+    assert "1347" in shown[first:last].partition("step 20")[0]
+    assert "7431" in shown[last:]

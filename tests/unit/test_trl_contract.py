@@ -1,0 +1,54 @@
+"""TRL's seam, as its installed source has it: fails loudly when a release moves it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import trl
+
+from tink_rl.training.trainer import SUPPORTED
+
+SCORED = (trl.GRPOTrainer, trl.RLOOTrainer)
+
+
+@pytest.mark.parametrize("trainer", SUPPORTED)
+def test_trainer_reads_of_its_vllm_object_only_what_stands_in_for_it(trainer):
+    source = inspect.getsource(trainer)
+    used = set(re.findall(r"self\.vllm_generation\.(\w+)", source))
+    # The other two are read in colocate mode and by a check of TRL's own, made before it is replaced.
+    assert used <= {"sync_weights", "generate", "llm", "vllm_client"}
+    call = inspect.getsource(trainer._generate_single_turn)
+    for argument in ("prompts=", "images=", "num_generations=", "profiler="):
+        assert argument in call.partition("vllm_generation.generate(")[2], argument
+    assert "self.state.global_step != self._last_loaded_step" in call
+
+
+@pytest.mark.parametrize("trainer", SUPPORTED)
+def test_rollouts_are_generated_and_scored_in_one_method(trainer):
+    method = trainer._generate_and_score_completions
+    assert list(inspect.signature(method).parameters) == ["self", "inputs"]
+    source = inspect.getsource(method)
+    assert "self._generate(prompts)" in source
+    assert (
+        inspect.getsource(trainer).count("_generate_and_score_completions(generation_batch)") == 2
+    )
+
+
+@pytest.mark.parametrize("trainer", SCORED)
+def test_rewards_of_all_ranks_come_from_one_method(trainer):
+    parameters = list(inspect.signature(trainer._calculate_rewards).parameters)
+    assert parameters == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
+    source = inspect.getsource(trainer._generate_and_score_completions)
+    assert "rewards_per_func = self._calculate_rewards(" in source
+    assert '"advantages": advantages' in source
+    assert "gather(rewards_per_func)" in inspect.getsource(trainer._calculate_rewards)
+    for name in ("reward_func_names", "reward_weights", "num_generations_eval"):
+        assert f"self.{name} = " in inspect.getsource(trainer.__init__)
+
+
+@pytest.mark.parametrize("trainer", (trl.GRPOTrainer, trl.DistillationTrainer))
+def test_later_turns_extend_what_was_sampled_token_by_token(trainer):
+    source = inspect.getsource(trainer._tool_call_loop)
+    assert "prompt_ids[idx_with_tool] + completion_ids[idx_with_tool] + suffix_ids" in source

@@ -1,0 +1,64 @@
+"""From a trainer to its link: which servers, which clients, which model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tink_rl.config import SyncConfig
+from tink_rl.training.link import PolicyLink
+from tink_rl.training.probe import Prober
+from tink_rl.transport.vllm_client import VLLMClient
+
+Servers = str | VLLMClient | list[str | VLLMClient] | None
+"""URL(s) or client(s); None: `SyncConfig.servers`, else TRL's `vllm_server_*` arguments."""
+
+
+def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient]:
+    """A client per server; waits `args.vllm_server_timeout` (where the trainer has that) for each.
+
+    Raises:
+        ServerUnreachable: one did not answer in that time.
+        ConfigError: there is no token for the control routes.
+    """
+    given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers or sync.servers)
+    if not given:
+        given = [_url_of(args)]
+    return [
+        server
+        if isinstance(server, VLLMClient)
+        else VLLMClient(
+            server,
+            token=sync.read_token(),
+            api_key=sync.api_key,
+            request_timeout_s=sync.request_timeout_s,
+            connection_timeout=getattr(args, "vllm_server_timeout", 0.0),
+        )
+        for server in given
+    ]
+
+
+def _url_of(args: Any) -> str:
+    given = getattr(args, "vllm_server_base_url", None)
+    host, port = (getattr(args, f"vllm_server_{name}", None) for name in ("host", "port"))
+    return given or f"http://{host or '127.0.0.1'}:{port or 8000}"
+
+
+def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyLink:
+    """The link of a trainer's model to `clients`, also kept as `trainer.policy_link`.
+
+    Raises:
+        UnsupportedAdapter: the adapter cannot be published.
+        SecondPublisher: this model is published already.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    link = PolicyLink(
+        model,
+        trainer.accelerator,
+        clients=clients,
+        config=sync,
+        base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
+        prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
+        rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
+    )
+    trainer.policy_link = link
+    return link

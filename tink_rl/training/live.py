@@ -1,0 +1,46 @@
+"""Completions to look at while a run goes on: a table in the console, a table in wandb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+COLUMNS = ("step", "policy", "prompt", "completion", "reward")
+
+
+def log_table(args: Any, state: Any, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Send `rows` to wandb as the table `name`, if the run reports there; else nothing.
+
+    Args:
+        args: The trainer's arguments.
+        state: The trainer's state; the table stands at its step.
+        name: Key of the table.
+        rows: Rows of a rollout log, or of `PolicySyncCallback.samples`.
+    """
+    if "wandb" not in (args.report_to or ()):
+        return
+    import wandb
+
+    if wandb.run is None:
+        return
+    table = wandb.Table(columns=list(COLUMNS), data=[_cells(row) for row in rows])
+    wandb.log({name: table, "train/global_step": state.global_step})
+
+
+def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Show prompts and completions of `rows` in the console."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for column in ("prompt", "completion"):
+        table.add_column(column, overflow="fold")
+    for row in rows:  # Text: brackets in a completion are no markup
+        table.add_row(Text(row["prompt"]), Text(row["completion"]))
+    Console().print(table)
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    named = {**row, "policy": f"{row['policy']}@{row['version']}"}
+    return [named.get(column) for column in COLUMNS]

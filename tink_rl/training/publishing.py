@@ -1,0 +1,81 @@
+"""When a policy is published: on train begin and after optimizer steps; and what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tink_rl.errors import PublishFailed
+from tink_rl.training.link import PolicyLink
+from tink_rl.types import PublishRecord
+
+
+class PublishCallback(TrainerCallback):
+    """Publishes on train begin and after every k-th optimizer step; closes the link at the end."""
+
+    def __init__(
+        self, trainer: Any, link: PolicyLink, sync: Callable[[], None], *, every: int = 1
+    ) -> None:
+        """Store.
+
+        Args:
+            trainer: Saves the checkpoint that a failed publish leaves behind.
+            link: What `sync` publishes through.
+            sync: Publishes what the model holds now and logs it; every rank calls it.
+            every: k.
+        """
+        self._trainer, self._link, self._sync, self._every = trainer, link, sync, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Prove the servers, restore the version number, publish what was loaded."""
+        if state.global_step:
+            self._link.restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._sync()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Publish the policy that this optimizer step made.
+
+        Raises:
+            PublishFailed: it failed twice; a checkpoint of this step was written.
+        """
+        if state.global_step % self._every:
+            return
+        try:
+            self._sync()
+        except PublishFailed as error:
+            self._trainer._save_checkpoint(self._trainer.model, trial=None)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            raise PublishFailed(
+                f"{error.message}; the state of step {state.global_step} was saved: resume with "
+                f"--resume_from_checkpoint {checkpoint}",
+                **error.details,
+            ) from error
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write version and digest beside the checkpoint."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if checkpoint.is_dir():
+            self._link.save(checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give the lease back; the last version stays served."""
+        self._link.close()
+
+
+def metrics_of(record: PublishRecord) -> dict[str, float]:
+    """The `sync/*` metrics of one publish; none if nothing had to be sent."""
+    if not record.published:
+        return {}
+    metrics = {
+        "sync/seconds": record.seconds,
+        "sync/held_seconds": record.held_seconds,
+        "sync/bytes": float(record.num_bytes),
+        "sync/policy_version": float(record.version),
+    }
+    metrics |= {f"sync/phase/{phase}": s for phase, s in record.phase_seconds.items()}
+    if record.probe_gap is not None:
+        metrics["sync/probe_gap"] = record.probe_gap
+    return metrics

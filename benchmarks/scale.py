@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from tink_rl import placement
 
-placement.apply_to_trainer(placement.plan_here())  # before torch is imported
+if __name__ == "__main__":
+    placement.apply_to_trainer(placement.plan_here())  # before torch is imported
 
 import json
 import statistics
@@ -19,7 +20,6 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from benchmarks.publish import random_100m
-from benchmarks.run import write
 from tink_rl import SyncConfig, VLLMServer, WeightSync
 from tink_rl.policy.adapter import AdapterCollector
 
@@ -103,8 +103,15 @@ def _checked(points: list[tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, print, and write results/scale.json."""
+    from benchmarks.run import write  # it pins this process when it is imported
+
     source = {**provenance(), "command": "python -m benchmarks.scale"}
     results = {**source, "ranks": RANKS, "transports": measure()}
     write("scale", results)
     print(json.dumps(results["transports"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +37,8 @@ class Snapshot(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self.save("last")
+        if state.global_step == self.job.get("kill_after_step"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def save(self, name):
         self.sharding = self.trainer.policy_link.collector.sharding.value
@@ -100,12 +104,10 @@ def build(job, rank):
             beta=0.0,
             logging_steps=1,
             report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
-            seed=7,
             ddp_timeout=120,
             model_init_kwargs={"dtype": "float32"},
-            **job["args"],
+            **{"save_strategy": "no", "seed": 7, **job["args"]},
         ),
         train_dataset=PROMPTS,
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
@@ -142,7 +144,7 @@ def main(job):
     try:
         trainer, snapshot = build(job, rank)
         let_fail(trainer, job, rank)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=job.get("resume"))
         found = facts(trainer, snapshot)
     except BaseException as error:
         found = {"error": type(error).__name__, "message": str(error)}

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import publish, step
+from benchmarks import publish, sample, step
 from benchmarks.provenance import provenance
 
 _HERE = Path(__file__).parent
@@ -24,6 +24,7 @@ def main() -> None:
     print(f"bf16 server, largest logprob gap: {gap}", flush=True)
     write("publish", {**source, **publish.measure(), "bf16_logprob_gap": gap})
     write("step", {**source, "step_seconds": step.measure()})
+    write("sample", {**source, **sample.measure()})
     text = render()
     (_HERE / "RESULTS.md").write_text(text)
     print(text)
@@ -90,7 +91,27 @@ def render() -> str:
             rest = ", ".join(f"{k} {v:.3f}" for k, v in parts.items() if k != "step")
             name = "tink_rl, merged" if route == "vllm" else "TRL, use_vllm=False"
             lines.append(f"| {length} | {name} | {parts['step']:.2f} | {rest or '-'} |")
+    lines += _render_sample(json.loads((_HERE / "results/sample.json").read_text()))
     return "\n".join(lines) + "\n"
+
+
+def _render_sample(found: dict[str, Any]) -> list[str]:
+    load, speed, latency = found["load"], found["requests_per_second"], found["latency_ms"]
+    return [
+        "",
+        f"## POST /api/v1/sample beside vLLM itself ({load['clients']} clients, {load['adapters']} adapters, "
+        f"{load['tokens']} tokens each)",
+        "",
+        "| | vLLM directly | through the worker | |",
+        "|---|---|---|---|",
+        f"| requests/s | {speed['direct']:.1f} | {speed['worker']:.1f} | "
+        f"{found['throughput_ratio']:.2f}x (median of {load['rounds']} rounds in turns) |",
+        *(
+            f"| one client, one token: {at} (ms) | {latency['direct'][at]:.1f} | "
+            f"{latency['worker'][at]:.1f} | +{found['added_ms'][at]:.1f} |"
+            for at in ("median", "p99")
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class StubVLLM:
 
     def __init__(self, latency_s: float = 0.0) -> None:
         self.latency_s = latency_s
+        self.num_begun = 0
         self.num_completions = 0
         stub = self
 
@@ -34,6 +35,7 @@ class StubVLLM:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if body.get("max_tokens", 1) > 1:  # not for canaries
+                    stub.num_begun += 1
                     time.sleep(stub.latency_s)
                 stub.num_completions += 1
                 choices = [_choice(i) for i in range(len(body["prompt"]) * body["n"])]

@@ -19,7 +19,7 @@ def enable() -> None:
     plain_init = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
-        first = not self.initialized
+        first = AcceleratorState._shared_state == {}
         plain_init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if first:
             # both: every later AcceleratorState() copies from PartialState again

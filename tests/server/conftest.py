@@ -1,4 +1,4 @@
-"""What several server tests share: golden adapters, and the server that trainers train against."""
+"""The server that trainers train against, and adapters on disk with their golden answers."""
 
 from __future__ import annotations
 

@@ -85,35 +85,27 @@ def test_adapters_outlive_the_worker(server, golden_adapters, tmp_path):
         assert [c["token_ids"] for c in answer["completions"]] == list(golden.cases.values())
 
 
-@pytest.mark.parametrize(
-    ("make", "status", "code"),
-    [
-        (lambda root, tmp: tmp, 403, "path_not_allowed"),
-        (lambda root, tmp: root / "missing", 422, "lora_path_missing"),
-        (lambda root, tmp: root / "..", 403, "path_not_allowed"),
-        (lambda root, tmp: "/etc", 403, "path_not_allowed"),
-        (lambda root, tmp: "org/name", 403, "path_not_allowed"),
-        (lambda root, tmp: "http://169.254.169.254/", 403, "path_not_allowed"),
-        (lambda root, tmp: "/proc/self/root/etc", 403, "path_not_allowed"),
-        (lambda root, tmp: f"{root}/\x00", 403, "path_not_allowed"),
-    ],
-    ids=str,
-)
-def test_a_path_outside_the_roots_is_refused_over_http(
-    command, golden_adapters, tmp_path, make, status, code
-):
+def test_a_path_outside_the_roots_is_refused_over_http(command, golden_adapters, tmp_path):
     root = golden_adapters[0].path.parent
-    body = {"adapter_id": "math", "lora_path": str(make(root, tmp_path))}
+    outside = (tmp_path, f"{root}/..", "/etc", "org/name", "http://169.254.169.254/", "~")
+    tricks = ("/proc/self/root/etc", f"{root}/\x00", "/dev/zero", "x" * 4000, f"{root}/../../etc")
     with command.http() as http:
-        answer = http.post("/api/v1/adapters", json=body, headers=command.admin)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+        for path in (*outside, *tricks):
+            body = {"adapter_id": "math", "lora_path": str(path)}
+            answer = http.post("/api/v1/adapters", json=body, headers=command.admin)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (403, "path_not_allowed"), (path, error)
+        body = {"adapter_id": "math", "lora_path": f"{root}/missing"}
+        missing = http.post("/api/v1/adapters", json=body, headers=command.admin)
+        assert (missing.status_code, missing.json()["error"]["code"]) == (422, "lora_path_missing")
         assert http.get("/api/v1/adapters").json() == {"adapters": []}
 
 
 def test_what_vllm_refuses_is_a_400_and_ends_as_rejected(command):
     with command.http() as http:
-        answer = http.post("/api/v1/sample", json=body_for([[5] * 300]))
-        assert answer.status_code == 400, answer.text
+        too_long = http.post("/api/v1/sample", json=body_for(["5" * 300]))
+        assert too_long.status_code == 400, too_long.text
+        assert _ended(http, command, "rejected") == 1
         text = http.get("/metrics", headers=command.admin).text
         assert 'tink_worker_ended_total{state="failed"} 0.0' in text
         assert http.post("/api/v1/sample", json=body_for([[5] * 30])).status_code == 200

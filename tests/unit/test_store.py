@@ -531,6 +531,37 @@ def test_packed_base_checks_names_but_not_shapes(tmp_path):
         base.check({"model.norm": (16, 16)}, where="here")
 
 
+def test_text_layers_of_an_image_model_are_known_by_their_saved_and_their_live_names(tmp_path):
+    saved = {"language_model.model.layers.0.self_attn.q_proj.weight": torch.zeros(24, 16)}
+    (tmp_path / "model.safetensors").write_bytes(save(saved))
+    base = BaseShapes.from_model_dir(tmp_path)
+    base.check({"model.language_model.layers.0.self_attn.q_proj": (24, 16)}, where="here")
+    with pytest.raises(errors.UnknownModules):  # vLLM would ignore these in silence
+        base.check({"model.layers.0.self_attn.q_proj": (24, 16)}, where="here")
+
+
+def test_stock_vllm_reads_what_peft_computes_though_it_ignores_patterns(store, tmp_path):
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    tensors = tensors_of() | tensors_of(rank=2, shapes={Q0: SHAPES[Q0]})
+    config = config_of(
+        use_rslora=True, rank_pattern={Q0: 2}, alpha_pattern={"layers.1.self_attn.q_proj": 3}
+    )
+    stored = store.add(write_adapter(tmp_path / "a", config=config, tensors=tensors), base=BASE)
+    helper = PEFTHelper.from_local_dir(str(stored.path), 256)
+    loaded = LoRAModel.from_local_checkpoint(
+        str(stored.path), {"q_proj", "down_proj"}, helper, lora_model_id=1, device="cpu"
+    )
+    assert helper.vllm_lora_scaling_factor == 1.0 and set(loaded.loras) == set(SHAPES)
+    scalings = dict.fromkeys(SHAPES, 8 / 4**0.5)
+    scalings |= {Q0: 8 / 2**0.5, "model.layers.1.self_attn.q_proj": 3 / 4**0.5}
+    for name, scaling in scalings.items():
+        a, b = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        layer = loaded.loras[name]
+        torch.testing.assert_close(layer.lora_b @ layer.lora_a, scaling * b @ a)
+
+
 # -- pickles (F19) --------------------------------------------------------------------------------
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -36,7 +37,7 @@ def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_
 
 
 def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_path):
-    with StubVLLM(latency_s=2.0) as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
+    with StubVLLM(latency_s=4.0) as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
         url = command.url
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 20)
         before = vllm.num_completions
@@ -46,7 +47,7 @@ def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_p
             if i < 8:
                 body = {"prompts": [f"p{i}"], "sampling_params": {"max_tokens": 2}}
                 return httpx.post(f"{url}/api/v1/sample", json=body, timeout=30)
-            time.sleep(1.0)
+            wait_until(lambda: vllm.num_begun == 8)
             command.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "stopping" in command.text)
             late.append(httpx.post(f"{url}/api/v1/sample", json={"prompts": ["x"]}).status_code)
@@ -73,7 +74,7 @@ def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
             if i == 0:
                 body = {"prompts": ["x"], "sampling_params": {"max_tokens": 2}}
                 return httpx.post(f"{url}/api/v1/sample", json=body, timeout=30)
-            time.sleep(1.0)
+            wait_until(lambda: vllm.num_begun == 1)
             return command.stop()
 
         response, code = in_threads(2, client)
@@ -131,6 +132,13 @@ def test_flags_win_over_the_environment(monkeypatch):
     monkeypatch.setenv("TINK_WORKER_PORT", "9001")
     assert load_options().port == 9001
     assert load_options(port=9002, host=None).port == 9002
+
+
+def test_the_example_of_the_environment_names_every_option_with_its_default():
+    text = (Path(__file__).parents[2] / ".env.example").read_text()
+    found = dict(re.findall(r"^# TINK_WORKER_([A-Z_]+)=(.*)$", text, flags=re.MULTILINE))
+    defaults = {name.upper(): field.default for name, field in WorkerOptions.model_fields.items()}
+    assert found == {name: "" if v is None else str(v) for name, v in defaults.items()}
 
 
 def test_token_files_are_made_private_and_read_once(tmp_path):

@@ -13,6 +13,10 @@ _NOT_ADAPTED = ("lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"
 # A packed (4-bit, GPTQ, AWQ) weight does not say the shape of the matrix that it stands for.
 _PLAIN = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
+# Models of text and images are saved under the first prefix and live in transformers under the second,
+# which is what PEFT writes; vLLM takes both.
+_SAVED_TEXT, _LIVE_TEXT = "language_model.model.", "model.language_model."
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseShapes:
@@ -41,6 +45,8 @@ class BaseShapes:
                 shapes[module] = None
             elif kind == "weight" and len(entry.shape) == 2:
                 shapes[module] = (entry.shape[0], entry.shape[1])
+        for module in [name for name in shapes if name.startswith(_SAVED_TEXT)]:
+            shapes[_LIVE_TEXT + module.removeprefix(_SAVED_TEXT)] = shapes[module]
         return cls(name=str(model), shapes=shapes)
 
     def check(self, given: Mapping[str, tuple[int, int]], *, where: str) -> None:

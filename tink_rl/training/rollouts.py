@@ -153,7 +153,8 @@ def _length(turn: Turn) -> int:
 
 def _continues(prompt: list[int], turn: Turn) -> bool:
     head = len(turn.prompt_ids)
-    return prompt[:head] == turn.prompt_ids and prompt[head : _length(turn)] == turn.completion_ids
+    # The short part first: rows of a group differ there.
+    return prompt[head : _length(turn)] == turn.completion_ids and prompt[:head] == turn.prompt_ids
 
 
 def _sampled(logprobs: list[list[float]] | None) -> list[float] | None:

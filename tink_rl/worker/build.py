@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.settings import Settings
+from tink_rl.worker.auth import Tokens
 from tink_rl.worker.backends import Backend
 from tink_rl.worker.options import WorkerOptions, load_options
 from tink_rl.worker.service import Adapters, WorkerService
@@ -21,8 +22,9 @@ def build_service(settings: Settings, options: WorkerOptions) -> WorkerService:
     Raises:
         ConfigError: a setting, an option or a token file is not usable.
     """
+    tokens = Tokens.from_options(options)  # first: the backend may read the file that this makes
     backend, adapters = _backend(settings)
-    return WorkerService(backend, adapters, options=options)
+    return WorkerService(backend, adapters, options=options, tokens=tokens)
 
 
 def service_from_environment() -> WorkerService:

@@ -19,7 +19,9 @@ class WorkerOptions(BaseSettings):
     Example: `WorkerOptions(port=8001, max_queued=256)`; `TINK_WORKER_PORT=8001` says the same.
     """
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
     host: str = "127.0.0.1"
     """Address to listen on; any but a loopback address needs `sample_token_file`."""

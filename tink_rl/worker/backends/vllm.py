@@ -198,12 +198,13 @@ class VLLMSampler:
 
     def describe(self) -> dict[str, Any]:
         """See `Backend.describe`."""
-        settings = self.backend.settings
+        settings, view = self.backend.settings, self.backend._view
         return {
             "backend": self.name,
             "url": self.backend.client.base_url,
             "store": str(self.backend.store.root),
             "max_resident_adapters": settings.tink_max_resident_adapters,
+            "max_model_len": None if view is None else view.max_model_len,
         }
 
     async def close(self) -> None:

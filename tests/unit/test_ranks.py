@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 
 from tink_rl import errors
+from tink_rl.policy.sharded import refuse_flat_parameters
 from tink_rl.training import ranks as room
+from tink_rl.training.link import _tell_if_fsdp_was_left_out
 from tink_rl.training.ranks import Ranks
 
 
@@ -152,3 +157,19 @@ def test_rank_that_never_comes_is_named_after_the_deadline(store, monkeypatch):
     assert isinstance(leader, errors.RankFailed)
     assert "rank 1 did not answer rank 0 within 0.5 s" in str(leader)
     assert "ddp_timeout" in str(leader)
+
+
+def test_fsdp_config_that_accelerate_leaves_out_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for kind in (DistributedType.FSDP, DistributedType.MULTI_CPU):
+        caplog.clear()
+        _tell_if_fsdp_was_left_out(SimpleNamespace(distributed_type=kind))
+        assert ("accelerate runs MULTI_CPU" in caplog.text) == (kind == DistributedType.MULTI_CPU)
+
+
+def test_fsdp1_is_refused_with_the_setting_to_change():
+    class FullyShardedDataParallel(torch.nn.Module):
+        pass
+
+    with pytest.raises(errors.ConfigError, match="fsdp_version: 2"):
+        refuse_flat_parameters(torch.nn.Sequential(FullyShardedDataParallel()))

@@ -20,7 +20,7 @@ import torch
 
 from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
 from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
-from tink_rl.policy.sharded import Sharding, read_whole, sharding_of, write_whole
+from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
 from tink_rl.policy.support import check_supported
 
 MAX_ABS_WEIGHT = 1e4
@@ -125,6 +125,7 @@ class AdapterCollector:
                 f"{type(model).__name__} is not a PEFT model; pass peft_config=LoraConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model"
             )
+        self._model = model
         self._name = adapter_name or _active_adapter(model)
         config = model.peft_config[self._name]
         check_supported(config.to_dict(), where=f"adapter {self._name!r}")
@@ -138,12 +139,14 @@ class AdapterCollector:
 
     @property
     def sharding(self) -> Sharding:
-        """How the ranks share the adapter now; unless WHOLE, `collect` and `swapped` are collectives."""
+        """How the ranks share the adapter; unless WHOLE, `collect` and `swapped` are collectives."""
+        reshard(self._model)
         return sharding_of(self._modules[0].lora_a)
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
         """A and B of each module, in turn."""
+        reshard(self._model)
         return [parameter for m in self._modules for parameter in (m.lora_a, m.lora_b)]
 
     @torch.no_grad()

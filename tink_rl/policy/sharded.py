@@ -48,6 +48,8 @@ def refuse_flat_parameters(model: Any) -> None:
 
 def reshard(model: Any) -> None:
     """Let every FSDP2 module hold its shards again: after a forward the root keeps whole tensors."""
+    if not hasattr(model, "reshard"):
+        return  # accelerate makes the root a unit too
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()

@@ -16,12 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.policy.adapter import Adapter, AdapterCollector
-from tink_rl.policy.sharded import Sharding, refuse_flat_parameters, reshard
+from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
 from tink_rl.transport.vllm_client import VLLMClient
@@ -98,6 +96,7 @@ class PolicyLink:
         if self._started:
             return
         refuse_flat_parameters(self._model)
+        _tell_if_fsdp_was_left_out(self._accelerator)
 
         def work() -> None:
             check(self.sync.open())
@@ -149,12 +148,8 @@ class PolicyLink:
         return {
             "probe": self._prober.probe,
             "probe_with": partial(self._prober.probe_with, self.collector),
-            "collect": self._collect,
+            "collect": partial(self.collector.collect, live=True),
         }
-
-    def _collect(self) -> Adapter:
-        reshard(self._model)
-        return self.collector.collect(live=True)
 
     def _on_all(self, duty: str, *args: Any) -> Any:
         """`duty` on every rank if the model is sharded, else here alone; rank 0's result."""
@@ -196,7 +191,11 @@ class PolicyLink:
         self.sync.close()
 
 
-def device_of(model: Any) -> torch.device:
-    """Where the model's parameters lie."""
-    device: torch.device = next(model.parameters()).device
-    return device
+def _tell_if_fsdp_was_left_out(accelerator: Any) -> None:
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and getattr(accelerator.distributed_type, "value", None) != "FSDP":
+        logger.warning(
+            "the accelerate config asks for FSDP, and accelerate runs %s: it takes FSDP on GPUs only, and "
+            "says nothing. Every process holds the whole model",
+            getattr(accelerator.distributed_type, "value", accelerator.distributed_type),
+        )

@@ -19,7 +19,6 @@ import torch
 
 from tink_rl.errors import ProbeFailed
 from tink_rl.policy.adapter import Adapter, AdapterCollector
-from tink_rl.policy.sharded import reshard
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import Probe, WeightSync, largest_gap
 
@@ -58,7 +57,6 @@ class Prober:
             logits_TV = model(input_ids=ids_BT).logits[0, :-1].float()
         finally:
             model.train(was_training)
-            reshard(model)
         targets_T = ids_BT[0, 1:, None]
         logprobs_T = logits_TV.log_softmax(-1).gather(-1, targets_T)[:, 0]
         return Probe(prompt_ids=self._prompt_ids, logprobs=logprobs_T.tolist())

@@ -98,6 +98,16 @@ def test_logprobs_of_the_server_are_those_of_the_trainer(runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_run_earns_what_one_process_earns(runs, kind):
+    """Seeds follow from run, step and prompt, so the completions are the same but for rounding."""
+    alone, _ = runs.fine("single")
+    ranks, _ = runs.fine(kind)
+    one, two = ([row["reward"] for row in f[0]["history"]] for f in (alone, ranks))
+    assert two[0] == pytest.approx(one[0])
+    assert two == pytest.approx(one, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_last_version_answers_as_the_collected_adapter(runs, model_dir, kind):
     ranks, out = runs.fine(kind)
     twin = PeftTwin(model_dir("qwen3"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -13,10 +14,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flask import Flask
 
 from tests.stub_vllm import BASE, StubVLLM
 from tests.worker_rig import WorkerCommand, in_threads, wait_until
-from tink_rl.errors import BadToken, ConfigError
+from tink_rl.errors import BadToken, ConfigError, NotSupportedByBackend
+from tink_rl.settings import Settings
+from tink_rl.worker import build
+from tink_rl.worker.app import blueprint
 from tink_rl.worker.auth import Scope, Tokens
 from tink_rl.worker.http_server import bind
 from tink_rl.worker.options import WorkerOptions, load_options
@@ -82,12 +87,59 @@ def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
         assert response.json()["error"]["code"] == "shutting_down"
 
 
+def test_more_clients_than_files_are_answered_or_refused_and_the_worker_lives(tmp_path):
+    few = (resource.RLIMIT_NOFILE, (128, 128))
+    with (
+        StubVLLM(latency_s=0.05) as vllm,
+        WorkerCommand(tmp_path, vllm=vllm.url, limit=few) as command,
+    ):
+
+        def client(i):
+            body = {"prompts": [f"p{i}"], "sampling_params": {"max_tokens": 2}}
+            with command.http(timeout=30) as http:
+                return http.post("/api/v1/sample", json=body).status_code
+
+        statuses = in_threads(200, client)
+        assert set(statuses) <= {200, 429, 503} and statuses.count(200) > 0
+        wait_until(lambda: client(0) == 200, 5.0)
+        assert command.stop() == 0
+
+
 def test_a_stock_server_is_sampled_through_the_worker(tmp_path):
     with StubVLLM() as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
         answer = httpx.post(f"{command.url}/api/v1/sample", json={"prompts": ["x"]}).json()
         assert answer["completions"][0]["token_ids"] == [1, 2]
         models = httpx.get(f"{command.url}/api/v1/models").json()["models"]
         assert [m["model_id"] for m in models] == [BASE]
+
+
+def test_the_blueprint_of_an_existing_app_takes_everything_from_the_environment(
+    tmp_path, monkeypatch
+):
+    with StubVLLM() as vllm:
+        monkeypatch.setenv("VLLM_BASE_URL", vllm.url)
+        monkeypatch.setenv("TINK_STORE_DIR", str(tmp_path / "store"))
+        monkeypatch.setenv("TINK_TOKEN_FILE", str(tmp_path / "token"))
+        service = build.service_from_environment()
+        monkeypatch.setattr(build, "service_from_environment", lambda: service)
+        app = Flask("somebody-elses")
+        app.register_blueprint(blueprint())
+        http = app.test_client()
+        answer = http.post("/api/v1/sample", json={"prompts": ["x"], "sampling_params": {"n": 2}})
+        assert [c["token_ids"] for c in answer.json["completions"]] == [[1, 2]] * 2
+        token = (tmp_path / "token").read_text().strip()
+        assert http.get("/metrics").status_code == 401
+        figures = http.get("/metrics", headers={"Authorization": f"Bearer {token}"})
+        assert figures.status_code == 200
+        service.stop()
+
+
+def test_megatron_is_served_if_the_settings_say_so(tmp_path):
+    options = WorkerOptions(admin_token_file=str(tmp_path / "token"))
+    service = build.build_service(Settings.load({"use_megatron": True}), options)
+    assert service.backend.describe()["backend"] == "megatron"
+    with pytest.raises(NotSupportedByBackend, match="no adapters"):
+        service.register("x", "/x")
 
 
 def test_a_taken_port_is_exit_3_and_one_line_before_anything_is_loaded(tmp_path):

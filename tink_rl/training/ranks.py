@@ -221,7 +221,9 @@ class Ranks:
 
     def _wait(self, key: str, rank: int) -> bytes:
         """The value of `key`, which `rank` will set."""
-        deadline = time.monotonic() + self._timeout_s
+        # The leader gives up first: it knows which rank is missing, a follower would name the leader.
+        timeout_s = self._timeout_s if self.is_leader else 2 * self._timeout_s
+        deadline = time.monotonic() + timeout_s
         pause_s = _SHORTEST_WAIT_S
         while True:
             self._raise_posted()
@@ -233,7 +235,7 @@ class Ranks:
                 raise self._lost(error) from error
             if time.monotonic() > deadline:
                 raise RankFailed(
-                    f"rank {rank} did not answer rank {self.index} within {self._timeout_s:g} s "
+                    f"rank {rank} did not answer rank {self.index} within {timeout_s:g} s "
                     f"(waited for {key}); look into its log, or raise ddp_timeout",
                     rank=rank,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -115,7 +116,12 @@ class WorkerCommand:
     """A running `tink-rl worker`; a context manager that leaves nothing running."""
 
     def __init__(
-        self, directory: Path, *arguments: str, vllm: str = "http://127.0.0.1:9", **env: str
+        self,
+        directory: Path,
+        *arguments: str,
+        vllm: str = "http://127.0.0.1:9",
+        limit: tuple[int, tuple[int, int]] | None = None,
+        **env: str,
     ) -> None:
         """Start it with its store and its admin token under `directory`.
 
@@ -123,6 +129,7 @@ class WorkerCommand:
             directory: The worker's own.
             arguments: More flags.
             vllm: URL of its server; by default one where nobody answers.
+            limit: A resource and its limits (`resource.setrlimit`).
             env: Settings of the environment; none of ours is inherited.
         """
         self.token_file = directory / "tokens" / "admin"
@@ -135,6 +142,7 @@ class WorkerCommand:
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
+            preexec_fn=None if limit is None else lambda: resource.setrlimit(*limit),
             env={**clean, "TINK_STORE_DIR": str(directory / "store"), **env},
         )
         self._lines: list[str] = []

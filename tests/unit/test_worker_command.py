@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -80,6 +81,24 @@ def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
         response, code = in_threads(2, client)
         assert response.status_code == 503 and code == 0
         assert response.json()["error"]["code"] == "shutting_down"
+
+
+def test_more_clients_than_files_are_answered_or_refused_and_the_worker_lives(tmp_path):
+    few = (resource.RLIMIT_NOFILE, (128, 128))
+    with (
+        StubVLLM(latency_s=0.05) as vllm,
+        WorkerCommand(tmp_path, vllm=vllm.url, limit=few) as command,
+    ):
+
+        def client(i):
+            body = {"prompts": [f"p{i}"], "sampling_params": {"max_tokens": 2}}
+            with command.http(timeout=30) as http:
+                return http.post("/api/v1/sample", json=body).status_code
+
+        statuses = in_threads(200, client)
+        assert set(statuses) <= {200, 429, 503} and statuses.count(200) > 0
+        wait_until(lambda: client(0) == 200, 5.0)
+        assert command.stop() == 0
 
 
 def test_a_stock_server_is_sampled_through_the_worker(tmp_path):

@@ -11,9 +11,11 @@ from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.types import SamplingParams
+from tink_rl.worker import replay
 from tink_rl.worker.accounts import ENDS, Accounts, State
 from tink_rl.worker.fair_queue import FairQueue
-from tink_rl.worker.jobs import JobQueue, Work
+from tink_rl.worker.jobs import JobQueue
+from tink_rl.worker.work import Work
 
 
 def _work(model_id=None, request_id="r", **fields):
@@ -268,6 +270,17 @@ def test_answers_are_kept_only_for_a_while(queue):
     assert jobs.submit(_work(fingerprint="f")).result() and backend.num_calls == 2
 
 
+def test_kept_answers_are_bounded_in_number_and_weight(queue, monkeypatch):
+    monkeypatch.setattr(replay, "_MAX_JOBS", 3)
+    jobs, backend, _ = queue()
+    for i in range(5):
+        jobs.submit(_work(request_id=f"r{i}", fingerprint="f")).result()
+    assert len(jobs._kept) == 3 and jobs._kept.get("r4") and not jobs._kept.get("r0")
+    monkeypatch.setattr(replay, "_MAX_WEIGHT", 20)
+    jobs.submit(_work(request_id="r5", fingerprint="f")).result()
+    assert len(jobs._kept) == 1 and backend.num_calls == 6
+
+
 def test_a_joined_stream_gets_every_piece_from_the_first_on(queue):
     backend = FakeBackend(latency_s=0.1)
     jobs, _, _ = queue(backend)
@@ -330,6 +343,12 @@ def test_the_ledger_has_each_request_once_admitted_and_once_ended(tmp_path):
     assert set(statuses) <= {200, 429}
     assert list(ended.values()).count("done") == statuses.count(200) == accounts.ends[State.DONE]
     assert [line["request_id"] for line in lines if line["event"] == "failed"] == ["broken"]
+
+
+def test_a_ledger_whose_disk_is_full_stops_no_answer():
+    with worker(ledger="/dev/full") as rig:
+        assert [rig.sample().status_code for _ in range(3)] == [200] * 3
+        assert rig.service.accounts.ends[State.DONE] == 3
 
 
 def test_a_ledger_that_cannot_be_written_is_said_at_start(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -268,6 +270,21 @@ def test_a_stream_that_is_left_in_the_middle_is_cancelled():
             assert next(answer.iter_lines()) == "event: delta"
         wait_until(lambda: found.service.accounts.ends[State.CANCELLED] == 1, 5.0)
         assert backend.running == 0
+
+
+def test_a_client_that_reads_nothing_is_dropped(monkeypatch):
+    monkeypatch.setattr(http_server, "STALL_S", 0.5)
+    backend = FakeBackend()
+    backend.changes = lambda found: [replace(c, text="x" * 2**25) for c in found]
+    with worker(backend=backend, socket=True) as found, _connect(found) as connection:
+        connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\n" + GOOD + b"\r\n" + BODY)
+        wait_until(lambda: found.service.accounts.ends[State.DONE] == 1)
+        time.sleep(3.0)
+        received = 0
+        with suppress(ConnectionError):
+            while data := connection.recv(2**20):
+                received += len(data)
+        assert received < 2**25
 
 
 def test_a_request_with_an_id_outlives_its_client_and_answers_its_retry():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from tink_rl.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -75,6 +78,11 @@ class Accounts:
             self._stream = None
 
     def _write(self, event: str, job: int, request_id: str) -> None:
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             line = {"time": time.time(), "event": event, "job": job, "request_id": request_id}
             self._stream.write(json.dumps(line) + "\n")
+        except OSError:  # a full disk must not stop the answers
+            _LOG.exception("the ledger cannot be written any more; it ends here")
+            self._stream = None

@@ -21,11 +21,11 @@ from tink_rl.errors import TinkError
 from tink_rl.worker import openapi, schemas, strict_json
 from tink_rl.worker.auth import Scope
 from tink_rl.worker.backends import Delta
-from tink_rl.worker.jobs import Ticket
 from tink_rl.worker.metrics import CONTENT_TYPE
 from tink_rl.worker.problems import body_of, code_of, new_request_id, printable
 from tink_rl.worker.schemas import validate
 from tink_rl.worker.service import WorkerService
+from tink_rl.worker.work import Ticket
 
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 * 2**20

@@ -34,6 +34,8 @@ HEADER_S = 10.0
 """A request's headers must be there this long after its first byte."""
 BODY_S = 60.0
 """... and all of it this long after."""
+STALL_S = 60.0
+"""A client that takes nothing of its answer for this long is gone."""
 _IDLE_S = 75
 _MAX_CONNECTIONS = 4096
 _MAX_FILES = 65_536
@@ -129,6 +131,8 @@ class _Channel(HTTPChannel):
         """Called in the main thread every second."""
         if self.lingers_until is not None:
             self.will_close = self.will_close or now > self.lingers_until
+        elif self.total_outbufs_len and time.time() - self.last_activity > STALL_S:
+            self.will_close = True  # a client that does not read would hold a thread for ever
         elif self.request is not None and not self.requests:
             limit = BODY_S if self.request.headers_finished else HEADER_S
             if now - self.request_began > limit:
@@ -251,4 +255,4 @@ def _adjustments(taken: socket.socket) -> Adjustments:
 def _connection_limit() -> int:
     """As many as there are descriptors for, with some left for the backend and files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_CONNECTIONS if soft < 0 else max(16, min(_MAX_CONNECTIONS, soft // 2))
+    return _MAX_CONNECTIONS if soft < 0 else max(16, min(_MAX_CONNECTIONS, soft // 3))

@@ -11,142 +11,21 @@ import asyncio
 import itertools
 import logging
 import math
-import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from tink_rl import errors
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import Completion
 from tink_rl.worker.accounts import Accounts, State
 from tink_rl.worker.backends import Backend, Delta
 from tink_rl.worker.fair_queue import FairQueue
+from tink_rl.worker.replay import KeptAnswers
+from tink_rl.worker.work import GONE, GRACE_S, OVER, Job, Ticket, Work, too_late
 
 _LOG = logging.getLogger(__name__)
 _SWEEP_S = 0.2
-_GRACE_S = 2.0
-"""A backend has this long to let go of a request whose deadline is over."""
-_MAX_KEPT = 1024
-_MAX_KEPT_TOKENS = 4_000_000
-"""Finished requests kept for a retry: how many, and with how many tokens in all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What is to be sampled, checked already."""
-
-    request_id: str
-    prompts: Sequence[str | Sequence[int]]
-    model_id: str | None
-    """What the client asked for; the share that the request is counted against."""
-    model: Any
-    """What `Backend.check` made of it: the version that was current when the request came."""
-    params: SamplingParams
-    timeout_s: float
-    fingerprint: str | None = None
-    """Set if the client gave the `request_id`: a retry with the same fingerprint joins."""
-    stream: bool = False
-
-    @property
-    def num_sequences(self) -> int:
-        """Completions asked for."""
-        return len(self.prompts) * self.params.n
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """One admitted request; guarded by the queue's lock."""
-
-    number: int
-    work: Work
-    deadline: float
-    state: State = State.QUEUED
-    tickets: list[Ticket] = field(default_factory=list)
-    deltas: list[Delta] = field(default_factory=list)
-    task: asyncio.Task[list[Completion]] | None = None
-    completions: list[Completion] | None = None
-    error: Exception | None = None
-    started: float = 0.0
-    ended: float = 0.0
-    cancel_error: errors.TinkError | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it reached its end."""
-        return self.state not in (State.QUEUED, State.RUNNING)
-
-    @property
-    def key(self) -> str:
-        """Whose share it takes."""
-        return self.work.model_id or ""
-
-
-class _Signal:
-    """What a ticket's inbox holds beside deltas."""
-
-
-_OVER, _GONE = _Signal(), _Signal()
-
-
-class Ticket:
-    """One client's place at a job. Used by one thread; `leave` it in any case."""
-
-    def __init__(
-        self, owner: JobQueue, job: Job, is_joined: bool, is_gone: Callable[[], bool]
-    ) -> None:
-        self.job = job
-        self.is_joined = is_joined
-        """Whether the job was there already: a retry."""
-        self.is_gone = is_gone
-        """Whether the client went away; called by the queue now and then."""
-        self.inbox: queue.SimpleQueue[Delta | _Signal] = queue.SimpleQueue()
-        self._owner = owner
-
-    def __enter__(self) -> Ticket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def result(self) -> list[Completion]:
-        """Wait for all completions.
-
-        Raises:
-            RequestCancelled: the client went away, or nobody was left.
-            DeadlineExceeded, ShuttingDown: what the queue says.
-            TinkError: what the backend raised.
-        """
-        for _ in self.deltas():
-            pass
-        assert self.job.completions is not None
-        return self.job.completions
-
-    def deltas(self) -> Iterator[Delta]:
-        """The pieces as they come, from the first on; ends when `result` is there. Raises as `result`."""
-        while True:
-            try:
-                item = self.inbox.get(timeout=self._patience_s())
-            except queue.Empty:
-                raise _too_late(self.job) from None
-            if isinstance(item, Delta):
-                yield item
-            elif item is _GONE:
-                raise errors.RequestCancelled("the client went away")
-            else:
-                self.inbox.put(_OVER)  # for whoever asks again
-                break
-        if self.job.error is not None:
-            raise self.job.error
-
-    def leave(self) -> None:
-        """Give up the place; a job that nobody waits for is cancelled, unless a retry may join it."""
-        self._owner._leave(self)
-
-    def _patience_s(self) -> float:
-        return max(0.0, self.job.deadline - time.monotonic()) + 2 * _GRACE_S
 
 
 class JobQueue:
@@ -174,7 +53,7 @@ class JobQueue:
         """
         self._backend, self._accounts = backend, accounts
         self._max_running, self._max_queued = max_running, max_queued
-        self._max_waiting, self._replay_s = max_waiting, replay_s
+        self._max_waiting = max_waiting
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._queue: FairQueue[Job] = FairQueue()
@@ -182,8 +61,7 @@ class JobQueue:
         self._running_sequences = 0
         self._num_tickets = 0
         self._by_id: dict[str, Job] = {}
-        self._kept: OrderedDict[str, Job] = OrderedDict()
-        self._kept_tokens = 0
+        self._kept = KeptAnswers(replay_s)
         self._numbers = itertools.count(1)
         self._seconds_each = 1.0
         self._closing = False
@@ -246,7 +124,7 @@ class JobQueue:
                 self._cancel(
                     job, errors.ShuttingDown("the worker stopped before the request was finished")
                 )
-            self._quiet.wait_for(self._is_quiet, _GRACE_S)
+            self._quiet.wait_for(self._is_quiet, GRACE_S)
         return len(rest)
 
     def close(self) -> None:
@@ -326,11 +204,11 @@ class JobQueue:
         return job
 
     def _issue(self, job: Job, is_joined: bool, is_gone: Callable[[], bool]) -> Ticket:
-        ticket = Ticket(self, job, is_joined, is_gone)
+        ticket = Ticket(job, is_joined=is_joined, is_gone=is_gone, on_leave=self._leave)
         for delta in job.deltas:
             ticket.inbox.put(delta)
         if job.is_over:
-            ticket.inbox.put(_OVER)
+            ticket.inbox.put(OVER)
         job.tickets.append(ticket)
         self._num_tickets += 1
         return ticket
@@ -419,11 +297,11 @@ class JobQueue:
         if job.work.fingerprint is not None:
             self._by_id.pop(job.work.request_id, None)
             if state is State.DONE:
-                self._keep(job)
+                self._kept.put(job)
         if state is State.DONE:
             self._seconds_each += 0.1 * (job.ended - job.started - self._seconds_each)
         for ticket in job.tickets:
-            ticket.inbox.put(_OVER)
+            ticket.inbox.put(OVER)
         self._quiet.notify_all()
 
     def _cancel(self, job: Job, error: errors.TinkError) -> None:
@@ -435,18 +313,6 @@ class JobQueue:
             return
         job.cancel_error = error
         self._loop.call_soon_threadsafe(lambda: job.task and job.task.cancel())
-
-    # -- answers kept for retries -----------------------------------------------------------------
-
-    def _keep(self, job: Job) -> None:
-        self._kept[job.work.request_id] = job
-        self._kept_tokens += _num_tokens(job)
-        while len(self._kept) > _MAX_KEPT or self._kept_tokens > _MAX_KEPT_TOKENS:
-            self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        _, job = self._kept.popitem(last=False)
-        self._kept_tokens -= _num_tokens(job)
 
     # -- now and then -----------------------------------------------------------------------------
 
@@ -460,13 +326,12 @@ class JobQueue:
         for job in self._queue.items():
             if now > job.deadline:
                 self._queue.remove(job.key, job)
-                self._finish(job, State.EXPIRED, _too_late(job))
+                self._finish(job, State.EXPIRED, too_late(job))
         for job in [*self._queue.items(), *self._running]:
             for ticket in job.tickets:
                 if ticket.is_gone():
-                    ticket.inbox.put(_GONE)
-        while self._kept and now - next(iter(self._kept.values())).ended > self._replay_s:
-            self._forget_oldest()
+                    ticket.inbox.put(GONE)
+        self._kept.forget_old(now)
 
 
 def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | None]:
@@ -476,19 +341,12 @@ def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | No
     if isinstance(error, (errors.RequestCancelled, errors.ShuttingDown)):
         return State.CANCELLED, error
     if isinstance(error, TimeoutError):
-        return State.EXPIRED, error if isinstance(error, errors.TinkError) else _too_late(job)
+        return State.EXPIRED, error if isinstance(error, errors.TinkError) else too_late(job)
     if isinstance(error, errors.TinkError):
         return State.REJECTED if error.status < 500 else State.FAILED, error
     _LOG.error("request %s: the backend raised", job.work.request_id, exc_info=error)
     return State.FAILED, errors.TinkError(
         f"internal error ({type(error).__name__}); the worker's log has more"
-    )
-
-
-def _too_late(job: Job) -> errors.DeadlineExceeded:
-    return errors.DeadlineExceeded(
-        f"the request was not finished within its {job.work.timeout_s:g} s; ask for less, or give "
-        "a larger timeout_s"
     )
 
 
@@ -500,8 +358,3 @@ def _check_complete(completions: list[Completion], work: Work) -> None:
             f"{len(found)} completions came back, or in another order; expected "
             f"{len(work.prompts)} x {work.params.n}"
         )
-
-
-def _num_tokens(job: Job) -> int:
-    completions = job.completions or ()
-    return sum(len(c.token_ids or c.text) + len(c.prompt_token_ids or ()) for c in completions)

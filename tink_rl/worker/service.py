@@ -11,15 +11,17 @@ from tink_rl import errors
 from tink_rl.worker.accounts import Accounts
 from tink_rl.worker.auth import Tokens
 from tink_rl.worker.backends import Backend, ModelInfo
-from tink_rl.worker.jobs import JobQueue, Ticket, Work
+from tink_rl.worker.jobs import JobQueue
 from tink_rl.worker.metrics import Metrics
 from tink_rl.worker.options import WorkerOptions, load_options
 from tink_rl.worker.readiness import Readiness
 from tink_rl.worker.schemas import ModelLimits, SampleRequest
+from tink_rl.worker.work import Ticket, Work
 
 _MODELS_TIMEOUT_S = 10.0
 _MAX_REGISTRATIONS = 4
 """Registrations at once; each reads and writes up to half a GiB."""
+_MAX_LISTINGS = 4
 
 
 class Adapters(Protocol):
@@ -81,6 +83,7 @@ class WorkerService:
             self.accounts, self.queue.depth, lambda: self.readiness.reason is None
         )
         self._registering = threading.BoundedSemaphore(_MAX_REGISTRATIONS)
+        self._listing = threading.BoundedSemaphore(_MAX_LISTINGS)
         self._start_lock = threading.Lock()
         self._is_started = False
 
@@ -143,7 +146,8 @@ class WorkerService:
 
     def models(self) -> list[ModelInfo]:
         """Every name that can be sampled now."""
-        found: list[ModelInfo] = self.queue.run(self.backend.models(), _MODELS_TIMEOUT_S)
+        with _one_of_few(self._listing, "lists of models are being made"):
+            found: list[ModelInfo] = self.queue.run(self.backend.models(), _MODELS_TIMEOUT_S)
         return found
 
     # -- adapters ---------------------------------------------------------------------------------
@@ -185,11 +189,16 @@ class WorkerService:
                 f"the {self.backend.name} backend has no adapters; merge the adapter into the served "
                 "weights, or use vLLM (USE_VLLM=true)"
             )
-        if not self._registering.acquire(timeout=1.0):
-            raise errors.QueueFull(
-                f"{_MAX_REGISTRATIONS} adapters are being registered; try again", retry_after_s=2
-            )
-        try:
+        with _one_of_few(self._registering, "adapters are being registered"):
             yield self._adapters
-        finally:
-            self._registering.release()
+
+
+@contextmanager
+def _one_of_few(places: threading.Semaphore, what: str) -> Iterator[None]:
+    """A place, or `QueueFull` at once: who waited here would hold a thread that others need."""
+    if not places.acquire(blocking=False):
+        raise errors.QueueFull(f"too many {what}; try again in 1 s", retry_after_s=1)
+    try:
+        yield
+    finally:
+        places.release()

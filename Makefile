@@ -5,7 +5,7 @@ MODE ?= auto
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
 
-.PHONY: setup browser demo test check bench format clean
+.PHONY: setup browser demo test check docs bench format clean
 
 setup: .venv/.done
 
@@ -19,7 +19,7 @@ ifeq ($(EXTRA),cpu)
 	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" || \
 	  { echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(PIP) install -e ".[train,worker,$(EXTRA),dev]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
@@ -50,6 +50,10 @@ check: setup
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir site
+	@echo "docs: site/index.html"
 
 bench: setup
 	$(PY) -m benchmarks.run

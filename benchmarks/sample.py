@@ -28,7 +28,7 @@ from tink_rl import placement
 NUM_CLIENTS = 64
 NUM_ADAPTERS = 8
 NUM_TOKENS = 32
-REQUESTS_A_ROUND = 512
+REQUESTS_A_ROUND = 320
 NUM_ROUNDS = 7
 NUM_PAIRS = 400
 """Requests by each route at concurrency 1, of one token: vLLM's own work is least there."""

@@ -74,8 +74,14 @@ def servers(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests first; then server tests grouped by file, so that servers are reused."""
-    items.sort(key=lambda item: ("tests/unit" not in str(item.path), str(item.path)))
+    """Unit tests first; then by file and, inside a file, by shape, so that servers are reused."""
+
+    def key(item: pytest.Item) -> tuple[bool, str, str]:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        shape = str(parameters.get("shape", ""))
+        return "tests/unit" not in str(item.path), str(item.path), shape
+
+    items.sort(key=key)
     import torch
 
     if not torch.cuda.is_available():

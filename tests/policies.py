@@ -88,6 +88,34 @@ class PeftTwin:
         return cases
 
 
+class WholeTwin(PeftTwin):
+    """The same base in transformers, all of it trained: the adapter adds to a base that was changed."""
+
+    def shake_base(self, seed: int, size: float = 0.05) -> None:
+        """Add noise to every tensor of the base."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.tensors().values():
+                parameter += torch.randn(parameter.shape, generator=generator) * size
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The base's tensors by their names in the checkpoint."""
+        return {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            for name, parameter in self.model.named_parameters()
+            if "lora_" not in name
+        }
+
+    def base_cases(self) -> dict[tuple[int, ...], list[int]]:
+        """Prompts that the changed base answers clearly, and otherwise than the checkpoint does."""
+        cases = self.clear_cases(count=16, adapter=False)
+        fresh = PeftTwin(self.directory)
+        old = {p: fresh.greedy([list(p)], adapter=False)[0][0] for p in cases}
+        telling = {p: tokens for p, tokens in cases.items() if tokens != old[p]}
+        assert len(telling) >= 2, "the change of the base does not show"
+        return dict(list(telling.items())[:4])
+
+
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield

@@ -24,8 +24,8 @@ class SyncConfig:
         default="auto",
         metadata={
             "help": "`merged` folds the adapter into the served weights (fastest decode, one policy), "
-            "`adapter` uses a LoRA slot (many policies), `auto` takes what the server offers and "
-            "says which."
+            "`adapter` uses a LoRA slot (many policies), `full` sends whole tensors (what no adapter can "
+            "say), `auto` takes what the server offers and says which."
         },
     )
     policy: str = field(
@@ -55,6 +55,10 @@ class SyncConfig:
     on_running: str = field(
         default="drain",
         metadata={"help": "Merged commit: `drain` running requests, or `abort` them."},
+    )
+    bucket_mib: float = field(
+        default=64.0,
+        metadata={"help": "Full mode: MiB of whole tensors that travel, and wait, at once."},
     )
     keep_versions: int = field(
         default=2,
@@ -103,6 +107,8 @@ class SyncConfig:
             PolicyVersion(policy=self.policy, version=0)
         except ValueError as error:
             raise ConfigError(f"SyncConfig.policy: {error}") from error
+        if not self.bucket_mib > 0:
+            raise ConfigError(f"SyncConfig.bucket_mib={self.bucket_mib}: expected MiB > 0")
         for name, least in (("keep_versions", 1), ("probe_every", 0), ("rollout_log_every", 0)):
             value = getattr(self, name)
             if value < least:

@@ -140,6 +140,12 @@ class ShapeMismatch(TinkError):
     code, status = "shape_mismatch", 422
 
 
+class IncompleteGroup(TinkError):
+    """Only a part of the tensors that the served model keeps in one module was sent."""
+
+    code, status = "incomplete_group", 422
+
+
 class DtypeMismatch(TinkError):
     """A tensor's dtype is not one that the server takes."""
 

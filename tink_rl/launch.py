@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -34,9 +35,11 @@ from tink_rl.types import ServerState, SyncMode
 logger = logging.getLogger("tink_rl")
 
 _MODES = {
-    "merged": (SyncMode.MERGED,),
-    "adapter": (SyncMode.ADAPTER,),
-    "both": (SyncMode.ADAPTER, SyncMode.MERGED),
+    # Full mode needs nothing kept ready, so every server offers it.
+    "merged": (SyncMode.MERGED, SyncMode.FULL),
+    "adapter": (SyncMode.ADAPTER, SyncMode.FULL),
+    "both": (SyncMode.ADAPTER, SyncMode.MERGED, SyncMode.FULL),
+    "full": (SyncMode.FULL,),
 }
 _PLUGIN = "tink_rl"
 _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
@@ -63,7 +66,7 @@ class ServerOptions:
     model: str
     """Directory of the base model, or a hub id."""
     mode: str = "both"
-    """`merged`, `adapter` or `both`."""
+    """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free one."""
@@ -278,7 +281,8 @@ class VLLMServer:
         Args:
             model: Directory or hub id; the rest of `ServerOptions` as keywords.
             options: Instead of `model` and keywords.
-            on_wait: Called about once a second with what is waited for, and since how long (s).
+            on_wait: Called about once a second with what is waited for, and since how long (s);
+                at last with "ready".
         """
         if options is None:
             if model is None:
@@ -391,13 +395,21 @@ class VLLMServer:
                 self._on_wait(self._stage(), seconds)
                 said = seconds
             time.sleep(0.1)
-        self._on_wait("first request", time.monotonic() - start)
         try:
-            client.generate([[1]], max_tokens=1)  # the first request takes seconds more
+            self._first_request(client, start)
         except TinkError as error:
             raise self._failure(f"the first request failed: {error}") from error
         finally:
             client.close()
+        self._on_wait("ready", time.monotonic() - start)
+
+    def _first_request(self, client: VLLMClient, start: float) -> None:
+        """It takes seconds more than any later one; `on_wait` goes on meanwhile."""
+        with ThreadPoolExecutor(1, thread_name_prefix="tink-first-request") as pool:
+            answer = pool.submit(client.generate, [[1]], max_tokens=1)
+            while not wait([answer], timeout=1.0).done:
+                self._on_wait("first request", time.monotonic() - start)
+            answer.result()
 
     def _stage(self) -> str:
         text = self.log_tail(20_000)

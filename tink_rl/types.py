@@ -149,6 +149,8 @@ class ServerStatus:
     """Name `policy@N` -> digest of every version that can be sampled."""
     merged: str | None = None
     """The version folded into the weights, or None for the base."""
+    full: str | None = None
+    """The version whose whole tensors are served, or None; slot adapters add to *its* weights."""
     reason: str | None = None
     """Why the server is not ready."""
     golden: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +23,11 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter, AdapterCollector, check_values, from_peft_dir
-from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
 from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.whole_update import WholeUpdate, in_background
 from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ class WeightSync:
         self.pinned: str | None = None
         """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
+        self._groups: list[list[str]] | None = None
+        self._resend: Callable[[], WholeSource] | None = None
+        """Gives the tensors of the current full version again, if it can."""
         self._spare: torch.Tensor | None = None
         """A buffer that holds no version any more, to pack the next one into."""
         self.current: PublishRecord | None = None
@@ -240,7 +244,115 @@ class WeightSync:
                 phase_seconds=watch.seconds,
             )
         version = 0 if synthetic else self._next_version()
+        if self.mode is SyncMode.FULL:
+            # The packed copy: the live one may have changed when a lost server asks for it again.
+            packed = Adapter(tensors=packet.unpack(header, buffer), rank=adapter.rank)
+            old = self._last
+            record = self._publish_whole(lambda: self._whole(packed), version, watch, probe)
+            self._spare = old[1] if old is not None else None
+            self._last = (header, buffer)
+            return record
         return self._publish_packet(header, buffer, version, watch, probe)
+
+    # -- full -------------------------------------------------------------------------------------
+
+    def publish_full(self, source: Any, *, probe: Probe | None = None) -> PublishRecord:
+        """Make the whole tensors of `source` the current version on every replica.
+
+        The version is the served checkpoint with what was sent in place of its own: tensors that an
+        earlier version changed and this one does not send are the checkpoint's again. Requests are
+        held from the first byte to the last. Always sends; there is no cheap way to see that nothing
+        changed.
+
+        Args:
+            source: A transformers model; a PEFT model (merged on the fly, in fp32, into temporaries;
+                only the tensors that its adapter changes are sent, as whole fused groups); a mapping
+                of names to tensors; or any iterable of (name, tensor) pairs with the checkpoint's
+                names, as Megatron-Bridge's `export_hf_weights` yields them (read once, never held
+                whole).
+            probe: Compare the server's logprobs of this prompt before the version becomes current.
+
+        Raises:
+            UnknownModules, ShapeMismatch, IncompleteGroup, ...: refused. What was served stays served
+                if `source` is a model or a mapping, whose plan is checked before the first byte; a
+                stream can be found wrong midway, and the servers are then NOT READY.
+            PublishFailed: it failed twice (a stream: once); details name phase and replica.
+        """
+        watch = _Watch()
+        with watch(Phase.JOIN):
+            self.open()
+        once = isinstance(source, Iterator)
+        record = self._publish_whole(
+            lambda: self._whole(source), self._next_version(), watch, probe, once=once
+        )
+        self._resend = None if once else lambda: self._whole(source)
+        return record
+
+    def _whole(self, source: Any) -> WholeSource:
+        if self._groups is None:
+            self._groups = self.fleet.replicas[0].layout()
+        return whole_source(source, self._groups, checkpoint_index(self._base_model))
+
+    def _publish_whole(
+        self,
+        make: Callable[[], WholeSource],
+        version: int,
+        watch: _Watch,
+        probe: Probe | None,
+        *,
+        once: bool = False,
+    ) -> PublishRecord:
+        name = f"{self.config.policy}@{version}"
+        update: WholeUpdate | None = None
+
+        def send() -> float:
+            nonlocal update
+            with watch(Phase.JOIN):
+                self.fleet.each(lambda replica: replica.ensure_channel())
+            with watch(Phase.COLLECT):
+                source = make()
+            update = self._new_update(version)
+            return self._send_whole(update, source, watch)
+
+        held_s = self._twice(name, watch, send, tries=1 if once else 2)
+        assert update is not None
+        record = PublishRecord(
+            policy=self.config.policy,
+            version=version,
+            digest=update.digest,
+            mode=SyncMode.FULL,
+            num_bytes=update.num_bytes,
+            seconds=watch.total,
+            held_seconds=held_s,
+            phase_seconds=watch.seconds,
+        )
+        if probe is not None:
+            with watch(Phase.VERIFY):
+                record = replace(record, probe_gap=self.check_probe(probe, name))
+        self._version = max(self._version, version)
+        self.current, self._last, self._resend = record, None, make
+        self._kept = []  # slots of this policy ended with the full version
+        return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
+
+    def _new_update(self, version: int) -> WholeUpdate:
+        return WholeUpdate(
+            self.fleet,
+            policy=self.config.policy,
+            version=version,
+            base_fingerprint=self._fingerprint or "",
+            dtype=self.status.dtype,
+            bucket_bytes=int(self.config.bucket_mib * 2**20),
+        )
+
+    def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: _Watch) -> float:
+        """Begin, every tensor, finish; the longest hold in seconds."""
+        with watch(Phase.STAGE):
+            update.begin(source.plan(self.status.dtype))
+            update.add_all(source.pairs())
+        with watch(Phase.COMMIT):
+            return update.finish()
+
+    # -- packets ----------------------------------------------------------------------------------
 
     def _is_last(self, header: packet.PacketHeader, buffer: torch.Tensor) -> bool:
         if self._last is None or self._last[0].canonical() != header.canonical():
@@ -257,7 +369,7 @@ class WeightSync:
     ) -> PublishRecord:
         name = f"{self.config.policy}@{version}"
         named = header.named(self.config.policy, version, 0)
-        digest = _in_background(lambda: packet.digest_of(named, buffer))
+        digest = in_background(lambda: packet.digest_of(named, buffer))
         held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch))
         named = replace(named, digest=digest())
         gap = None
@@ -289,15 +401,19 @@ class WeightSync:
     def _wire_dtype(self) -> torch.dtype:
         import torch
 
-        # Merged weights are rounded once, at the fold, so their adapter travels in fp32.
-        wanted = "float32" if self.mode is SyncMode.MERGED else self.status.adapter_dtype
+        # Folded weights are rounded once, at the fold, so their adapter stays fp32.
+        wanted = self.status.adapter_dtype if self.mode is SyncMode.ADAPTER else "float32"
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
 
-    def _twice(self, name: str, watch: _Watch, work: Callable[[], float]) -> float:
+    def _twice(
+        self, name: str, watch: _Watch, work: Callable[[], float], *, tries: int = 2
+    ) -> float:
         try:
             return work()
         except _TRIED_AGAIN as error:
+            if tries == 1:
+                raise self._failed(name, watch, error) from error
             logger.warning("publish of %s failed in %s, trying again: %s", name, watch.phase, error)
         except TinkError as error:
             error.details.setdefault("phase", watch.phase)
@@ -307,13 +423,16 @@ class WeightSync:
         try:
             return work()
         except TinkError as error:
-            raise errors.PublishFailed(
-                f"{name} could not be published: phase {watch.phase!r}, replica "
-                f"{error.details.get('replica')}: {error.message}",
-                phase=watch.phase,
-                replica=error.details.get("replica"),
-                cause=error.code,
-            ) from error
+            raise self._failed(name, watch, error) from error
+
+    def _failed(self, name: str, watch: _Watch, error: TinkError) -> errors.PublishFailed:
+        return errors.PublishFailed(
+            f"{name} could not be published: phase {watch.phase!r}, replica "
+            f"{error.details.get('replica')}: {error.message}",
+            phase=watch.phase,
+            replica=error.details.get("replica"),
+            cause=error.code,
+        )
 
     def _send(
         self,
@@ -350,7 +469,7 @@ class WeightSync:
         return max(float(answer["held_seconds"]) for answer in answers)
 
     def _retire(self, name: str) -> None:
-        if self.mode is SyncMode.MERGED:
+        if self.mode is not SyncMode.ADAPTER:
             return
         self._kept.append(name)
         for old in self._kept[: -self.config.keep_versions]:
@@ -362,13 +481,13 @@ class WeightSync:
         self.fleet.each(lambda replica: replica.drop(name))
 
     def drop_current(self) -> None:
-        """Stop serving the current version (merged: fold the base back); used after a probe."""
+        """Stop serving the current version (merged, full: the base comes back); used after a probe."""
         if self.current is None:
             return
         name = self.current.name
         self._drop(name)
         self._kept = [kept for kept in self._kept if kept != name]
-        self.current = self._last = None
+        self.current = self._last = self._resend = None
 
     # -- trust ------------------------------------------------------------------------------------
 
@@ -413,19 +532,35 @@ class WeightSync:
         Raises:
             PublishFailed: a replica does not take it.
         """
-        if self.current is None or self._last is None:
+        if self.current is None or (self._last is None and self._resend is None):
             return False
-        name, (header, buffer) = self.current.name, self._last
+        name = self.current.name
         lost = [r for r in self.fleet.replicas if name not in r.status().served]
         if not lost:
             return False
         for replica in lost:
             logger.warning("%s lost %s (restarted?); publishing it again", replica.url, name)
             replica.forget_channel()
+        if self._resend is not None:
+            self._resend_whole(self._resend)
+            return True
+        assert self._last is not None
+        header, buffer = self._last
         self._twice(
             name, _Watch(), lambda: self._send(header, buffer, lambda: header.digest, _Watch())
         )
         return True
+
+    def _resend_whole(self, make: Callable[[], WholeSource]) -> None:
+        assert self.current is not None
+        record, last = self.current, self._last
+        again = self._publish_whole(make, record.version, _Watch(), None)
+        self._last = last
+        if again.digest != record.digest:
+            raise errors.DigestMismatch(
+                f"{record.name} was lost by a server and is not what the model holds now; publish the "
+                "model again"
+            )
 
 
 def choose_mode(wanted: str, status: ServerStatus) -> SyncMode:
@@ -442,10 +577,10 @@ def choose_mode(wanted: str, status: ServerStatus) -> SyncMode:
                 f"`tink-rl serve --mode {wanted}`"
             )
         return mode
-    slots_taken = bool(status.served) and status.merged is None
+    slots_taken = bool(set(status.served) - {status.merged, status.full})
     if SyncMode.MERGED in status.modes and not slots_taken:
         return SyncMode.MERGED
-    return SyncMode.ADAPTER
+    return SyncMode.ADAPTER if SyncMode.ADAPTER in status.modes else SyncMode.FULL
 
 
 def _collect(source: Any, dtype: torch.dtype) -> Adapter:
@@ -460,14 +595,6 @@ def _collect(source: Any, dtype: torch.dtype) -> Adapter:
     raise errors.UnsupportedAdapter(
         f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an Adapter"
     )
-
-
-def _in_background(work: Callable[[], str]) -> Callable[[], str]:
-    """Start `work` in a thread; what is returned waits for it and gives its result."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="tink-digest")
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    return future.result
 
 
 def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:

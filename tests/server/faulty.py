@@ -19,7 +19,7 @@ def _fault() -> str:
 
 
 class FaultyExtension(TinkWorkerExtension):
-    """Fails as the switch file says: `fold` midway, `drop-adapters`, `damage` on arrival."""
+    """Fails as the switch file says: `fold` or `write` midway, `drop-adapters`, `damage` on arrival."""
 
     def tink_fold(self, stage_id: Any) -> Any:
         """Fail after the first layer was written."""
@@ -38,6 +38,23 @@ class FaultyExtension(TinkWorkerExtension):
             return super().tink_fold(stage_id)
         finally:
             del folder.write_layer
+
+    def tink_write(self, stage_id: Any) -> Any:
+        """Fail in the middle of the second bucket of a full update."""
+        update, writer = self._tink().update, self._tink().writer
+        assert update is not None and writer is not None
+        load = writer._model.load_weights
+
+        def half(weights: Any) -> Any:
+            load(list(weights)[:1])
+            raise RuntimeError("injected: the second tensor failed")
+
+        if _fault() == "write" and update.chain._digests:
+            writer._model.load_weights = half
+        try:
+            return super().tink_write(stage_id)
+        finally:
+            writer._model.__dict__.pop("load_weights", None)
 
     def tink_keep(self, stage_id: Any, path: Any) -> Any:
         """Serve an adapter of zeros under the right digest: every adapter is dropped."""

@@ -8,7 +8,14 @@ import threading
 
 import pytest
 
-from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tests.policies import (
+    PeftTwin,
+    WholeTwin,
+    assert_served,
+    random_adapter,
+    served_greedy,
+    sync_to,
+)
 from tests.server.faulty import SWITCH
 from tink_rl import errors
 from tink_rl.config import SyncConfig
@@ -76,6 +83,48 @@ def test_commit_that_fails_once_is_healed_by_the_second_try(faulty, twin, switch
         replica.commit = heal_after_first
         twin.randomise(2)
         assert_served(faulty, sync.publish(twin.model).name, twin.clear_cases())
+
+
+def test_full_write_that_fails_midway_leaves_not_ready_and_is_healed_by_either_mode(
+    faulty, model_dir, switch
+):
+    twin = WholeTwin(model_dir("qwen3"))
+    with sync_to(faulty, twin.directory, "merged", bucket_mib=0.05) as sync:
+        name = sync.publish_full(twin.tensors()).name
+        for heal in (lambda: sync.publish_full(twin.tensors()), lambda: sync.publish(twin.model)):
+            twin.shake_base(1)
+            switch.write_text("write")
+            with pytest.raises(errors.TinkError, match="injected"):
+                sync.publish_full(twin.tensors())
+            status = faulty.client().status()
+            assert status.state == "not_ready" and "midway" in (status.reason or "")
+            with pytest.raises(errors.NotReady):
+                served_greedy(faulty, name, [[5, 6]])
+            switch.unlink()
+            twin.randomise(3)
+            record = heal()
+            if record.mode == "full":
+                assert_served(faulty, record.name, twin.base_cases())
+            else:  # the checkpoint's base with the adapter, not what the failure left
+                plain = PeftTwin(twin.directory)
+                plain.randomise(3)
+                assert_served(faulty, record.name, plain.clear_cases())
+            name = record.name
+
+
+def test_damaged_bucket_is_tried_again_then_named_and_nothing_was_written(
+    faulty, model_dir, switch
+):
+    twin = WholeTwin(model_dir("qwen3"))
+    with sync_to(faulty, twin.directory, "full", transport="http", bucket_mib=0.05) as sync:
+        twin.shake_base(1)
+        name, cases = sync.publish_full(twin.tensors()).name, twin.base_cases()
+        switch.write_text("damage")
+        with pytest.raises(errors.PublishFailed, match="hash to") as caught:
+            sync.publish_full(twin.tensors())
+        assert caught.value.details["cause"] == "digest_mismatch"
+        assert faulty.client().status().state == "ready"
+        assert_served(faulty, name, cases)
 
 
 def test_probe_stops_a_run_whose_server_drops_every_adapter(faulty, twin, switch):

@@ -6,7 +6,14 @@ import logging
 
 import pytest
 
-from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tests.policies import (
+    PeftTwin,
+    WholeTwin,
+    assert_served,
+    random_adapter,
+    served_greedy,
+    sync_to,
+)
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
@@ -16,7 +23,7 @@ from tink_rl.weight_sync import WeightSync
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj"]])
 def test_every_worker_of_a_tensor_parallel_server_joins_and_slices(
     servers, model_dir, mode, targets
@@ -31,6 +38,19 @@ def test_every_worker_of_a_tensor_parallel_server_joins_and_slices(
         sync.drop_current()
     base = server.client().status().base_model
     assert_served(server, base, twin.clear_cases(adapter=False))
+
+
+def test_whole_model_is_sliced_for_every_worker(servers, model_dir):
+    server = servers.get("qwen3", mode="both", tensor_parallel_size=2)
+    twin = WholeTwin(model_dir("qwen3"))
+    with sync_to(server, twin.directory, "full", bucket_mib=0.1) as sync:
+        for seed in range(2):
+            twin.shake_base(seed)
+            record = sync.publish_full(iter(twin.tensors().items()))
+            assert_served(server, record.name, twin.base_cases())
+        sync.drop_current()
+    base = server.client().status().base_model
+    assert_served(server, base, PeftTwin(twin.directory).clear_cases(adapter=False))
 
 
 def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir, caplog):

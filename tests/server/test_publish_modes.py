@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.policies import PeftTwin, assert_served, served_greedy, sync_to
+from tests.policies import PeftTwin, WholeTwin, assert_served, served_greedy, sync_to
+from tink_rl import errors
 
 pytestmark = pytest.mark.server
 
@@ -24,7 +25,7 @@ VARIANTS = {
 
 # The decorator nearest to the function varies slowest: one server start per shape.
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode, variant):
     server = servers.get(shape, mode="both")
@@ -39,10 +40,55 @@ def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode,
             assert_served(server, record.name, twin.clear_cases())
 
 
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
-def test_base_is_exact_after_the_policy_was_dropped(servers, model_dir, mode):
-    server = servers.get("gemma3", mode="both")
-    twin = PeftTwin(model_dir("gemma3"))
+@pytest.mark.parametrize("kind", ["model", "mapping", "stream"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_equal_the_whole_models_after_every_full_publish(servers, model_dir, shape, kind):
+    server = servers.get(shape, mode="both")
+    twin = WholeTwin(model_dir(shape))
+    base = server.client().status().base_model
+    with sync_to(server, twin.directory, "full", bucket_mib=0.1) as sync:
+        for seed in range(2):
+            twin.shake_base(seed)
+            record = sync.publish_full(SOURCES[kind](twin))
+            status = server.client().status()
+            assert record.digest == status.served[record.name] and status.full == record.name
+            assert server.client().models() == [record.name]
+            assert_served(server, record.name, twin.base_cases())
+        for stale in (base, "policy@1"):
+            with pytest.raises(errors.UnknownVersion):
+                served_greedy(server, stale, [[5, 6]])
+        sync.drop_current()
+    assert_served(server, base, PeftTwin(twin.directory).clear_cases(adapter=False))
+
+
+SOURCES = {
+    "model": lambda twin: _plain(twin),
+    "mapping": lambda twin: twin.tensors(),
+    "stream": lambda twin: _exported(twin),
+}
+
+
+def _exported(twin):
+    """In an order of its own, and with the tied head once more, as exporters write it."""
+    yield from reversed(twin.tensors().items())
+    if twin.model.config.tie_word_embeddings:
+        yield "lm_head.weight", twin.tensors()["model.embed_tokens.weight"]
+
+
+def _plain(twin):
+    """The changed base as a transformers model of its own."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(twin.directory)
+    model.load_state_dict(twin.tensors(), strict=False)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
+@pytest.mark.parametrize("shape", ["gemma3"])
+def test_base_is_exact_after_the_policy_was_dropped(servers, model_dir, mode, shape):
+    server = servers.get(shape, mode="both")
+    twin = PeftTwin(model_dir(shape))
     cases = twin.clear_cases(adapter=False)
     base = server.client().status().base_model
     with sync_to(server, twin.directory, mode) as sync:

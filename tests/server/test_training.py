@@ -19,7 +19,7 @@ from tink_rl.training import checks
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("mode", ["adapter", "merged"])
+@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
 def test_run_samples_every_rollout_from_the_version_just_published(
     server, model_dir, tmp_path, mode
 ):

@@ -50,8 +50,8 @@ def test_rank_without_kernels_is_refused_with_the_next_one(model_dir, rank, hint
 
 
 def test_unknown_mode_lists_the_modes(model_dir):
-    with pytest.raises(ConfigError, match="merged, adapter, both"):
-        launch.check_options(_options(model_dir, mode="full"))
+    with pytest.raises(ConfigError, match="merged, adapter, both, full"):
+        launch.check_options(_options(model_dir, mode="magic"))
 
 
 def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
@@ -86,7 +86,7 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
     assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
     assert env["PATH"] == "p" and env["VLLM_PLUGINS"] == "mine,tink_rl"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0"
-    assert env["TINK_SERVER_MODES"] == "adapter,merged"
+    assert env["TINK_SERVER_MODES"] == "adapter,merged,full"
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
 
 

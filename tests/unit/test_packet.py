@@ -78,7 +78,7 @@ def _broken(**changes):
         [],
         {"protocol": 1},
         _broken(tensors=[]),
-        _broken(mode="full"),
+        _broken(mode="both"),
         _broken(rank=-1),
         _broken(num_bytes=1),
         _broken(tensors=[{"name": "a", "shape": [-2], "dtype": "float32", "offset": 0}]),

@@ -32,6 +32,7 @@ def status(modes=("adapter", "merged"), **changes):
     "wrong",
     [
         {"mode": "half"},
+        {"bucket_mib": 0},
         {"transport": "carrier-pigeon"},
         {"on_running": "ignore"},
         {"policy": "a@b"},
@@ -175,8 +176,6 @@ def test_deadline_and_missing_server_are_errors_with_a_remedy():
         lambda c: c.generate([[1]], features=[{}], model="m"),
         lambda c: c.generate([[1]], model="m", generation_kwargs={"chat_template": "x"}),
         lambda c: c.chat([[{}]], model="m", chat_template="x"),
-        lambda c: c.update_named_param("w", None),
-        lambda c: c.update_model_params(None),
     ],
 )
 def test_what_the_client_cannot_do_is_refused_before_a_request(call):

@@ -13,9 +13,10 @@ from tests.bad_requests import PARAMS, PROMPTS, bad_request
 from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
-from tink_rl.worker.app import MAX_BODY_BYTES, ROUTES, blueprint
+from tink_rl.worker.app import ROUTES, blueprint
 from tink_rl.worker.auth import Scope
 from tink_rl.worker.readiness import Readiness
+from tink_rl.worker.schemas import MAX_BODY_BYTES
 
 NUM_BAD_REQUESTS = 5000
 
@@ -184,6 +185,14 @@ def test_requests_with_one_id_are_one_generation_and_equal_bodies():
         assert found.backend.num_calls == 1
         error = _assert_problem(found.sample(["other"], **body), 409, "request_id_reused")
         assert error["request_id"] == "job-7"
+
+
+def test_a_restarted_worker_runs_a_known_id_again_and_says_so():
+    for _ in range(2):
+        with worker() as found:
+            answer = found.sample(["x"], request_id="job-7")
+            assert answer.headers["Tink-Replayed"] == "false"
+            assert answer.json["completions"][0]["token_ids"] == answer_of(None, "x")
 
 
 def test_equal_requests_in_another_notation_are_the_same_request(rig):

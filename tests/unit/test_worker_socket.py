@@ -15,7 +15,7 @@ from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl.worker import http_server
 from tink_rl.worker.accounts import State
-from tink_rl.worker.http_server import MAX_BODY_BYTES
+from tink_rl.worker.schemas import MAX_BODY_BYTES
 
 BODY = b'{"prompts": ["x"]}'
 GOOD = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(BODY)

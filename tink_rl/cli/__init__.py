@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tink_rl import __version__
-from tink_rl.cli.console import show_wait
+from tink_rl.cli.console import say, show_wait
 from tink_rl.cli.serve import model_first
 from tink_rl.errors import LaunchFailed, TinkError
 
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments, rest))
     except (TinkError, ImportError) as error:
-        sys.stderr.write(f"tink-rl: {error}\n")
+        say(f"{error}")
         return error.exit_code if isinstance(error, LaunchFailed) else 1
     except KeyboardInterrupt:
-        sys.stderr.write("tink-rl: stopped\n")
+        say("stopped")
         return 0
 
 

@@ -20,9 +20,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="what is wrong, and the command that mends it",
-        description="Check this environment; with URL a server, with --model what serving it takes, "
-        "with --adapter what each mode does with a PEFT directory, with --trl what stock TRL's server "
-        "mode would send. Exit code 1 on a blocker.",
+        description="Without arguments: this environment; with URL a server, with --model what "
+        "serving it takes, with --adapter what each mode does with a PEFT directory, with --trl "
+        "what stock TRL's server mode would send. Exit code 1 on a blocker.",
         allow_abbrev=False,
     )
     doctor.add_argument("url", nargs="?", help="a server, such as http://127.0.0.1:8000")
@@ -77,7 +77,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
         token = SyncConfig(token_file=arguments.token_file).read_token()
         with VLLMClient(arguments.url, token=token) as client:
             findings, status = check_server(client, base_model=arguments.model)
-    elif not arguments.adapter:
+    elif not (arguments.adapter or arguments.model):
         findings = check_environment(port=arguments.port)
     if arguments.model and not arguments.url:
         serve = ServePlan(

@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         allow_abbrev=False,
     )
     serve.add_argument("model", help="model directory or hub id (--model MODEL does as well)")
-    serve.add_argument("--mode", default="both", help="merged, adapter or both (default)")
+    serve.add_argument("--mode", default="both", help="merged, adapter, both (default) or full")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, help="default: VLLM_PORT, else 8000")
     serve.add_argument("--dtype", default="auto")

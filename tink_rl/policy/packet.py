@@ -176,7 +176,7 @@ def pack(
 ) -> tuple[PacketHeader, torch.Tensor]:
     """Header (not sealed yet), and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
 
-    `out` is used as the buffer if it has the right length: fresh pages cost more than the copy.
+    The buffer is the beginning of `out`, if that is long enough: fresh pages cost more than the copy.
 
     Raises:
         KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
@@ -185,8 +185,9 @@ def pack(
 
     ordered = sorted(tensors.items())
     specs, num_bytes = _plan(ordered)
-    buffer = out
-    if buffer is None or buffer.numel() != num_bytes:
+    if out is not None and out.numel() >= num_bytes:
+        buffer = out[:num_bytes]
+    else:
         buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     for spec, (_, tensor) in zip(specs, ordered, strict=True):
         view(buffer, spec).copy_(tensor.detach(), non_blocking=pin_memory)
@@ -262,6 +263,38 @@ class Hasher:
                 expected=header.num_bytes,
             )
         _compare(header, self.digest())
+
+
+class DigestChain:
+    """The digest of a whole that travels in buckets: blake3 over the buckets' digests, in order."""
+
+    def __init__(self) -> None:
+        self._digests: list[str] = []
+
+    def add(self, digest: str) -> None:
+        """Take the digest of the next bucket."""
+        self._digests.append(digest)
+
+    def digest(self) -> str:
+        """blake3, hex."""
+        from blake3 import blake3
+
+        return str(blake3("".join(self._digests).encode()).hexdigest())
+
+
+def specs_from_plan(plan: Any) -> list[TensorSpec]:
+    """The tensors that a full update announces: a list of `{"name", "shape", "dtype"}`.
+
+    Raises:
+        BadRequest: it is malformed, or names a tensor twice.
+    """
+    try:
+        specs = [_spec_from_json({**item, "offset": 0}) for item in plan]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRequest(f"the plan of a full update is malformed: {error!r}") from error
+    if len({spec.name for spec in specs}) != len(specs):
+        raise BadRequest("two tensors of the plan have the same name")
+    return specs
 
 
 def check_bytes(header: PacketHeader, buffer: torch.Tensor) -> None:

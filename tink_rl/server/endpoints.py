@@ -80,7 +80,9 @@ class TinkEndpoints:
             }
         )
         state.tink = policies
-        logger.info("tink_rl: ready, modes %s, golden %s", list(modes), facts.get("golden"))
+        logger.info(
+            "tink_rl: ready, modes %s, golden %s", list(policies.modes), facts.get("golden")
+        )
 
 
 def _read_token() -> str:
@@ -116,7 +118,8 @@ def _check_layout(config: Any, args: Any) -> None:
 
 
 def _modes(config: Any) -> tuple[SyncMode, ...]:
-    text = os.environ.get("TINK_SERVER_MODES", "adapter" if config.lora_config else "merged")
+    default = "adapter,full" if config.lora_config else "merged,full"
+    text = os.environ.get("TINK_SERVER_MODES", default)
     modes = tuple(SyncMode(part.strip()) for part in text.split(","))
     if SyncMode.ADAPTER in modes and config.lora_config is None:
         raise ConfigError("TINK_SERVER_MODES names 'adapter'; start vLLM with --enable-lora")
@@ -126,6 +129,12 @@ def _modes(config: Any) -> tuple[SyncMode, ...]:
             f"merged mode on a server quantised with {quantization!r}: the fold would need the "
             "unquantised layout; use --mode adapter"
         )
+    if SyncMode.FULL in modes and quantization is not None:
+        if modes == (SyncMode.FULL,):
+            raise ConfigError(
+                f"full mode on a server quantised with {quantization!r} is not proven; use --mode adapter"
+            )
+        modes = tuple(mode for mode in modes if mode is not SyncMode.FULL)
     return modes
 
 
@@ -183,6 +192,13 @@ def _router(token: str) -> APIRouter:
 
         return await answer(work)
 
+    @router.get(f"{_PREFIX}/layout")
+    async def layout(request: Request) -> JSONResponse:
+        async def work() -> dict[str, Any]:
+            return await policies(request).updates.layout()
+
+        return await answer(work)
+
     @router.post(_PREFIX + "/stage/{stage_id:path}/chunk")
     async def chunk(request: Request, stage_id: str, offset: int) -> JSONResponse:
         async def work() -> dict[str, Any]:
@@ -207,7 +223,8 @@ def _router(token: str) -> APIRouter:
 
     for action in ("join", "joined", "heartbeat", "leave", "stage", "staged", "commit", "discard"):
         add(action)
-    add("drop")
+    for action in ("drop", "begin", "finish", "abort"):
+        add(action)
     return router
 
 

@@ -34,6 +34,15 @@ class Folder:
         self._device = device
         self._touched: set[str] = set()
 
+    @property
+    def touched(self) -> frozenset[str]:
+        """Names of the layers that may differ from the base."""
+        return frozenset(self._touched)
+
+    def forget(self) -> None:
+        """Somebody else has written all layers that this folder had touched."""
+        self._touched = set()
+
     @torch.no_grad()
     def fold(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Serve golden + B·A for `tensors` (`MODULE.lora_A.weight` `[r, in]`, B `[out, r]`).

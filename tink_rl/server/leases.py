@@ -70,6 +70,11 @@ class Leases:
         lease.expires = self._clock() + LEASE_S
         return lease
 
+    def holds(self, policy: str, epoch: int) -> bool:
+        """Whether the lease of `epoch` is the current one and has not expired."""
+        lease = self._leases.get(policy)
+        return lease is not None and lease.epoch == epoch and lease.expires > self._clock()
+
     def release(self, policy: str, epoch: int) -> None:
         """End the lease, if it is still this one."""
         lease = self._leases.get(policy)

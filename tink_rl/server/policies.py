@@ -1,7 +1,7 @@
 """The served policies of one API server: join, stage, commit, drop. Speaks to the workers by RPC.
 
-All methods run in the API server's event loop. A refused or failed stage changes nothing. A merged
-commit that fails midway leaves the server NOT READY until a fold from golden succeeds.
+All methods run in the API server's event loop. A refused or failed stage changes nothing. A commit
+that fails midway in the weights leaves the server NOT READY until a later one writes them whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tink_rl.policy.packet import PacketHeader, check_protocol
 from tink_rl.server.gate import Gate
 from tink_rl.server.host_store import SCHEME
 from tink_rl.server.leases import LEASE_S, Lease, Leases
+from tink_rl.server.updates import FullUpdates, Update
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
@@ -34,6 +35,8 @@ class Staged:
     stage_id: str
     name: str
     header: PacketHeader
+    update: Update | None = None
+    """The full update that this is a bucket of."""
     checked: bool = False
     """Every worker holds the bytes and found nothing wrong with them."""
 
@@ -76,17 +79,20 @@ class Policies:
             channel_port: Port that channels bind, 0 for any.
             make_lora_request: vLLM's `LoRARequest`.
         """
-        self._engine, self._models, self._gate = engine, models, gate
-        self._modes, self._facts = modes, facts
+        self._engine, self._models, self.gate = engine, models, gate
+        self.modes, self._facts = modes, facts
         self._channel_host, self._channel_port = channel_host, channel_port
         self._make_lora_request = make_lora_request
-        self._leases = Leases()
+        self.leases = Leases()
         self._stages: dict[str, Staged] = {}
         self._served: dict[str, Served] = {}
         self._draining: dict[str, Served] = {}
         self._last_version: dict[str, int] = {}
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
+        self._broken: str | None = None
+        """The version whose commit failed midway; its weights must not be sampled."""
+        self.updates = FullUpdates(self)
         self.incarnation = uuid.uuid4().hex
         self.state = ServerState.READY
         self.reason: str | None = None
@@ -112,6 +118,13 @@ class Policies:
         answers = await self.rpc("tink_prepare", options)
         self._facts["adapter_dtype"] = answers[0]["adapter_dtype"]
         self._facts["golden"] = answers[0]["golden"]
+        reasons = [answer["no_full"] for answer in answers if answer["no_full"]]
+        if reasons:
+            self.modes = tuple(mode for mode in self.modes if mode is not SyncMode.FULL)
+            if not self.modes:
+                raise errors.ConfigError(
+                    f"--mode full: this model cannot be reloaded: {reasons[0]}"
+                )
 
     async def _rpc_until_done(self, method: str, key: Any, timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -126,19 +139,21 @@ class Policies:
 
     async def status(self) -> dict[str, Any]:
         """The fields of `ServerStatus`; cheap, asks no worker."""
-        merged = [v.name for v in self._served.values() if v.mode is SyncMode.MERGED]
+        update = self.updates.current
+        held = {v.mode: v.name for v in self._served.values()}
         return {
             **self._facts,
             "protocol": PROTOCOL_VERSION,
             "incarnation": self.incarnation,
-            "state": self.state,
-            "reason": self.reason,
-            "modes": list(self._modes),
+            "state": self.state if update is None else ServerState.NOT_READY,
+            "reason": self.reason if update is None else f"{update.name} is being written",
+            "modes": list(self.modes),
             "base_model": self.base_name,
             "served": {v.name: v.digest for v in self._served.values()},
-            "merged": merged[0] if merged else None,
+            "merged": held.get(SyncMode.MERGED),
+            "full": held.get(SyncMode.FULL),
             "draining": dict.fromkeys(self._draining, 1),
-            "running": self._gate.num_running,
+            "running": self.gate.num_running,
         }
 
     # -- channel ----------------------------------------------------------------------------------
@@ -154,11 +169,14 @@ class Policies:
         transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
         if transport is Transport.SHM:  # before anything changes: can every worker map it?
             await self.rpc("tink_attach", body["segment"])
-        lease, old = self._leases.take(policy, str(body["writer"]))
+        lease, old = self.leases.take(policy, str(body["writer"]))
         if old is not None:
             await self.rpc("tink_close", old.epoch)
         for staged in [s for s in self._stages.values() if s.header.policy == policy]:
             await self._forget(staged)  # of a writer that died between stage and commit
+        update = self.updates.current
+        if update is not None and update.policy == policy:
+            await self.updates.abort(update, "its writer joined again")
         answer = {
             "epoch": lease.epoch,
             "incarnation": self.incarnation,
@@ -189,7 +207,7 @@ class Policies:
 
     async def joined(self, body: dict[str, Any]) -> dict[str, Any]:
         """Wait until every worker is in the channel."""
-        lease = self._leases.check(body["policy"], body["epoch"])
+        lease = self.leases.check(body["policy"], body["epoch"])
         await self._rpc_until_done(
             "tink_join_state", lease.epoch, float(body["timeout_s"]), "joining the channel"
         )
@@ -197,14 +215,14 @@ class Policies:
 
     async def heartbeat(self, body: dict[str, Any]) -> dict[str, Any]:
         """Renew the lease."""
-        self._leases.check(body["policy"], body["epoch"])
+        self.leases.check(body["policy"], body["epoch"])
         return {"incarnation": self.incarnation}
 
     async def leave(self, body: dict[str, Any]) -> dict[str, Any]:
         """End lease and channel; what is served stays served."""
-        lease = self._leases.check(body["policy"], body["epoch"])
+        lease = self.leases.check(body["policy"], body["epoch"])
         await self.rpc("tink_close", lease.epoch)
-        self._leases.release(lease.policy, lease.epoch)
+        self.leases.release(lease.policy, lease.epoch)
         return {}
 
     # -- stage ------------------------------------------------------------------------------------
@@ -216,23 +234,25 @@ class Policies:
             TinkError: whatever is wrong with the packet; nothing has changed then.
         """
         header = PacketHeader.from_json(body["header"])
-        self._leases.check(header.policy, header.epoch)
-        self._check_mode(header)
-        if header.base_fingerprint != self._facts["base_fingerprint"]:
-            raise errors.BaseMismatch(
-                f"the adapter was trained on base {header.base_fingerprint[:12]}, this server "
-                f"serves {self._facts['base_fingerprint'][:12]} ({self.base_name}); serve the base "
-                "that the trainer loads, or load the one that is served",
-                given=header.base_fingerprint,
-                expected=self._facts["base_fingerprint"],
-            )
+        self.leases.check(header.policy, header.epoch)
+        if header.mode is SyncMode.FULL:
+            self.updates.check_header(header, body.get("update_id"))
+        else:
+            self.check_mode(header.mode, header.policy)
+        self.check_base(header.base_fingerprint)
         transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
         name = f"{header.policy}@{header.version}"
-        staged = Staged(stage_id=f"{name}~{uuid.uuid4().hex[:8]}", name=name, header=header)
+        staged = Staged(
+            stage_id=f"{name}~{uuid.uuid4().hex[:8]}",
+            name=name,
+            header=header,
+            update=self.updates.current if header.mode is SyncMode.FULL else None,
+        )
         options = {
             "transport": transport,
             "src": self._facts["world_size"],
             "timeout_s": timeout_s,
+            "update_id": body.get("update_id"),
             "segment": body.get("segment"),
         }
         await self._all_or_none(
@@ -242,11 +262,16 @@ class Policies:
         return {"stage_id": staged.stage_id}
 
     async def _all_or_none(self, staged: Staged, work: Any) -> Any:
-        """What `work` gives; if it fails, no worker keeps the stage."""
+        """What `work` gives; if it fails, no worker keeps the stage, and a full update ends."""
         try:
-            return await work
-        except Exception:
+            if staged.update is None:
+                return await work
+            with staged.update.busy():
+                return await work
+        except Exception as error:
             await self._forget(staged)
+            if staged.update is not None:
+                await self.updates.abort(staged.update, str(error))
             raise
 
     async def _forget(self, staged: Staged) -> None:
@@ -262,23 +287,55 @@ class Policies:
             )
         staged.checked = True
 
-    def _check_mode(self, header: PacketHeader) -> None:
-        if header.mode not in self._modes:
+    def check_base(self, fingerprint: str) -> None:
+        """Raise unless `fingerprint` is that of the served checkpoint.
+
+        Raises:
+            BaseMismatch: the sender loads another one.
+        """
+        expected = self._facts["base_fingerprint"]
+        if fingerprint != expected:
+            raise errors.BaseMismatch(
+                f"the sender's base is {fingerprint[:12]}, this server serves {expected[:12]} "
+                f"({self.base_name}); serve the base that the trainer loads, or load the one that is "
+                "served",
+                given=fingerprint,
+                expected=expected,
+            )
+
+    def check_mode(self, mode: SyncMode, policy: str) -> None:
+        """Raise unless a version of `policy` may be served in `mode` beside what is served now.
+
+        Raises:
+            ModeUnavailable: not started for it, or taken. NotReady: slots on broken weights.
+        """
+        if mode not in self.modes:
             raise errors.ModeUnavailable(
-                f"mode {header.mode.value!r}: this server was started for "
-                f"{', '.join(self._modes)}; restart it with --mode {header.mode.value} or both"
+                f"mode {mode.value!r}: this server was started for "
+                f"{', '.join(self.modes)}; restart it with --mode {mode.value} or both"
+            )
+        if mode is SyncMode.ADAPTER and self._broken is not None:
+            raise errors.NotReady(
+                f"this server is NOT READY: {self.reason}; a slot does not heal the weights under it: "
+                "publish in full or merged mode, or restart the server"
             )
         for served in self._served.values():
-            if served.mode is not header.mode:
+            other = PolicyVersion.parse(served.name).policy
+            if {mode, served.mode} == {SyncMode.ADAPTER, SyncMode.MERGED}:
                 raise errors.ModeUnavailable(
-                    f"mode {header.mode.value!r}: this server serves {served.name} in "
+                    f"mode {mode.value!r}: this server serves {served.name} in "
                     f"{served.mode.value} mode, and a slot adapter would add to merged weights; "
                     "drop that policy first, or use a second server"
                 )
-            other = PolicyVersion.parse(served.name).policy
-            if header.mode is SyncMode.MERGED and other != header.policy:
+            if mode is SyncMode.ADAPTER and served.mode is SyncMode.FULL and other == policy:
                 raise errors.ModeUnavailable(
-                    f"merged mode holds one policy and {served.name} is served; use "
+                    f"mode 'adapter': policy {policy!r} is served in full mode as {served.name}, and a "
+                    "policy has one kind at a time; drop that version first, or choose another name "
+                    "with SyncConfig(policy=...)"
+                )
+            if SyncMode.ADAPTER not in (mode, served.mode) and other != policy:
+                raise errors.ModeUnavailable(
+                    f"{mode.value} mode holds one policy and {served.name} is served; use "
                     "SyncConfig(mode='adapter') for several policies, or a second server"
                 )
 
@@ -294,6 +351,9 @@ class Policies:
         staged = self._find_stage(body["stage_id"])
         work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
         await self._all_or_none(staged, work)
+        if staged.update is not None:
+            await self._all_or_none(staged, self.updates.write(staged.update, staged.stage_id))
+            self._stages.pop(staged.stage_id, None)
         return {"stage_id": staged.stage_id}
 
     async def discard(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -318,11 +378,13 @@ class Policies:
             CommitFailed: the server is NOT READY.
         """
         staged = self._find_stage(body["stage_id"])
-        self._leases.check(staged.header.policy, staged.header.epoch)
+        self.leases.check(staged.header.policy, staged.header.epoch)
         if not staged.checked:
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
-        async with self._lock:
-            self._check_mode(staged.header)
+        if staged.update is not None:
+            raise errors.BadRequest("a bucket of a full update is not committed; call finish")
+        async with self.lock:
+            self.check_mode(staged.header.mode, staged.header.policy)
             if staged.header.mode is SyncMode.ADAPTER:
                 work = self._commit_adapter(staged)
             else:
@@ -331,11 +393,15 @@ class Policies:
                 )
             held_s: float = await self._all_or_none(staged, work)
         self._stages.pop(staged.stage_id, None)
-        policy, version = staged.header.policy, staged.header.version
-        self._last_version[policy] = max(version, self._last_version.get(policy, 0))
-        return {"held_seconds": held_s, "digest": await self._read_back(staged.name)}
+        self._count(staged.name)
+        return {"held_seconds": held_s, "digest": await self.read_back(staged.name)}
 
-    async def _read_back(self, name: str) -> str:
+    def _count(self, name: str) -> None:
+        version = PolicyVersion.parse(name)
+        last = self._last_version.get(version.policy, 0)
+        self._last_version[version.policy] = max(version.version, last)
+
+    async def read_back(self, name: str) -> str:
         """The digest that every worker holds for `name`.
 
         Raises:
@@ -344,9 +410,9 @@ class Policies:
         served = self._served[name]
         for report in await self.rpc("tink_report"):
             held = (
-                report["merged"]
-                if served.mode is SyncMode.MERGED
-                else report["adapters"].get(served.path)
+                report["adapters"].get(served.path)
+                if served.mode is SyncMode.ADAPTER
+                else report["weights"]
             )
             if held != served.digest:
                 raise errors.WorkersDiffer(
@@ -378,25 +444,35 @@ class Policies:
     async def _commit_merged(
         self, staged: Staged | None, drain_timeout_s: float, on_running: str
     ) -> float:
-        self._gate.close()
         start = time.monotonic()
+        try:
+            await self.hold(drain_timeout_s, on_running)
+            await self._fold(staged)
+        finally:
+            self.gate.open()
+        return time.monotonic() - start
+
+    async def hold(self, drain_timeout_s: float, on_running: str) -> None:
+        """Hold new requests and let running ones end; the caller opens the gate again.
+
+        Raises:
+            DrainTimeout: they did not end.
+        """
+        self.gate.close()
         aborted = False
         try:
-            if on_running == "abort" and self._gate.num_running:
+            if on_running == "abort" and self.gate.num_running:
                 aborted = True
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
-            if not await self._gate.drained(drain_timeout_s):
+            if not await self.gate.drained(drain_timeout_s):
                 raise errors.DrainTimeout(
-                    f"{self._gate.num_running} requests still run after {drain_timeout_s:g} s; "
+                    f"{self.gate.num_running} requests still run after {drain_timeout_s:g} s; "
                     "nothing was written. Raise SyncConfig(drain_timeout_s=...) or set "
                     "on_running='abort'"
                 )
-            await self._fold(staged)
         finally:
             if aborted:
                 await self._engine.resume_generation()
-            self._gate.open()
-        return time.monotonic() - start
 
     async def _fold(self, staged: Staged | None) -> None:
         """Write, forget the old weights' cache, change the name. Nothing runs meanwhile."""
@@ -404,25 +480,52 @@ class Policies:
         self.state = ServerState.COMMITTING
         try:
             await self.rpc("tink_fold", None if staged is None else staged.stage_id)
-            if await self._engine.reset_prefix_cache() is not True:
-                raise TinkError("vLLM did not reset its prefix cache")
+            await self.forget_cache()
         except Exception as error:  # whatever it was, half a policy may lie in the weights
-            self._not_ready(f"the commit of {name} failed midway: {error}")
+            self.not_ready(f"the commit of {name} failed midway: {error}", name)
             raise errors.CommitFailed(
                 f"the commit of {name} failed midway ({error}); the server is NOT READY until the "
-                "next publish folds from golden, or it is restarted"
+                "next publish writes the weights whole, or it is restarted"
             ) from error
-        self._served = {}
-        if staged is not None:
-            self._served[name] = Served(
-                name=name, digest=staged.header.digest, mode=SyncMode.MERGED
-            )
-        self._rename(name)
-        self.state, self.reason, self._gate.refusal = ServerState.READY, None, None
+        digest = "" if staged is None else staged.header.digest
+        self.became(name, digest, None if staged is None else SyncMode.MERGED)
 
-    def _not_ready(self, reason: str) -> None:
+    async def forget_cache(self) -> None:
+        """Drop keys and values that the old weights computed.
+
+        Raises:
+            TinkError: vLLM did not.
+        """
+        if await self._engine.reset_prefix_cache() is not True:
+            raise TinkError("vLLM did not reset its prefix cache")
+
+    def became(self, name: str, digest: str, mode: SyncMode | None) -> None:
+        """The weights are `name` now, whole: serve them under that name only. None: the base.
+
+        Slots of other policies stay; those of the same policy end with it, because a policy has one
+        kind at a time.
+        """
+        kept = {}
+        for served in self._served.values():
+            same = mode is not None and _policy(served.name) == _policy(name)
+            if served.mode is SyncMode.ADAPTER and not same:
+                kept[served.name] = served
+            elif served.mode is SyncMode.ADAPTER:
+                self._models.lora_requests.pop(served.name, None)
+                self._release_when_idle(served)
+        self._served = kept
+        if mode is not None:
+            self._served[name] = Served(name=name, digest=digest, mode=mode)
+            self._count(name)
+        self._rename(name)
+        self._broken = None
+        self.state, self.reason, self.gate.refusal = ServerState.READY, None, None
+
+    def not_ready(self, reason: str, name: str) -> None:
+        """Refuse sampling: half of `name` may lie in the weights."""
+        self._broken = name
         self.state, self.reason = ServerState.NOT_READY, reason
-        self._gate.refusal = errors.NotReady(
+        self.gate.refusal = errors.NotReady(
             f"this server is NOT READY: {reason}; publish again or restart it"
         )
         logger.error("tink_rl: NOT READY: %s", reason)
@@ -435,24 +538,43 @@ class Policies:
         else:
             self._models.base_model_paths[:] = [type(path)(name=name, model_path=path.model_path)]
 
+    # -- full (see updates.py) --------------------------------------------------------------------
+
+    async def begin(self, body: dict[str, Any]) -> dict[str, Any]:
+        """See `FullUpdates.begin`."""
+        return await self.updates.begin(body)
+
+    async def finish(self, body: dict[str, Any]) -> dict[str, Any]:
+        """See `FullUpdates.finish`."""
+        return await self.updates.finish(body)
+
+    async def abort(self, body: dict[str, Any]) -> dict[str, Any]:
+        """End a full update early; one that has ended is fine."""
+        update = self.updates.current
+        if update is not None and update.update_id == body["update_id"]:
+            await self.updates.abort(update, str(body.get("reason", "its sender gave up"))[:300])
+        return {}
+
     # -- drop -------------------------------------------------------------------------------------
 
     async def drop(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Stop serving a version; requests that run on it end on it. Merged: the base is folded back.
+        """Stop serving a version; requests that run on it end on it. Merged, full: the base comes back.
 
         Raises:
             UnknownVersion: it is not served.
         """
         name = str(body["name"])
         version = PolicyVersion.parse(name)
-        self._leases.check(version.policy, body["epoch"])
-        async with self._lock:
+        self.leases.check(version.policy, body["epoch"])
+        async with self.lock:
             served = self._served.get(name)
+            if name == self._broken:
+                served = Served(name=name, digest="", mode=SyncMode.FULL)
             if served is None:
                 raise errors.UnknownVersion(
                     f"{name} is not served; served are {sorted(self._served) or 'none'}"
                 )
-            if served.mode is SyncMode.MERGED:
+            if served.mode is not SyncMode.ADAPTER:
                 await self._commit_merged(None, float(body["drain_timeout_s"]), body["on_running"])
             else:
                 del self._served[name]
@@ -469,8 +591,12 @@ class Policies:
         """Free an adapter once every request that was admitted while it had its name has ended."""
         self._draining[served.path] = served
         try:
-            while not await self._gate.drained(60.0):
+            while not await self.gate.drained(60.0):
                 logger.info("tink_rl: %s waits for running requests", served.name)
             await self.rpc("tink_release", served.path, served.lora_id)
         finally:
             self._draining.pop(served.path, None)
+
+
+def _policy(name: str) -> str:
+    return PolicyVersion.parse(name).policy

@@ -19,23 +19,31 @@ import torch
 from tink_rl.errors import (
     ChannelLost,
     ConfigError,
+    DigestMismatch,
     DtypeMismatch,
+    IncompleteGroup,
+    ModeUnavailable,
     StaleEpoch,
     TinkError,
     TruncatedPacket,
     UnknownVersion,
 )
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import check_values
+from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_values
+from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import host_store, modules
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights
+from tink_rl.server.layout import trace_layout
+from tink_rl.server.whole import WholeWriter
 from tink_rl.transport import communicator
 from tink_rl.transport.shared_memory import Segment, SegmentSpec
 from tink_rl.types import SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
 _NUM_SPARE_BUFFERS = 2
+_MAX_ABS_WHOLE = 1e6
+"""Largest magnitude of a whole weight: larger ones overflow and corrupt other requests too."""
 
 
 def _answers(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -102,9 +110,10 @@ class _Stage:
         """Look at the values of a buffer that has arrived."""
         if self.buffer.numel() != self.header.num_bytes:
             return  # `check` will say so
-        self.tensors = packet.unpack(self.header, self.buffer.cpu())
+        whole = self.header.mode is SyncMode.FULL
+        self.tensors = packet.unpack(self.header, self.buffer if whole else self.buffer.cpu())
         try:
-            check_values(self.tensors)
+            check_values(self.tensors, _MAX_ABS_WHOLE if whole else MAX_ABS_WEIGHT)
         except TinkError as error:
             self.refusal = error
 
@@ -115,6 +124,17 @@ class _Stage:
             raise self.refusal
 
 
+class _Update:
+    """A full version on its way in."""
+
+    def __init__(self, update_id: str, names: frozenset[str], epoch: int) -> None:
+        self.update_id, self.epoch = update_id, epoch
+        self.missing = set(names)
+        """Names that were announced and have not come."""
+        self.announced = names
+        self.chain = packet.DigestChain()
+
+
 class _State:
     """What one worker remembers between calls."""
 
@@ -123,6 +143,8 @@ class _State:
         self.shards: dict[str, modules.Shard] = {}
         self.golden: GoldenWeights | None = None
         self.folder: Folder | None = None
+        self.writer: WholeWriter | None = None
+        self.update: _Update | None = None
         self.max_lora_rank = 0
         self.adapter_dtype = "float32"
         self.stores: dict[int, Any] = {}
@@ -131,7 +153,8 @@ class _State:
         self.segments: dict[int, Segment] = {}
         """The trainer's shared memory, by epoch."""
         self._spare: list[torch.Tensor] = []
-        self.merged_digest: str | None = None
+        self.weights_digest: str | None = None
+        """Of the merged or full version in the served weights; None for the base."""
 
     def buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """Room for a packet, `[num_bytes] uint8`; an old one's where it fits.
@@ -178,12 +201,34 @@ class TinkWorkerExtension:
             state.adapter_dtype = str(lora.lora_dtype).removeprefix("torch.")
         if SyncMode.MERGED in options["modes"]:
             self._tink_load_golden(state, options)
+        no_full = None
+        if SyncMode.FULL in options["modes"]:
+            no_full = self._tink_trace_layout(state, options)
         self.tink_state_ = state
         return {
             "num_modules": len(state.shards),
             "adapter_dtype": state.adapter_dtype,
             "golden": state.golden.describe() if state.golden is not None else {},
+            "no_full": no_full,
         }
+
+    def _tink_trace_layout(self, state: _State, options: dict[str, Any]) -> str | None:
+        """Prepare full mode; why it cannot be offered, or None."""
+        worker: Any = self
+        model = worker.model_runner.get_model()
+        try:
+            layout = trace_layout(model, checkpoint_index(options["model_dir"]))
+        except Exception as error:  # an odd loader costs this server full mode, nothing else
+            logger.warning("tink_rl: no full mode on this server", exc_info=True)
+            return f"{type(error).__name__}: {error}"
+        state.writer = WholeWriter(
+            model,
+            layout,
+            vllm_config=worker.vllm_config,
+            dtype=worker.model_config.dtype,
+            device=worker.device,
+        )
+        return None
 
     def _tink_load_golden(self, state: _State, options: dict[str, Any]) -> None:
         worker: Any = self
@@ -282,8 +327,12 @@ class TinkWorkerExtension:
         """
         state = self._tink()
         header = packet.PacketHeader.from_json(header_json)
-        modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
-        _check_dtypes(header, state.adapter_dtype)
+        if header.mode is SyncMode.FULL:
+            self._tink_update(options["update_id"])
+            self._tink_writer().layout.check(header.tensors)
+        else:
+            modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
+            _check_dtypes(header, state.adapter_dtype)
         pieces, device = self._tink_source(header, options)
         stage = _Stage(header, state.buffer(header.num_bytes, device))
         state.stages[stage_id] = stage
@@ -300,7 +349,8 @@ class TinkWorkerExtension:
             return None, torch.device("cpu")
         if transport is Transport.SHM:
             segment = self._tink_segment(header, SegmentSpec.from_json(options["segment"]))
-            return functools.partial(_copied, segment.buffer), torch.device("cpu")
+            packet_bytes = segment.buffer[: header.num_bytes]
+            return functools.partial(_copied, packet_bytes), torch.device("cpu")
         task = self._tink_join_task(header.epoch)
         if task.state() != "done":
             raise ChannelLost(f"channel {header.epoch} is still joining")
@@ -314,7 +364,7 @@ class TinkWorkerExtension:
         segment = segments.get(header.epoch)
         if segment is None or segment.spec != spec:
             segment = segments[header.epoch] = Segment.attach(spec)
-        if spec.num_bytes != header.num_bytes:
+        if spec.num_bytes < header.num_bytes:
             raise TruncatedPacket(
                 f"the segment holds {spec.num_bytes} bytes, the header announced {header.num_bytes}"
             )
@@ -401,24 +451,131 @@ class TinkWorkerExtension:
     def tink_fold(self, stage_id: str | None) -> str | None:
         """Merged mode: serve golden + B·A of the stage (None: the base again); the digest.
 
-        No request may be running. After an exception the weights are undefined.
+        What a full version changed goes back to the checkpoint first. No request may be running.
+        After an exception the weights are undefined.
         """
         state = self._tink()
-        if state.folder is None:
+        if state.folder is None and stage_id is not None:
             raise ConfigError(
                 "the server was not started for merged mode; use --mode merged or both"
             )
-        if stage_id is None:
-            state.folder.fold({})
-            state.merged_digest = None
-            return None
-        stage = self._tink_stage(stage_id)
-        state.merged_digest = "undefined"
-        state.folder.fold(stage.tensors)
-        state.merged_digest = stage.header.digest
+        stage = self._tink_stage(stage_id) if stage_id is not None else None
+        state.weights_digest = "undefined"
+        if state.writer is not None and state.writer.touched:
+            state.writer.restore()
+            self._tink_reset_lora()
+        if state.folder is not None:
+            state.folder.fold(stage.tensors if stage is not None else {})
+        state.weights_digest = stage.header.digest if stage is not None else None
+        if stage is not None:
+            state.stages.pop(str(stage_id))
+            state.give_back(stage.buffer)
+        return state.weights_digest
+
+    # -- full -------------------------------------------------------------------------------------
+
+    def _tink_writer(self) -> WholeWriter:
+        writer = self._tink().writer
+        if writer is None:
+            raise ModeUnavailable("this server does not offer full mode; its log says why")
+        return writer
+
+    def _tink_update(self, update_id: str) -> _Update:
+        update = self._tink().update
+        if update is None or update.update_id != update_id:
+            raise UnknownVersion(f"no full update {update_id!r} is under way; begin again")
+        return update
+
+    @_answers
+    def tink_layout(self) -> list[list[str]]:
+        """Names of the checkpoint's tensors, by group that must be sent whole."""
+        return self._tink_writer().layout.describe()
+
+    @_answers
+    def tink_check_plan(self, plan: list[dict[str, Any]]) -> None:
+        """Check names, shapes and groups of everything that is going to be sent.
+
+        Raises:
+            UnknownModules, ShapeMismatch, IncompleteGroup.
+        """
+        layout = self._tink_writer().layout
+        layout.check(packet.specs_from_plan(plan))
+        layout.check_whole(item["name"] for item in plan)
+
+    @_answers
+    def tink_begin(self, update_id: str, names: list[str], epoch: int) -> None:
+        """Start a full version; `names` is what was announced, empty if nothing was."""
+        self._tink_writer().begin()
+        self._tink().update = _Update(update_id, frozenset(names), epoch)
+
+    @_answers
+    def tink_write(self, stage_id: str) -> int:
+        """Write the groups that a checked bucket completes; how many.
+
+        After an exception the weights are undefined.
+        """
+        state, stage = self._tink(), self._tink_stage(stage_id)
+        if state.update is None:
+            raise UnknownVersion("no full update is under way; begin again")
+        names = {spec.name for spec in stage.header.tensors}
+        if state.update.announced and not names <= state.update.missing:
+            raise IncompleteGroup(
+                f"{min(names - state.update.missing)!r} was not announced, or came twice"
+            )
+        before, state.weights_digest = state.weights_digest, "undefined"
+        num_groups = self._tink_writer().write(stage.tensors)
+        if not num_groups:
+            state.weights_digest = before
+        state.update.missing -= names
+        state.update.chain.add(stage.header.digest)
         state.stages.pop(stage_id)
         state.give_back(stage.buffer)
-        return state.merged_digest
+        return num_groups
+
+    @_answers
+    def tink_finish(self, update_id: str, digest: str) -> str:
+        """End a full version: the rest is the checkpoint's, slots are loaded again; the digest.
+
+        Raises:
+            IncompleteGroup: something is missing. DigestMismatch: another whole was sent.
+        """
+        state, update = self._tink(), self._tink_update(update_id)
+        if update.missing:
+            raise IncompleteGroup(
+                f"{len(update.missing)} announced tensors did not come, first {min(update.missing)!r}"
+            )
+        found = update.chain.digest()
+        if found != digest:
+            raise DigestMismatch(
+                f"the buckets hash to {found[:12]}, the sender says {digest[:12]}; publish again"
+            )
+        writer = self._tink_writer()
+        writer.finish(also=state.folder.touched if state.folder is not None else ())
+        if state.folder is not None:
+            state.folder.forget()
+        self._tink_reset_lora()
+        self._tink_end_update()
+        state.weights_digest = digest
+        return digest
+
+    @_answers
+    def tink_abort(self) -> None:
+        """Forget a full version that is not finished; what was written stays written."""
+        self._tink_end_update()
+        writer = self._tink().writer
+        if writer is not None:
+            writer.begin()
+
+    def _tink_end_update(self) -> None:
+        state, update = self._tink(), self._tink().update
+        if update is not None:  # its segment has the size of a bucket; the sender lets go of it too
+            state.segments.pop(update.epoch, None)
+        state.update = None
+
+    def _tink_reset_lora(self) -> None:
+        """Forget what the LoRA layers took from the old base; vLLM loads adapters again when asked."""
+        worker: Any = self
+        worker.model_runner.reset_lora_state()
 
     @_answers
     def tink_release(self, path: str, lora_id: int) -> None:
@@ -431,8 +588,8 @@ class TinkWorkerExtension:
 
     @_answers
     def tink_report(self) -> dict[str, Any]:
-        """What this worker holds: digest of the folded version, and of every adapter by path."""
-        return {"merged": self._tink().merged_digest, "adapters": host_store.digests()}
+        """What this worker holds: digest of the version in its weights, and of every adapter by path."""
+        return {"weights": self._tink().weights_digest, "adapters": host_store.digests()}
 
 
 def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:

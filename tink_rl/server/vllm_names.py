@@ -22,6 +22,11 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors as place_kernel_tensors,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.v1.worker import lora_model_runner_mixin
 
 TESTED_VLLM = ("0.31.0",)
@@ -38,7 +43,10 @@ __all__ = [
     "QKVParallelLinear",
     "RowParallelLinear",
     "finalize_layerwise_reload",
+    "get_layerwise_info",
     "initialize_layerwise_reload",
     "lora_model_runner_mixin",
+    "place_kernel_tensors",
     "set_current_vllm_config",
+    "to_meta_tensor",
 ]

@@ -193,11 +193,26 @@ class Replica:
         Raises:
             TinkError: what is wrong; the server serves what it served before.
         """
+        return self._stage(header, buffer, digest, {}, self._config.stage_timeout_s)
+
+    def _stage(
+        self,
+        header: PacketHeader,
+        buffer: torch.Tensor,
+        digest: Callable[[], str],
+        extra: dict[str, Any],
+        check_timeout_s: float,
+    ) -> str:
         timeout_s = self._config.stage_timeout_s
         header = header.named(header.policy, header.version, self.epoch)
         assert self._joined is not None
         transport = Transport(self._joined["transport"])
-        body = {"header": header.to_json(), "transport": transport, "timeout_s": timeout_s}
+        body = {
+            "header": header.to_json(),
+            "transport": transport,
+            "timeout_s": timeout_s,
+            **extra,
+        }
         if transport is Transport.SHM:
             body["segment"] = vars(self._fill_segment(buffer).spec)
         try:
@@ -211,16 +226,16 @@ class Replica:
         elif transport is not Transport.SHM:
             self._broadcast(stage_id, buffer, timeout_s)
         body = {"stage_id": stage_id, "digest": digest(), "timeout_s": timeout_s}
-        self._control("staged", body, timeout_s)
+        self._control("staged", body, check_timeout_s)
         return stage_id
 
     def _fill_segment(self, buffer: torch.Tensor) -> Segment:
-        """The packet in shared memory; a new segment where the last one has another size.
+        """The packet in shared memory; a new segment where the last one is too small.
 
         Raises:
             SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
         """
-        if self._segment is None or self._segment.buffer.numel() != buffer.numel():
+        if self._segment is None or self._segment.buffer.numel() < buffer.numel():
             try:
                 self._segment = Segment.create(buffer.numel())
             except errors.SegmentUnreachable:
@@ -228,7 +243,7 @@ class Replica:
                 if self._transport is Transport.AUTO:
                     self._transport = Transport.GLOO
                 raise
-        self._segment.buffer.copy_(buffer)
+        self._segment.buffer[: buffer.numel()].copy_(buffer)
         return self._segment
 
     def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
@@ -284,6 +299,90 @@ class Replica:
         }
         with contextlib.suppress(errors.UnknownVersion):
             self._control("drop", body, config.commit_timeout_s + config.drain_timeout_s)
+
+    # -- one full update --------------------------------------------------------------------------
+
+    def layout(self) -> list[list[str]]:
+        """Names of the served checkpoint's tensors, by group that must be sent whole.
+
+        Raises:
+            ModeUnavailable: the server does not offer full mode.
+        """
+        found: list[list[str]] = self.client.control("layout", timeout_s=30.0)["groups"]
+        return found
+
+    def make_room(self, num_bytes: int) -> None:
+        """Find out whether buckets of this size can travel as the channel does; else take gloo.
+
+        Asked before a full update begins: a stream of tensors cannot be read a second time.
+
+        Raises:
+            SegmentUnreachable: shared memory was asked for and is too small.
+        """
+        if self._joined is None or self._joined["transport"] != Transport.SHM:
+            return
+        try:
+            Segment.create(num_bytes).unlink()
+        except errors.SegmentUnreachable:
+            if self._transport is Transport.SHM:
+                raise
+            self.close()
+            self._transport = Transport.GLOO
+            self.ensure_channel()
+
+    def begin_update(
+        self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None
+    ) -> str:
+        """Let the server check what will be sent, and hold its requests; the update's id.
+
+        Raises:
+            TinkError: what is wrong; nothing has changed.
+        """
+        config = self._config
+        body = {
+            "policy": config.policy,
+            "version": version,
+            "epoch": self.epoch,
+            "base_fingerprint": base_fingerprint,
+            "plan": plan,
+            "timeout_s": config.stage_timeout_s,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        timeout_s = config.commit_timeout_s + config.drain_timeout_s
+        return str(self._control("begin", body, timeout_s)["update_id"])
+
+    def send_bucket(
+        self,
+        update_id: str,
+        header: PacketHeader,
+        buffer: torch.Tensor,
+        digest: Callable[[], str],
+    ) -> None:
+        """Send one bucket of a full update; returns once it is checked and written.
+
+        Raises:
+            TinkError: what is wrong; the update has ended.
+        """
+        config = self._config
+        timeout_s = config.stage_timeout_s + config.commit_timeout_s
+        self._stage(header, buffer, digest, {"update_id": update_id}, timeout_s)
+
+    def finish_update(self, update_id: str, digest: str) -> dict[str, Any]:
+        """Serve what was sent; `{"digest", "held_seconds"}` as the workers hold it then.
+
+        Raises:
+            IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
+        """
+        body = {"update_id": update_id, "digest": digest}
+        self._segment = None
+        return self._control("finish", body, self._config.commit_timeout_s)
+
+    def abort_update(self, update_id: str, reason: str) -> None:
+        """End a full update early; never raises."""
+        self._segment = None
+        with contextlib.suppress(TinkError):
+            self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)
 
 
 class Fleet:

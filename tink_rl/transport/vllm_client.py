@@ -7,17 +7,26 @@ only if it names the model that was asked for, and vLLM need not be installed.
 
 from __future__ import annotations
 
+import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from tink_rl import errors
 from tink_rl.transport import payloads
-from tink_rl.types import ServerStatus
+from tink_rl.types import ServerStatus, SyncMode
 
+if TYPE_CHECKING:
+    from tink_rl.transport.fleet import Fleet, Replica
+    from tink_rl.transport.whole_update import WholeUpdate
+
+logger = logging.getLogger("tink_rl")
+
+_SAY_EVERY_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 _CONTROL = "/tink/v1"
 CHUNK_BYTES = 8 * 2**20
@@ -36,6 +45,7 @@ class VLLMClient:
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
         connection_timeout: float = 0.0,
         group_port: int | None = None,
+        policy: str = "policy",
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Store; with `connection_timeout` > 0, wait that long for the server to answer.
@@ -48,6 +58,7 @@ class VLLMClient:
             connect_timeout_s: Deadline of opening one connection.
             connection_timeout: Seconds to wait for the server (TRL's name).
             group_port: Accepted for TRL's sake and not needed: the server names the port at join.
+            policy: Name under which whole tensors are served that TRL's weight interface sends.
             transport: For tests.
 
         Raises:
@@ -65,7 +76,9 @@ class VLLMClient:
             trust_env=False,
             limits=httpx.Limits(max_connections=256, max_keepalive_connections=256),
         )
-        self._communicator: Any = None
+        self.policy = policy
+        self._fleet: Fleet | None = None
+        self._update: WholeUpdate | None = None
         self.model: str | None = None
         if connection_timeout > 0:
             self.wait_until_reachable(connection_timeout)
@@ -149,12 +162,13 @@ class VLLMClient:
         return ServerStatus.from_json(self.control("status", timeout_s=timeout_s))
 
     def wait_until_reachable(self, timeout_s: float) -> None:
-        """Return once `/health` answers.
+        """Return once `/health` answers; logs every ten seconds what is waited for.
 
         Raises:
             ServerUnreachable: it did not within `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
+        start = said = time.monotonic()
+        deadline = start + timeout_s
         while True:
             try:
                 if self._send("GET", "/health", timeout_s=5.0).status_code == 200:
@@ -166,6 +180,14 @@ class VLLMClient:
                 raise errors.ServerUnreachable(
                     payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
                     replica=self.base_url,
+                )
+            if time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info(
+                    "waiting for the vLLM server at %s (%.0f of %g s); start one with `tink-rl serve MODEL`",
+                    self.base_url,
+                    said - start,
+                    timeout_s,
                 )
             time.sleep(0.2)
 
@@ -381,40 +403,115 @@ class VLLMClient:
     # -- TRL's weight interface -------------------------------------------------------------------
 
     def init_communicator(self, device: Any = "cpu") -> None:
-        """Nothing to do: a publish opens its own channel. Checks that the plugin is there.
+        """Check that whole tensors can be sent here; the channel itself opens with the first of them.
 
         Raises:
             PluginMissing, BadToken, ServerUnreachable.
+            ModeUnavailable: the server does not offer full mode.
         """
-        self.status()
+        modes = self.status().modes
+        if SyncMode.FULL not in modes:
+            raise errors.ModeUnavailable(
+                f"mode 'full': the server at {self.base_url} offers {', '.join(modes)}; restart it with "
+                "`tink-rl serve` of this release (a quantised server does not offer it)",
+                replica=self.base_url,
+            )
 
     def close_communicator(self) -> None:
-        """Nothing to close here: a channel belongs to `WeightSync`, which closes it."""
+        """Give lease and channel back. An update that `reset_prefix_cache` did not end is aborted."""
+        update, self._update = self._update, None
+        fleet, self._fleet = self._fleet, None
+        if update is not None:
+            update.abort("close_communicator() came before reset_prefix_cache()")
+        if fleet is not None:
+            fleet.close()
 
     def update_named_param(self, name: str, weights: Any) -> None:
-        """Not available: whole tensors do not travel in this release.
+        """Send one whole tensor under its name in the checkpoint.
+
+        The first one opens an update: the server holds requests and is NOT READY until
+        `reset_prefix_cache()`, with which TRL ends a series of these calls, makes what was sent the
+        served policy, `policy@N`. Tensors that were not sent are the checkpoint's then. Nothing half
+        is ever served.
 
         Raises:
-            UnsupportedAdapter: always.
+            UnknownModules, ShapeMismatch, NonFiniteWeights, ...: the update has ended; if something was
+                written already, the server is NOT READY until the next whole one.
         """
-        raise errors.UnsupportedAdapter(
-            f"update_named_param({name!r}): single tensors cannot be replaced; publish a LoRA policy "
-            "with tink_rl.WeightSync(...).publish()"
-        )
+        if self._update is None:
+            self._update = self._begin_update(None)
+        try:
+            self._update.add(name, weights)
+        except BaseException:
+            self._update = None
+            raise
 
     def update_model_params(self, model: Any) -> None:
-        """Not available: whole models do not travel in this release.
+        """Send all tensors of `model` (transformers, or PEFT: merged on the fly) and serve them.
+
+        Names, shapes and groups are checked before the first byte.
 
         Raises:
-            UnsupportedAdapter: always.
+            TinkError: what is wrong, or the update that `update_named_param` has under way.
         """
-        raise errors.UnsupportedAdapter(
-            "update_model_params: whole models cannot be replaced; publish a LoRA policy with "
-            "tink_rl.WeightSync(...).publish()"
-        )
+        from tink_rl.policy.whole import whole_source
+
+        if self._update is not None:
+            raise errors.ConfigError(
+                "update_named_param() has an update under way; end it with reset_prefix_cache()"
+            )
+        replica = self._replica()
+        source = whole_source(model, replica.layout())
+        update = self._begin_update(source.plan(self.status().dtype))
+        update.add_all(source.pairs())
+        update.finish()
 
     def reset_prefix_cache(self) -> None:
-        """Nothing to do: every version has a cache of its own (name and salt)."""
+        """End the update that `update_named_param` began: serve what was sent, under `policy@N`.
+
+        Without one there is nothing to do: every version has a cache of its own (name and salt).
+
+        Raises:
+            IncompleteGroup: some tensors were sent without others of the same module.
+            CommitFailed: the server is NOT READY until the next whole update.
+        """
+        update, self._update = self._update, None
+        if update is not None:
+            update.finish()
+
+    def _replica(self) -> Replica:
+        from tink_rl.config import SyncConfig
+        from tink_rl.transport.fleet import Fleet, Replica
+
+        if self._fleet is None:
+            config = SyncConfig(policy=self.policy, mode=SyncMode.FULL)
+            self._fleet = Fleet([Replica(self, config, writer=f"client-{uuid.uuid4().hex[:12]}")])
+        replica = self._fleet.replicas[0]
+        replica.ensure_channel()
+        return replica
+
+    def _begin_update(self, plan: list[dict[str, Any]] | None) -> WholeUpdate:
+        from tink_rl.transport.whole_update import BUCKET_BYTES, WholeUpdate
+
+        replica, status = self._replica(), self.status()
+        assert self._fleet is not None
+        last = max([replica.last_version, *(_version(n, self.policy) for n in status.served)])
+        replica.last_version = last + 1
+        update = WholeUpdate(
+            self._fleet,
+            policy=self.policy,
+            version=last + 1,
+            base_fingerprint=status.base_fingerprint,
+            dtype=status.dtype,
+            bucket_bytes=BUCKET_BYTES,
+        )
+        update.begin(plan)
+        return update
+
+
+def _version(name: str, policy: str) -> int:
+    head, _, number = name.rpartition("@")
+    return int(number) if head == policy and number.isdecimal() else 0
 
 
 def _chat_choice(choice: dict[str, Any], prompt_ids: list[int]) -> dict[str, Any]:

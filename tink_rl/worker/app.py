@@ -28,7 +28,6 @@ from tink_rl.worker.service import WorkerService
 from tink_rl.worker.work import Ticket
 
 _LOG = logging.getLogger(__name__)
-MAX_BODY_BYTES = 8 * 2**20
 REPLAYED = "Tink-Replayed"
 """Header of a sampling answer: whether it is that of an earlier request with the same id."""
 _DISCONNECTED = "waitress.client_disconnected"
@@ -202,10 +201,10 @@ def _json_body() -> Any:
             f"{' with Content-Encoding' if 'Content-Encoding' in request.headers else ''}; send "
             "`Content-Type: application/json`, not compressed"
         )
-    request.max_content_length = MAX_BODY_BYTES
+    request.max_content_length = schemas.MAX_BODY_BYTES
     value = strict_json.parse(request.get_data(cache=False))
     given = value.get("request_id") if isinstance(value, dict) else None
-    if isinstance(given, str) and re.match(schemas.REQUEST_ID, given):
+    if isinstance(given, str) and re.fullmatch(schemas.REQUEST_ID, given):
         g.request_id = given  # from here on errors carry it
     return value
 

@@ -26,8 +26,8 @@ from waitress.wasyncore import close_all
 from tink_rl.errors import ConfigError, PortTaken
 from tink_rl.launch import port_holder
 from tink_rl.worker.problems import body_of, code_of, new_request_id
+from tink_rl.worker.schemas import MAX_BODY_BYTES
 
-MAX_BODY_BYTES = 8 * 2**20
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_HEADER_FIELDS = 100
 HEADER_S = 10.0

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 from tink_rl.errors import BadRequest
 from tink_rl.types import Completion, SamplingParams
 
+MAX_BODY_BYTES = 8 * 2**20
 MAX_PROMPTS = 64
 MAX_N = 16
 MAX_COMPLETIONS = 256

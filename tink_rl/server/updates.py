@@ -1,0 +1,204 @@
+"""A full update of one API server: begin, bucket by bucket, finish. Speaks for the server while it runs.
+
+`full` cannot stage a second model beside the served one, so from `begin` to `finish` new requests are
+held at the gate and the server calls itself NOT READY. Every bucket is checked whole before any of it
+is written. What ends early before the first write leaves the old policy as it was; what ends early
+after it leaves the server NOT READY until a later version, or the base, was written whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tink_rl import errors
+from tink_rl.errors import TinkError
+from tink_rl.policy.packet import PacketHeader, specs_from_plan
+from tink_rl.types import PolicyVersion, SyncMode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tink_rl.server.policies import Policies
+
+logger = logging.getLogger("tink_rl.server")
+_LOOK_EVERY_S = 0.5
+
+
+@dataclass(kw_only=True)
+class Update:
+    """One full version on its way in."""
+
+    update_id: str
+    name: str
+    policy: str
+    version: int
+    epoch: int
+    idle_timeout_s: float
+    written: bool = False
+    """A bucket reached the weights (or may have)."""
+    num_busy: int = 0
+    """Requests about this update that are being answered."""
+    last_seen: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """The sender is alive inside the block."""
+        self.num_busy += 1
+        try:
+            yield
+        finally:
+            self.num_busy -= 1
+            self.last_seen = time.monotonic()
+
+
+class FullUpdates:
+    """The full updates of one server; at most one at a time, and no other commit beside it."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = policies
+        self.current: Update | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def layout(self) -> dict[str, Any]:
+        """Names of the checkpoint's tensors by group, as every rank sees them."""
+        return {"groups": (await self._policies.rpc("tink_layout"))[0]}
+
+    # -- begin ------------------------------------------------------------------------------------
+
+    async def begin(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Check what is going to be sent, hold new requests and let running ones end.
+
+        Raises:
+            TinkError: what is wrong with lease, mode, base or plan; nothing has changed.
+            DrainTimeout: running requests did not end; nothing has changed.
+        """
+        policies = self._policies
+        version = PolicyVersion(policy=body["policy"], version=int(body["version"]))
+        policies.leases.check(version.policy, body["epoch"])
+        policies.check_mode(SyncMode.FULL, version.policy)
+        policies.check_base(body["base_fingerprint"])
+        plan = body.get("plan")
+        if plan is not None:
+            specs_from_plan(plan)
+            await policies.rpc("tink_check_plan", plan)
+        await policies.lock.acquire()
+        try:
+            policies.leases.check(version.policy, body["epoch"])
+            policies.check_mode(SyncMode.FULL, version.policy)
+            update = Update(
+                update_id=f"{version}~{uuid.uuid4().hex[:8]}",
+                name=str(version),
+                policy=version.policy,
+                version=version.version,
+                epoch=int(body["epoch"]),
+                idle_timeout_s=float(body["timeout_s"]),
+            )
+            await policies.hold(float(body["drain_timeout_s"]), body["on_running"])
+            names = [item["name"] for item in plan or ()]
+            await policies.rpc("tink_begin", update.update_id, names, update.epoch)
+        except BaseException:
+            policies.gate.open()
+            policies.lock.release()
+            raise
+        self.current = update
+        self._watch = asyncio.create_task(self._watch_sender(update))
+        return {"update_id": update.update_id}
+
+    def find(self, update_id: Any) -> Update:
+        """The update under way.
+
+        Raises:
+            UnknownVersion: it ended, or never began.
+        """
+        if self.current is None or self.current.update_id != update_id:
+            raise errors.UnknownVersion(f"no full update {update_id!r} is under way; begin again")
+        return self.current
+
+    # -- buckets ----------------------------------------------------------------------------------
+
+    def check_header(self, header: PacketHeader, update_id: Any) -> None:
+        """Raise unless `header` is a bucket of the update under way."""
+        update = self.find(update_id)
+        if (header.policy, header.version) != (update.policy, update.version):
+            raise errors.BadRequest(
+                f"a bucket of {header.policy}@{header.version} came in the update to {update.name}"
+            )
+
+    async def write(self, update: Update, stage_id: str) -> None:
+        """Write a bucket that every worker has checked."""
+        before, update.written = update.written, True
+        counts = await self._policies.rpc("tink_write", stage_id)
+        update.written = before or any(counts)
+
+    # -- end --------------------------------------------------------------------------------------
+
+    async def finish(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Serve what was sent, under its name only.
+
+        Raises:
+            IncompleteGroup, DigestMismatch: not all of it came.
+            CommitFailed: the server is NOT READY.
+        """
+        update, digest = self.find(body["update_id"]), str(body["digest"])
+        policies, before = self._policies, update.written
+        try:
+            with update.busy():
+                policies.leases.check(update.policy, update.epoch)
+                update.written = True  # finishing writes too: what is not sent is restored
+                await policies.rpc("tink_finish", update.update_id, digest)
+                await policies.forget_cache()
+        except (errors.IncompleteGroup, errors.DigestMismatch, errors.StaleEpoch) as error:
+            update.written = before  # found before anything was written
+            await self.abort(update, str(error))
+            raise
+        except Exception as error:
+            await self.abort(update, f"finishing failed: {error}")
+            raise errors.CommitFailed(
+                f"the full update to {update.name} failed at its end ({error}); the server is NOT "
+                "READY until the next full or merged publish, or a restart"
+            ) from error
+        policies.became(update.name, digest, SyncMode.FULL)
+        held_s = time.monotonic() - update.start
+        self._end()
+        return {"held_seconds": held_s, "digest": await policies.read_back(update.name)}
+
+    async def abort(self, update: Update, reason: str) -> None:
+        """End `update` without serving it; an update that has ended is fine."""
+        if self.current is not update:
+            return
+        try:
+            await self._policies.rpc("tink_abort")
+        except TinkError as error:
+            logger.warning("tink_rl: aborting %s: %s", update.name, error)
+        if update.written:
+            self._policies.not_ready(
+                f"the full update to {update.name} ended midway: {reason}", update.name
+            )
+        self._end()
+
+    def _end(self) -> None:
+        self.current = None
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
+        self._watch = None
+        self._policies.gate.open()
+        self._policies.lock.release()
+
+    async def _watch_sender(self, update: Update) -> None:
+        """A sender that died must not hold requests for ever."""
+        leases = self._policies.leases
+        while self.current is update:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if update.num_busy:
+                continue
+            if not leases.holds(update.policy, update.epoch):
+                await self.abort(update, "its sender's lease ended")
+            elif time.monotonic() - update.last_seen > update.idle_timeout_s:
+                await self.abort(update, f"nothing came for {update.idle_timeout_s:g} s")

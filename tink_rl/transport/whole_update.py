@@ -1,0 +1,171 @@
+"""The sender of a full update: whole tensors to every replica, bucket by bucket, one transaction.
+
+`begin` holds the servers' requests, `add` fills a bucket and sends it when it is full, `finish` makes
+what was sent the served policy. Whatever fails ends the update on all replicas: a server to which
+nothing was written yet goes on as before, any other is NOT READY until a later update is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from tink_rl import errors
+from tink_rl.policy import packet
+from tink_rl.types import SyncMode
+
+if TYPE_CHECKING:
+    import torch
+
+    from tink_rl.transport.fleet import Fleet, Replica
+
+BUCKET_BYTES = 64 * 2**20
+"""Bytes of whole tensors that travel, and wait, at once, unless said otherwise."""
+
+
+class WholeUpdate:
+    """One full version on its way to all replicas of a fleet."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        policy: str,
+        version: int,
+        base_fingerprint: str,
+        dtype: str,
+        bucket_bytes: int,
+    ) -> None:
+        """Store; `begin` speaks to the servers."""
+        self._fleet = fleet
+        self._policy, self._version = policy, version
+        self._fingerprint, self._dtype = base_fingerprint, dtype
+        self._bucket_bytes = bucket_bytes
+        self._ids: dict[str, str] = {}
+        self._bucket: dict[str, torch.Tensor] = {}
+        self._filled = 0
+        self._room: torch.Tensor | None = None
+        self._chain = packet.DigestChain()
+        self.num_bytes = 0
+        """Sent so far, to each replica."""
+
+    @property
+    def name(self) -> str:
+        """The version that is being sent."""
+        return f"{self._policy}@{self._version}"
+
+    def begin(self, plan: list[dict[str, Any]] | None) -> None:
+        """Let every replica check `plan` (None: nothing is known beforehand) and hold its requests.
+
+        Raises:
+            TinkError: a replica refuses; nothing has changed on any.
+        """
+
+        def begin(replica: Replica) -> None:
+            replica.make_room(self._bucket_bytes)
+            self._ids[replica.url] = replica.begin_update(
+                version=self._version, base_fingerprint=self._fingerprint, plan=plan
+            )
+
+        with self._ended_on_failure():
+            self._fleet.each(begin)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; it is sent in the server's dtype, now or with the ones that follow.
+
+        Raises:
+            TinkError: a replica refused the bucket; the update has ended on all.
+        """
+        with self._ended_on_failure():
+            self._take(name, tensor)
+
+    def add_all(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """`add` each of `pairs`; the update also ends if reading them fails."""
+        with self._ended_on_failure():
+            for name, tensor in pairs:
+                self._take(name, tensor)
+
+    def _take(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        if name in self._bucket:
+            raise errors.BadRequest(f"tensor {name!r} came twice")
+        # Copied now: what is given may be a view that its owner writes to again.
+        moved = tensor.detach().to(device="cpu", dtype=getattr(torch, self._dtype), copy=True)
+        size = moved.numel() * moved.element_size()
+        if self._bucket and self._filled + size > self._bucket_bytes:
+            self._flush()
+        self._bucket[name] = moved
+        self._filled += size
+
+    @property
+    def digest(self) -> str:
+        """Of all buckets sent so far."""
+        return self._chain.digest()
+
+    def finish(self) -> float:
+        """Serve what was sent; the longest hold in seconds.
+
+        Raises:
+            IncompleteGroup, CommitFailed, DigestMismatch, ...
+        """
+        with self._ended_on_failure():
+            self._flush()
+            digest = self.digest
+            answers = self._fleet.each(
+                lambda replica: replica.finish_update(self._ids[replica.url], digest)
+            )
+            for replica, answer in zip(self._fleet.replicas, answers, strict=True):
+                if answer["digest"] != digest:
+                    raise errors.DigestMismatch(
+                        f"{replica.url} holds {answer['digest']}, sent was {digest}",
+                        replica=replica.url,
+                    )
+        return max(float(answer["held_seconds"]) for answer in answers)
+
+    def abort(self, reason: str) -> None:
+        """End the update on every replica; never raises."""
+        for replica in self._fleet.replicas:
+            update_id = self._ids.pop(replica.url, None)
+            if update_id is not None:
+                replica.abort_update(update_id, reason)
+        self._bucket = {}
+
+    @contextlib.contextmanager
+    def _ended_on_failure(self) -> Any:
+        try:
+            yield
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}"[:200])
+            raise
+
+    def _flush(self) -> None:
+        if not self._bucket:
+            return
+        header, buffer = packet.pack(
+            self._bucket,
+            mode=SyncMode.FULL,
+            base_fingerprint=self._fingerprint,
+            rank=0,
+            out=self._room,
+        )
+        if self._room is None or self._room.numel() < buffer.numel():
+            self._room = buffer
+        self._bucket, self._filled = {}, 0
+        header = header.named(self._policy, self._version, 0)
+        digest = in_background(lambda: packet.digest_of(header, buffer))
+        self._fleet.each(
+            lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
+        )
+        self._chain.add(digest())
+        self.num_bytes += buffer.numel()
+
+
+def in_background(work: Callable[[], str]) -> Callable[[], str]:
+    """Start `work` in a thread; what is returned waits for it and gives its result."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="tink-digest")
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future.result

@@ -22,7 +22,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import Adapter, AdapterCollector, check_values, from_peft_dir
+from tink_rl.policy.adapter import Adapter, AdapterCollector, check_packed, from_peft_dir
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
@@ -224,8 +224,6 @@ class WeightSync:
             self.open()
         with watch(Phase.COLLECT):
             adapter = _collect(source, self._wire_dtype())
-        with watch(Phase.NORMALISE):
-            check_values(adapter.tensors)
         with watch(Phase.PACK):
             header, buffer = packet.pack(
                 adapter.tensors,
@@ -234,6 +232,8 @@ class WeightSync:
                 rank=adapter.rank,
                 out=self._spare,
             )
+        with watch(Phase.NORMALISE):
+            check_packed(header, buffer)
         if self.current is not None and self._is_last(header, buffer):
             return replace(
                 self.current,
@@ -370,7 +370,9 @@ class WeightSync:
         name = f"{self.config.policy}@{version}"
         named = header.named(self.config.policy, version, 0)
         digest = in_background(lambda: packet.digest_of(named, buffer))
-        held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch))
+        retire = self._superseded()
+        held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch, retire))
+        self._kept = [kept for kept in self._kept if kept not in retire]
         named = replace(named, digest=digest())
         gap = None
         if probe is not None:
@@ -440,8 +442,9 @@ class WeightSync:
         buffer: torch.Tensor,
         digest: Callable[[], str],
         watch: _Watch,
+        retire: Sequence[str] = (),
     ) -> float:
-        """Stage on all, then commit on all; the longest hold in seconds."""
+        """Stage on all, then commit on all and drop `retire`; the longest hold in seconds."""
         stages: dict[str, str] = {}
 
         def stage(replica: Replica) -> None:
@@ -458,7 +461,7 @@ class WeightSync:
                     replica.discard(stages[replica.url])
             raise
         with watch(Phase.COMMIT):
-            answers = self.fleet.each(lambda replica: replica.commit(stages[replica.url]))
+            answers = self.fleet.each(lambda replica: replica.commit(stages[replica.url], retire))
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
                 if answer["digest"] != digest():
@@ -467,6 +470,10 @@ class WeightSync:
                         replica=replica.url,
                     )
         return max(float(answer["held_seconds"]) for answer in answers)
+
+    def _superseded(self) -> list[str]:
+        """Slot versions that a commit may drop: not the current one, which stays until the next is proven."""
+        return self._kept[: -max(1, self.config.keep_versions - 1)]
 
     def _retire(self, name: str) -> None:
         if self.mode is not SyncMode.ADAPTER:

@@ -80,6 +80,29 @@ def test_adapter_versions_stay_side_by_side_until_they_retire(server, twin):
             served_greedy(server, first, [[5, 6]])
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_as_many_versions_stay_as_asked_for(server, twin, keep):
+    with sync_to(server, twin.directory, "adapter", keep_versions=keep) as sync:
+        names = []
+        for seed in range(5):
+            twin.randomise(seed)
+            names.append(sync.publish(twin.model).name)
+        served = {n for n in server.client().status().served if n.startswith("policy@")}
+        assert served == set(names[-keep:])
+
+
+def test_commit_drops_versions_of_its_own_policy_only(server, twin):
+    with (
+        sync_to(server, twin.directory, "adapter", policy="other") as other,
+        sync_to(server, twin.directory, "adapter") as sync,
+    ):
+        name = other.publish(random_adapter(twin, 1)).name
+        sync._kept = [name, "policy@998", "policy@999"]
+        with pytest.raises(errors.BadRequest, match="whose lease this is"):
+            sync.publish(random_adapter(twin, 2))
+        assert set(server.client().status().served) == {name}
+
+
 @MODES
 def test_requests_that_run_during_a_commit_end_whole_on_one_version(server, twin, mode):
     with sync_to(server, twin.directory, mode) as sync:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,7 @@ from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends.vllm import VLLMSampler
 
 pytestmark = pytest.mark.server
-NUM_ADAPTERS = 32
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
-
-
-@dataclass
-class Golden:
-    """One adapter on disk, and what it answers."""
-
-    name: str
-    path: Path
-    cases: dict[tuple[int, ...], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +26,10 @@ def twin(model_dir):
     return PeftTwin(model_dir("qwen3"))
 
 
-@pytest.fixture(scope="module")
-def goldens(twin, tmp_path_factory):
+@pytest.fixture
+def goldens(golden_adapters):
     """32 adapters that answer differently from the base, and from each other."""
-    root, found = tmp_path_factory.mktemp("adapters"), []
-    for seed in range(NUM_ADAPTERS):
-        twin.randomise(seed)
-        path = root / f"adapter-{seed}"
-        twin.model.save_pretrained(path)
-        found.append(Golden(f"adapter-{seed}", path, twin.clear_cases(count=2)))
-    assert len({str(golden.cases) for golden in found}) == NUM_ADAPTERS
-    return found
+    return golden_adapters
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tink_rl import errors
 from tink_rl.policy import packet
+from tink_rl.policy.adapter import check_packed
 from tink_rl.types import SyncMode
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -96,3 +97,25 @@ def test_malformed_header_is_refused(data):
 def test_other_protocol_version_says_so():
     with pytest.raises(errors.ProtocolMismatch, match="same tink-rl release"):
         packet.PacketHeader.from_json(_broken(protocol=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (float("nan"), errors.NonFiniteWeights),
+        (float("-inf"), errors.NonFiniteWeights),
+        (-2e4, errors.WeightOutOfRange),
+    ],
+)
+def test_bad_value_anywhere_in_a_packet_names_its_tensor(dtype, value, error):
+    tensors = {name: torch.ones(3, 5).to(dtype) for name in ("a", "b", "c")}
+    tensors["b"][2, 4] = value
+    header, buffer = _pack(tensors)
+    with pytest.raises(error, match="'b'"):
+        check_packed(header, buffer)
+
+
+def test_good_values_pass_in_one_dtype_and_in_several():
+    check_packed(*_example())
+    check_packed(*_pack({"a": torch.ones(3), "b": torch.ones(3).bfloat16()}))

@@ -14,10 +14,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flask import Flask
 
 from tests.stub_vllm import BASE, StubVLLM
 from tests.worker_rig import WorkerCommand, in_threads, wait_until
-from tink_rl.errors import BadToken, ConfigError
+from tink_rl.errors import BadToken, ConfigError, NotSupportedByBackend
+from tink_rl.settings import Settings
+from tink_rl.worker import build
+from tink_rl.worker.app import blueprint
 from tink_rl.worker.auth import Scope, Tokens
 from tink_rl.worker.http_server import bind
 from tink_rl.worker.options import WorkerOptions, load_options
@@ -107,6 +111,35 @@ def test_a_stock_server_is_sampled_through_the_worker(tmp_path):
         assert answer["completions"][0]["token_ids"] == [1, 2]
         models = httpx.get(f"{command.url}/api/v1/models").json()["models"]
         assert [m["model_id"] for m in models] == [BASE]
+
+
+def test_the_blueprint_of_an_existing_app_takes_everything_from_the_environment(
+    tmp_path, monkeypatch
+):
+    with StubVLLM() as vllm:
+        monkeypatch.setenv("VLLM_BASE_URL", vllm.url)
+        monkeypatch.setenv("TINK_STORE_DIR", str(tmp_path / "store"))
+        monkeypatch.setenv("TINK_TOKEN_FILE", str(tmp_path / "token"))
+        service = build.service_from_environment()
+        monkeypatch.setattr(build, "service_from_environment", lambda: service)
+        app = Flask("somebody-elses")
+        app.register_blueprint(blueprint())
+        http = app.test_client()
+        answer = http.post("/api/v1/sample", json={"prompts": ["x"], "sampling_params": {"n": 2}})
+        assert [c["token_ids"] for c in answer.json["completions"]] == [[1, 2]] * 2
+        token = (tmp_path / "token").read_text().strip()
+        assert http.get("/metrics").status_code == 401
+        figures = http.get("/metrics", headers={"Authorization": f"Bearer {token}"})
+        assert figures.status_code == 200
+        service.stop()
+
+
+def test_megatron_is_served_if_the_settings_say_so(tmp_path):
+    options = WorkerOptions(admin_token_file=str(tmp_path / "token"))
+    service = build.build_service(Settings.load({"use_megatron": True}), options)
+    assert service.backend.describe()["backend"] == "megatron"
+    with pytest.raises(NotSupportedByBackend, match="no adapters"):
+        service.register("x", "/x")
 
 
 def test_a_taken_port_is_exit_3_and_one_line_before_anything_is_loaded(tmp_path):

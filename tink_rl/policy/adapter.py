@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
+from tink_rl.policy.packet import PacketHeader, unpack
 from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
 from tink_rl.policy.support import check_supported
 
@@ -79,6 +80,20 @@ def check_values(tensors: Mapping[str, torch.Tensor], bound: float = MAX_ABS_WEI
                 given=value,
                 expected=bound,
             )
+
+
+def check_packed(header: PacketHeader, buffer: torch.Tensor, bound: float = MAX_ABS_WEIGHT) -> None:
+    """`check_values` of a whole packet in one pass; the tensors are looked at only to name a culprit.
+
+    Raises:
+        NonFiniteWeights, WeightOutOfRange: as `check_values`.
+    """
+    dtypes = {spec.dtype for spec in header.tensors}
+    if len(dtypes) == 1:
+        low, high = torch.aminmax(buffer.view(getattr(torch, dtypes.pop())))
+        if torch.maximum(-low, high).item() <= bound:  # False for a NaN
+            return
+    check_values(unpack(header, buffer), bound)
 
 
 @dataclass(frozen=True, kw_only=True)

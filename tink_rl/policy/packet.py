@@ -191,8 +191,9 @@ def pack(
         buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     for spec, (_, tensor) in zip(specs, ordered, strict=True):
         view(buffer, spec).copy_(tensor.detach(), non_blocking=pin_memory)
-        end = spec.offset + spec.num_bytes
-        buffer[end : spec.offset + _aligned(spec.num_bytes)] = 0  # padding is hashed too
+        end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
+        if end < aligned:
+            buffer[end:aligned] = 0  # padding is hashed too
     if pin_memory:
         torch.cuda.synchronize()
     header = PacketHeader(

@@ -25,7 +25,7 @@ from tink_rl.server.updates import FullUpdates, Update
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
-_POLL_S = (0.0005, 0.001, 0.001, 0.002, 0.005, 0.01)
+_POLL_S = (0.0005, *([0.001] * 12), 0.002, 0.005, 0.01)
 
 
 @dataclass(kw_only=True)
@@ -371,7 +371,7 @@ class Policies:
     # -- commit -----------------------------------------------------------------------------------
 
     async def commit(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Serve a staged version; answers what every worker then holds.
+        """Serve a staged version and stop serving those of `retire`; answers what every worker then holds.
 
         Raises:
             DrainTimeout: running requests did not end; nothing was written.
@@ -383,6 +383,12 @@ class Policies:
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
         if staged.update is not None:
             raise errors.BadRequest("a bucket of a full update is not committed; call finish")
+        retire = [str(name) for name in body.get("retire", ())]
+        for name in retire:
+            if PolicyVersion.parse(name).policy != staged.header.policy:
+                raise errors.BadRequest(
+                    f"{name} is no version of {staged.header.policy!r}, whose lease this is"
+                )
         async with self.lock:
             self.check_mode(staged.header.mode, staged.header.policy)
             if staged.header.mode is SyncMode.ADAPTER:
@@ -392,6 +398,8 @@ class Policies:
                     staged, float(body["drain_timeout_s"]), body["on_running"]
                 )
             held_s: float = await self._all_or_none(staged, work)
+            for name in retire:
+                self._retire_slot(name)
         self._stages.pop(staged.stage_id, None)
         self._count(staged.name)
         return {"held_seconds": held_s, "digest": await self.read_back(staged.name)}
@@ -577,10 +585,17 @@ class Policies:
             if served.mode is not SyncMode.ADAPTER:
                 await self._commit_merged(None, float(body["drain_timeout_s"]), body["on_running"])
             else:
-                del self._served[name]
-                self._models.lora_requests.pop(name, None)
-                self._release_when_idle(served)
+                self._retire_slot(name)
         return {}
+
+    def _retire_slot(self, name: str) -> None:
+        """Stop serving a slot version, if it is served; requests that run on it end on it."""
+        served = self._served.get(name)
+        if served is None or served.mode is not SyncMode.ADAPTER:
+            return
+        del self._served[name]
+        self._models.lora_requests.pop(name, None)
+        self._release_when_idle(served)
 
     def _release_when_idle(self, served: Served) -> None:
         task = asyncio.create_task(self._release(served))

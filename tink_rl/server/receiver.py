@@ -29,7 +29,7 @@ from tink_rl.errors import (
     UnknownVersion,
 )
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_values
+from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_packed
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import host_store, modules
 from tink_rl.server.folding import Folder
@@ -113,7 +113,7 @@ class _Stage:
         whole = self.header.mode is SyncMode.FULL
         self.tensors = packet.unpack(self.header, self.buffer if whole else self.buffer.cpu())
         try:
-            check_values(self.tensors, _MAX_ABS_WHOLE if whole else MAX_ABS_WEIGHT)
+            check_packed(self.header, self.buffer, _MAX_ABS_WHOLE if whole else MAX_ABS_WEIGHT)
         except TinkError as error:
             self.refusal = error
 

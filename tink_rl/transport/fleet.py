@@ -274,8 +274,11 @@ class Replica:
         with contextlib.suppress(TinkError):
             self._control("discard", {"stage_id": stage_id}, 5.0)
 
-    def commit(self, stage_id: str) -> dict[str, Any]:
-        """Serve a stage; `{"digest", "held_seconds"}` as the workers hold it then.
+    def commit(self, stage_id: str, retire: Sequence[str] = ()) -> dict[str, Any]:
+        """Serve a stage, and stop serving the slot versions `retire` of the same policy.
+
+        Returns:
+            `{"digest", "held_seconds"}` as the workers hold it then.
 
         Raises:
             DrainTimeout, CommitFailed, WorkersDiffer.
@@ -283,6 +286,7 @@ class Replica:
         config = self._config
         body = {
             "stage_id": stage_id,
+            "retire": list(retire),
             "drain_timeout_s": config.drain_timeout_s,
             "on_running": config.on_running,
         }

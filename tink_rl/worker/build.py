@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,10 @@ def build_service(settings: Settings, options: WorkerOptions) -> WorkerService:
 
 
 def service_from_environment() -> WorkerService:
-    """As `build_service`, with everything from the environment."""
-    return build_service(Settings.load(), load_options())
+    """As `build_service`, with everything from the environment; stopped when the process ends."""
+    service = build_service(Settings.load(), load_options())
+    atexit.register(service.stop)
+    return service
 
 
 def join_roots(roots: Sequence[str]) -> str | None:

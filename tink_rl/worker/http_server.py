@@ -91,6 +91,8 @@ class _Channel(HTTPChannel):
     close_when_flushed: bool
     timed_request: Any = None
     request_began = 0.0
+    stalled_at: tuple[float, float] | None = None
+    """Since when (monotonic) part of an answer waits with this `last_activity`."""
     lingers_until: float | None = None
     lingered_bytes = 0
 
@@ -131,12 +133,21 @@ class _Channel(HTTPChannel):
         """Called in the main thread every second."""
         if self.lingers_until is not None:
             self.will_close = self.will_close or now > self.lingers_until
-        elif self.total_outbufs_len and time.time() - self.last_activity > STALL_S:
+        elif self._is_stalled(now):
             self.will_close = True  # a client that does not read would hold a thread for ever
         elif self.request is not None and not self.requests:
             limit = BODY_S if self.request.headers_finished else HEADER_S
             if now - self.request_began > limit:
                 self._give_up(limit)
+
+    def _is_stalled(self, now: float) -> bool:
+        """Whether the client took nothing for long. By checks, not by `last_activity` alone: that is
+        old when a long generation's answer has just been written."""
+        if not self.total_outbufs_len or self.stalled_at is None:
+            self.stalled_at = (self.last_activity, now) if self.total_outbufs_len else None
+        elif self.stalled_at[0] != self.last_activity:
+            self.stalled_at = (self.last_activity, now)
+        return self.stalled_at is not None and now - self.stalled_at[1] > STALL_S
 
     def _give_up(self, limit: float) -> None:
         request, self.request = self.request, None

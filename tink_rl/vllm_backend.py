@@ -13,33 +13,29 @@ need not be installed.
 
 from __future__ import annotations
 
-import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy.registry import AdapterRegistry, Registration, check_adapter_id
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.store import AdapterStore
-from tink_rl.residency.loaders import PathLoader, PluginLoader
-from tink_rl.residency.server_view import ServerView, base_dir, look, vocab_size
-from tink_rl.residency.table import AdapterVersion, Entry, Residency
+from tink_rl.residency.loaders import LoaderByServer
+from tink_rl.residency.names import Names, Target, adapter_version
+from tink_rl.residency.server_view import KnownServer
+from tink_rl.residency.table import Residency
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import Completion, PublishRecord, SamplingParams
 
 if TYPE_CHECKING:
     from tink_rl.weight_sync import WeightSync
-
-logger = logging.getLogger("tink_rl")
-T = TypeVar("T")
 
 __all__ = [
     "VLLMBackend",
@@ -58,42 +54,8 @@ __all__ = [
 
 Completions = list[list[Completion]]
 Config = Settings | Mapping[str, Any] | None
-_VERSIONED = re.compile(r"^(?P<id>[^@]+)@(?P<version>\d{1,18})$")
-MAX_TRIES = 4
-"""How often a request is sent whose model the server turned out not to serve (nothing was generated)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What a `model_id` means at one moment; a request that waits keeps the meaning it was admitted with.
-
-    Example: `Model(model_id="math", adapter=AdapterVersion(adapter_id="math", version=3, ...))`
-    """
-
-    model_id: str | None
-    """What was asked for; None is the base."""
-    adapter: AdapterVersion | None = None
-    """The registered version; None for the base and for names that the server itself serves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a request goes. Give it back with `VLLMBackend.release`."""
-
-    name: str
-    """The server's name for it."""
-    model: Model
-    version: int | None = None
-    digest: str | None = None
-    entry: Entry | None = None
-
-    def origin(self) -> dict[str, Any]:
-        """The fields of a `Completion` that say who sampled it."""
-        return {
-            "model_id": self.model.model_id,
-            "version": self.version,
-            "digest": self.digest,
-        }
+_WEIGHTS = "weights"
+"""Policy name of `update_model_weights`: the base answers as `weights@N` afterwards."""
 
 
 class VLLMBackend:
@@ -120,14 +82,14 @@ class VLLMBackend:
         self.store = AdapterStore(self.settings.tink_store_dir)
         self.registry = AdapterRegistry(self.store.root)
         self.client = client or _client(self.settings)
-        self._residency = Residency(
-            _LoaderByServer(self), capacity=self.settings.tink_max_resident_adapters
+        self.server = KnownServer(
+            self.client, self.settings.tink_base_model, lambda: self._residency.forget_all()
         )
-        self._view: ServerView | None = None
-        self._incarnation: str | None = None
-        self._current: dict[str, int] = {}
-        self._vocab: dict[str, int | None] = {}
-        self._lock = threading.Lock()
+        self._residency = Residency(
+            LoaderByServer(self.server, self.store),
+            capacity=self.settings.tink_max_resident_adapters,
+        )
+        self.names = Names(self.registry, self._residency, self.server)
         self._sync: WeightSync | None = None
         self._sync_lock = threading.Lock()
 
@@ -152,36 +114,6 @@ class VLLMBackend:
         """
         self.client.wait_until_reachable(self.settings.vllm_timeout)
         return self
-
-    # -- the server -------------------------------------------------------------------------------
-
-    def view(self, *, fresh: bool = False) -> ServerView:
-        """What is known of the server; asks it if nothing is, or with `fresh`.
-
-        Raises:
-            ServerUnreachable, RequestTimeout, NotReady.
-        """
-        view = self._view
-        if view is None or fresh:
-            view = look(self.client)
-            found = view.status.incarnation if view.status is not None else None
-            with self._lock:
-                restarted = self._incarnation not in (None, found)
-                self._view, self._incarnation = view, found
-            if restarted:
-                logger.warning("the vLLM server at %s was restarted", self.client.base_url)
-                self._residency.forget_all()
-        return view
-
-    def base_dir(self) -> Path | None:
-        """Directory of the base model, as far as it can be read here; asks the server if need be."""
-        try:
-            view = self.view()
-        except errors.ServerUnreachable:
-            if self.settings.tink_base_model is None:
-                raise
-            view = None
-        return base_dir(view, self.settings.tink_base_model)
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -212,7 +144,7 @@ class VLLMBackend:
         before = self.registry.current(adapter_id)
         allowed = roots if roots is not None else (self.settings.adapter_roots or None)
         base = self._base_shapes()
-        self._check_free(adapter_id)
+        self.names.check_free(adapter_id)
         stored = self.store.add(lora_path, roots=allowed, base=base, max_rank=self._max_rank())
         found = self.registry.register(
             adapter_id,
@@ -220,12 +152,11 @@ class VLLMBackend:
             lora_path,
             expected_version=before.version if before is not None else 0,
         )
-        self._current[adapter_id] = found.version
-        self._residency.retire(adapter_id, keep=found.version)
+        self.names.registered(found)
         return found
 
     def _base_shapes(self) -> BaseShapes | None:
-        directory = self.base_dir()
+        directory = self.server.base_dir()
         if directory is not None:
             return BaseShapes.from_model_dir(directory)
         if self.settings.tink_allow_unverified_base:
@@ -237,18 +168,9 @@ class VLLMBackend:
         )
 
     def _max_rank(self) -> int:
-        status = self._view.status if self._view is not None else None
-        return (
-            status.max_lora_rank if status is not None else 0
-        ) or self.settings.vllm_max_lora_rank
-
-    def _check_free(self, adapter_id: str) -> None:
-        view = self._view
-        if view is not None and adapter_id in {view.base, *view.names}:
-            raise errors.BadRequest(
-                f"adapter_id {adapter_id!r} is a name that {self.client.base_url} itself serves; take "
-                "another one"
-            )
+        view = self.server.known
+        slots = view.status.max_lora_rank if view is not None and view.status is not None else 0
+        return slots or self.settings.vllm_max_lora_rank
 
     def unregister(self, adapter_id: str) -> None:
         """Let `adapter_id` mean nothing any more; requests under way end on it.
@@ -257,7 +179,7 @@ class VLLMBackend:
             UnknownAdapter: it means nothing now.
         """
         self.registry.unregister(adapter_id)
-        self._residency.retire(adapter_id)
+        self.names.unregistered(adapter_id)
 
     def list(self, *, details: bool = False) -> list[dict[str, Any]]:
         """`[{"adapter_id", "lora_path"}]` of every registered adapter, as the caller named the paths.
@@ -270,7 +192,7 @@ class VLLMBackend:
         for item in self.registry.list():
             row: dict[str, Any] = {"adapter_id": item.adapter_id, "lora_path": item.lora_path}
             if details:
-                name = _adapter(item).name
+                name = adapter_version(item).name
                 row |= {
                     "version": item.version,
                     "digest": item.digest,
@@ -281,114 +203,6 @@ class VLLMBackend:
                 }
             found.append(row)
         return found
-
-    # -- which model ------------------------------------------------------------------------------
-
-    def resolve(self, model_id: str | None) -> Model | None:
-        """What `model_id` means now, by what is known here; None if only the server can say.
-
-        Raises:
-            UnknownAdapter: `id@N` of a registered id that has no such version.
-        """
-        if model_id is None:
-            return Model(model_id=None)
-        current = self.registry.current(model_id)
-        if current is not None:
-            self._note_current(current)
-            return Model(model_id=model_id, adapter=_adapter(current))
-        match = _VERSIONED.match(model_id)
-        if match and self.registry.current(match["id"]) is not None:
-            old = self.registry.get(match["id"], int(match["version"]))
-            if old is None:
-                raise self._unknown(model_id)
-            return Model(model_id=model_id, adapter=_adapter(old))
-        if self._view is not None and model_id in {self._view.base, *self._view.names}:
-            return Model(model_id=model_id)
-        return None
-
-    def _note_current(self, current: Registration) -> None:
-        """Retire what another process replaced."""
-        if self._current.get(current.adapter_id) != current.version:
-            self._current[current.adapter_id] = current.version
-            self._residency.retire(current.adapter_id, keep=current.version)
-
-    def _unknown(self, model_id: str) -> errors.UnknownAdapter:
-        ids = [item.adapter_id for item in self.registry.list()]
-        names = list(self._view.names) if self._view is not None else []
-        known = ", ".join((ids + names)[:10]) or "none"
-        return errors.UnknownAdapter(
-            f"model_id {model_id!r} is neither a registered adapter nor served by "
-            f"{self.client.base_url} (known: {known}); register it with "
-            "register_lora_adapter(adapter_id, lora_path)"
-        )
-
-    def find(self, model_id: str | None) -> Model:
-        """What `model_id` means now; asks the server for names that are not known here.
-
-        Raises:
-            UnknownAdapter, ServerUnreachable.
-        """
-        model = self.resolve(model_id)
-        if model is None:
-            self.view(fresh=True)
-            model = self.resolve(model_id)
-        if model is None:
-            assert model_id is not None
-            self._residency.retire(model_id)  # if another process unregistered it
-            raise self._unknown(model_id)
-        return model
-
-    def acquire_now(self, model: Model) -> Target | None:
-        """As `acquire`, if that needs no waiting; else None."""
-        if model.adapter is not None:
-            entry = self._residency.pin_if_resident(model.adapter)
-            return None if entry is None else _adapter_target(model, entry)
-        return None if self._view is None else self._server_target(model, self._view)
-
-    def acquire(self, model: Model) -> Target:
-        """Where a request for `model` goes; loads an adapter that is not on the server.
-
-        Raises:
-            UnknownAdapter: the server does not serve that name (any more).
-            ModeUnavailable: a policy is folded into the weights, so there is no base.
-            TinkError: why an adapter could not be loaded.
-        """
-        if model.adapter is not None:
-            return _adapter_target(model, self._residency.acquire(model.adapter))
-        return self._server_target(model, self.view())
-
-    def _server_target(self, model: Model, view: ServerView) -> Target:
-        name = model.model_id
-        if name is None or name == view.base:
-            if name is None and view.merged is not None:
-                raise errors.ModeUnavailable(
-                    f"the base is not served: {view.merged} is folded into the weights of "
-                    f"{self.client.base_url}; sample model_id={view.merged!r}, or use a second server"
-                )
-            policy = _VERSIONED.match(view.base)
-            served = view.status.served if view.status is not None else {}
-            return Target(
-                name=view.base,
-                model=model,
-                version=int(policy["version"]) if policy else None,
-                digest=served.get(view.base),
-            )
-        if name not in view.names:
-            raise self._unknown(name)
-        policy = _VERSIONED.match(name)
-        version = int(policy["version"]) if policy else None
-        return Target(name=name, model=model, version=version, digest=view.names[name])
-
-    def release(self, target: Target) -> None:
-        """The request on `target` has ended; returns at once."""
-        if target.entry is not None:
-            self._residency.release(target.entry)
-
-    def refused(self, target: Target) -> None:
-        """The server does not serve `target` after all: dropped by another process, or a restart."""
-        if target.entry is not None:
-            self._residency.forget(target.entry)
-        self._view = None
 
     # -- sampling ---------------------------------------------------------------------------------
 
@@ -406,7 +220,8 @@ class VLLMBackend:
             prompts: Texts or token ids; one prompt alone may stand without a list around it.
             adapter_id: A registered adapter, `id@N` for one of its versions, a name that the server
                 itself serves (`policy@17`), or None for the base.
-            timeout: Seconds for all of it; None: TINK_REQUEST_TIMEOUT.
+            timeout: Seconds for the answer; None: TINK_REQUEST_TIMEOUT. An adapter that must be loaded
+                first has deadlines of its own.
             params: Fields of `SamplingParams`: max_tokens, temperature, top_p, top_k, min_p, n, stop,
                 seed, repetition_penalty, logprobs, ...
 
@@ -415,11 +230,11 @@ class VLLMBackend:
             SamplingRefused: a parameter or a token id that is not allowed.
             ServerUnreachable, RequestTimeout, EngineUnavailable, BackendError.
         """
-        asked = as_prompts(prompts)
-        checked = as_params(params)
+        asked = payloads.as_prompts(prompts)
+        checked = payloads.as_params(params)
         self.check(asked, checked)
         deadline = time.monotonic() + (timeout or self.settings.tink_request_timeout)
-        model = self.find(adapter_id)
+        model = self.names.find(adapter_id)
 
         def send(target: Target) -> list[Completion]:
             answer = self.client.complete(
@@ -429,7 +244,7 @@ class VLLMBackend:
             )
             return payloads.as_completions(answer["choices"], checked, **target.origin())
 
-        flat = self._with_target(model, send)
+        flat = self.names.with_target(model, send)
         return [flat[i : i + checked.n] for i in range(0, len(flat), checked.n)]
 
     def check(
@@ -447,33 +262,17 @@ class VLLMBackend:
             or params.logit_bias
             or any(not isinstance(prompt, str) for prompt in prompts)
         )
-        known = self._view is not None
-        if names_ids and not known and not ask:
-            payloads.check_prompts(prompts, None)
-            payloads.check_params(replace(params, stop_token_ids=(), logit_bias=None), None)
-            return False
-        size = self._vocab_size() if names_ids else None
+        view = self.server.known
+        if names_ids and view is None:
+            if not ask:
+                payloads.check_prompts(prompts, None)
+                payloads.check_params(replace(params, stop_token_ids=(), logit_bias=None), None)
+                return False
+            view = self.server.view()
+        size = self.server.vocab_size(view) if names_ids and view is not None else None
         payloads.check_prompts(prompts, size)
         payloads.check_params(params, size)
         return True
-
-    def _vocab_size(self) -> int | None:
-        view = self._view or self.view()
-        if view.root not in self._vocab:
-            self._vocab[view.root] = vocab_size(base_dir(view, self.settings.tink_base_model))
-        return self._vocab[view.root]
-
-    def _with_target(self, model: Model, send: Callable[[Target], T]) -> T:
-        """`send(target)`, again if the server turned out not to serve it (it generated nothing)."""
-        for _ in range(MAX_TRIES):
-            target = self.acquire(model)
-            try:
-                return send(target)
-            except errors.UnknownVersion:
-                self.refused(target)
-            finally:
-                self.release(target)
-        raise gave_up(model, self.client.base_url)
 
     # -- weights ----------------------------------------------------------------------------------
 
@@ -481,9 +280,10 @@ class VLLMBackend:
         """Open the channel for `update_model_weights`: NCCL between GPUs, gloo otherwise.
 
         Args:
-            device: Where the model that will be sent lies, such as "cuda" or "cpu".
+            device: Where the model that will be sent lies: "cuda", "cuda:1" or "cpu".
 
         Raises:
+            ConfigError: no such device here.
             PluginMissing: the server was not started by `tink-rl serve`.
             LeaseHeld: somebody else updates this server's weights.
         """
@@ -494,25 +294,31 @@ class VLLMBackend:
         from tink_rl.weight_sync import WeightSync
 
         if self._sync is None:
-            view = self.view(fresh=True)
+            view = self.server.view(fresh=True)
             if not view.plugin:
                 raise errors.PluginMissing(
                     f"the vLLM server at {self.client.base_url} runs without the tink_rl plugin, which "
                     "takes whole models; start it with `tink-rl serve MODEL --mode full`",
                     replica=self.client.base_url,
                 )
-            directory = self.base_dir()
+            directory = self.server.base_dir()
             if directory is None:
                 raise errors.BaseMismatch(
                     f"the base model {view.root!r} cannot be read here; set TINK_BASE_MODEL to its "
                     "directory"
                 )
-            config = SyncConfig(mode="full", token_file=self.settings.tink_token_file)
+            config = SyncConfig(
+                mode="full",
+                policy=_WEIGHTS,
+                transport=_transport(device),
+                token_file=self.settings.tink_token_file,
+                request_timeout_s=self.settings.tink_request_timeout,
+            )
             self._sync = WeightSync(self.client, base_model=directory, config=config)
             self._sync.open()
         return self._sync
 
-    def update_model_weights(self, model: Any) -> Any:
+    def update_model_weights(self, model: Any) -> PublishRecord:
         """Serve the weights of `model` as the base from now on; the `PublishRecord`.
 
         Registered adapters stay, and add to the new weights.
@@ -525,9 +331,8 @@ class VLLMBackend:
             PluginMissing, PublishFailed, ShapeMismatch, UnknownModules.
         """
         with self._sync_lock:
-            sync: Any = self._open_sync(_device_of(model))
-            record = sync.publish_full(model)
-            self._view = None
+            record = self._open_sync(_device_of(model)).publish_full(model)
+            self.server.doubt()
         return record
 
     def close_communicator(self) -> None:
@@ -544,9 +349,9 @@ class VLLMBackend:
 
         Raises:
             NotSupportedByBackend: the server offers no way.
-            DrainTimeout: requests that run kept their prefixes in use.
+            DrainTimeout: running requests kept their prefixes in use.
         """
-        self.client.reset_prefix_cache()
+        self.client.forget_prefixes()
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -563,7 +368,7 @@ class VLLMBackend:
             "settings": self.settings.model_dump(mode="json"),
         }
         try:
-            view = self.view(fresh=True)
+            view = self.server.view(fresh=True)
         except errors.TinkError as error:
             return {**facts, "reachable": False, "reason": error.message}
         status = view.status
@@ -578,80 +383,6 @@ class VLLMBackend:
             "serves": sorted(view.names),
             "missing": view.missing(),
         }
-
-
-class _LoaderByServer:
-    """The loader that fits the server, as it is at that moment."""
-
-    def __init__(self, backend: VLLMBackend) -> None:
-        self._backend = backend
-
-    def _loader(self) -> PluginLoader | PathLoader:
-        backend = self._backend
-        view = backend.view()
-        if view.token_refused is not None:
-            raise errors.BadToken(view.token_refused)
-        kind = PluginLoader if view.plugin else PathLoader
-        return kind(backend.client, backend.store)
-
-    def load(self, wanted: AdapterVersion) -> None:
-        self._loader().load(wanted)
-
-    def drop(self, name: str) -> None:
-        self._loader().drop(name)
-
-
-def gave_up(model: Model, url: str) -> errors.TinkError:
-    """The error after `MAX_TRIES` tries."""
-    return errors.EngineUnavailable(
-        f"{url} did not serve {model.model_id!r} {MAX_TRIES} times in a row, though it was loaded; do "
-        "several processes share the server? Raise TINK_MAX_RESIDENT_ADAPTERS in all of them"
-    )
-
-
-def as_prompts(prompts: Any) -> list[payloads.Prompt]:
-    """A list of prompts from one prompt or several.
-
-    Raises:
-        SamplingRefused: neither text nor token ids.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    found = list(prompts) if isinstance(prompts, Iterable) else []
-    if found and all(type(item) is int for item in found):
-        return [found]
-    for i, prompt in enumerate(found):
-        if not isinstance(prompt, (str, list, tuple)):
-            raise errors.SamplingRefused(f"prompts[{i}]={prompt!r}: expected text or token ids")
-    return [p if isinstance(p, str) else list(p) for p in found]
-
-
-def as_params(given: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters from keywords; one stop text may stand without a list around it.
-
-    Raises:
-        SamplingRefused: an unknown name; the values are checked by `VLLMBackend.check`.
-    """
-    values = {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        names = ", ".join(SamplingParams.__dataclass_fields__)
-        raise errors.SamplingRefused(f"unknown parameters {unknown}; expected some of {names}")
-    stop = values.get("stop", ())
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
-    return SamplingParams(**values)
-
-
-def _adapter(item: Registration) -> AdapterVersion:
-    return AdapterVersion(adapter_id=item.adapter_id, version=item.version, digest=item.digest)
-
-
-def _adapter_target(model: Model, entry: Entry) -> Target:
-    found = entry.version
-    return Target(
-        name=found.name, model=model, version=found.version, digest=found.digest, entry=entry
-    )
 
 
 def _client(settings: Settings) -> VLLMClient:
@@ -672,6 +403,18 @@ def _client(settings: Settings) -> VLLMClient:
 
 def _device_of(model: Any) -> Any:
     return getattr(model, "device", "cpu")
+
+
+def _transport(device: Any) -> str:
+    import torch
+
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise errors.ConfigError(
+            f"init_communicator(device={str(device)!r}): expected 'cpu'"
+            + (", or 'cuda'" if torch.cuda.is_available() else "; this machine has no CUDA GPU")
+        )
+    return "gloo" if kind == "cpu" and torch.cuda.is_available() else "auto"
 
 
 # -- the seed's functions -----------------------------------------------------------------------------
@@ -780,7 +523,7 @@ def init_communicator(device: Any = "cuda") -> None:
     default_backend().init_communicator(device)
 
 
-def update_model_weights(model: Any) -> Any:
+def update_model_weights(model: Any) -> PublishRecord:
     """See `VLLMBackend.update_model_weights`."""
     return default_backend().update_model_weights(model)
 

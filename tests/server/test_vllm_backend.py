@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.policies import NUM_TOKENS, PeftTwin
+from tests.policies import NUM_TOKENS, PeftTwin, WholeTwin, sync_to
 from tink_rl import errors, vllm_backend
 from tink_rl.types import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
@@ -22,13 +23,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def twin(model_dir):
-    return PeftTwin(model_dir("qwen3"))
-
-
-@pytest.fixture
 def goldens(golden_adapters):
-    """32 adapters that answer differently from the base, and from each other."""
     return golden_adapters
 
 
@@ -218,11 +213,10 @@ def test_adapter_that_another_process_dropped_is_loaded_again(backend, server, g
     assert ask(backend, "mine", prompt).token_ids == golden.cases[prompt]
 
 
-def test_source_may_be_deleted_after_registering(backend, goldens, twin, tmp_path):
+def test_source_may_be_deleted_after_registering(backend, goldens, tmp_path):
     golden = goldens[7]
     copy = tmp_path / "copy"
-    twin.randomise(7)
-    twin.model.save_pretrained(copy)
+    shutil.copytree(golden.path, copy)
     backend.register("gone", copy)
     for file in copy.iterdir():
         file.unlink()
@@ -241,7 +235,7 @@ def test_info_says_what_serves(backend, server):
     found = backend.info()
     assert found["reachable"] and found["plugin"] and found["missing"] == []
     assert found["base_model"] == server.client().status().base_model
-    assert found["settings"]["vllm_timeout"] == 5.0 and found["modes"] == ["adapter"]
+    assert found["settings"]["vllm_timeout"] == 5.0 and found["modes"] == ["adapter", "full"]
 
 
 def test_ids_outside_the_vocabulary_never_reach_the_server(backend):
@@ -343,3 +337,52 @@ def test_cancelled_sample_ends_on_the_server_too(backend, server):
         await sampler.close()
 
     asyncio.run(run())
+
+
+def test_updated_weights_answer_as_the_base_and_adapters_add_to_them(
+    backend, server, model_dir, goldens, tmp_path
+):
+    golden, whole = goldens[8], WholeTwin(model_dir("qwen3"))
+    backend.register("mine", golden.path)
+    [prompt, *_] = golden.cases
+    assert ask(backend, "mine", prompt).token_ids == golden.cases[prompt]
+    whole.shake_base(3)
+    base_cases = whole.base_cases()
+    updated = whole.model.unload()
+    updated.save_pretrained(tmp_path / "updated")
+    beside = PeftTwin(tmp_path / "updated")
+    beside.randomise(8)  # the weights of golden 8
+    backend.init_communicator("cpu")
+    try:
+        record = backend.update_model_weights(updated)
+        assert record.name == "weights@1" and backend.server.view(fresh=True).base == record.name
+        for adapter_id, cases in ((None, base_cases), ("mine", beside.clear_cases(2))):
+            for prompt, expected in cases.items():
+                found = ask(backend, adapter_id, prompt)
+                assert found.token_ids == expected, adapter_id
+                assert found.version == 1
+        assert ask(backend, None, prompt).digest == record.digest
+        pairs = iter(WholeTwin(model_dir("qwen3")).tensors().items())
+        assert backend.update_model_weights(pairs).name == "weights@2"
+        for prompt, expected in golden.cases.items():
+            assert ask(backend, "mine", prompt).token_ids == expected
+    finally:
+        backend.close_communicator()
+        with sync_to(server, model_dir("qwen3"), "full", policy="weights"):
+            pass  # drops what was published, so that the next test finds the base
+    assert ask(backend, None, [5, 6]).version is None
+
+
+def test_prefix_cache_is_reset_once_running_requests_have_ended(backend, server):
+    answers = []
+    long = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
+    prompts = [[5, 6]] * 64
+    thread = threading.Thread(target=lambda: answers.extend(backend.generate(prompts, **long)))
+    client = server.client()
+    thread.start()
+    while not client.control("status", timeout_s=5)["running"]:
+        assert thread.is_alive(), "the request ended before it was seen"
+    backend.reset_prefix_cache()
+    assert not client.control("status", timeout_s=5)["running"]
+    thread.join()
+    assert [len(row[0].token_ids) for row in answers] == [240] * 64

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,8 @@ import pytest
 from tests.fake_vllm import FakeVLLM
 from tests.policies import PeftTwin
 from tests.tiny_models import make_model
-from tink_rl import errors, vllm_backend
+from tink_rl import errors, launch, vllm_backend
+from tink_rl.residency.names import MAX_TRIES, adapter_version
 from tink_rl.residency.table import AdapterVersion, Residency
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.vllm_backend import VLLMBackend
@@ -345,7 +348,7 @@ def test_server_that_forgets_every_time_is_an_error_not_a_loop(make, model_dir, 
     fake.hooks["/v1/completions"] = fake.served.clear
     with pytest.raises(errors.EngineUnavailable, match="TINK_MAX_RESIDENT_ADAPTERS"):
         sample(backend, "math")
-    assert fake.generated == [] and fake.count("/v1/completions") == vllm_backend.MAX_TRIES
+    assert fake.generated == [] and fake.count("/v1/completions") == MAX_TRIES
 
 
 def test_another_process_that_loads_the_same_version_is_waited_for(make, model_dir, adapters):
@@ -365,7 +368,7 @@ def test_another_process_that_loads_the_same_version_is_waited_for(make, model_d
         from tink_rl.residency.loaders import PluginLoader
 
         header, _ = PluginLoader(backend.client, backend.store)._pack(
-            vllm_backend._adapter(backend.registry.current("math")), backend.client.status()
+            adapter_version(backend.registry.current("math")), backend.client.status()
         )
         digest.append(header.digest)
 
@@ -594,3 +597,43 @@ def test_initialize_replaces_the_default_only_if_the_server_answers(monkeypatch,
             {"port": 9, "timeout": 0.2, "tink_store_dir": str(tmp_path)}
         )
     assert vllm_backend._default is None
+
+
+def test_serving_without_vllm_says_what_the_seed_says_and_what_to_install(model_dir, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ImportError) as caught:
+        launch.VLLMServer(model_dir("qwen3")).start()
+    first, second = str(caught.value).splitlines()
+    assert first == "vLLM is not available" and "pip install 'tink-rl[gpu]'" in second
+
+
+def test_sampling_and_the_worker_need_neither_vllm_nor_trl_nor_peft():
+    code = (
+        "import sys\nfor m in ('vllm', 'trl', 'peft'): sys.modules[m] = None\n"
+        "import vllm_backend, tink_rl.worker.backends.vllm\n"
+        "print(callable(vllm_backend.generate_with_vllm), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
+
+
+def test_the_seeds_names_are_all_there():
+    names = (
+        "initialize_vllm_client generate_with_vllm register_lora_adapter unregister_lora_adapter "
+        "list_lora_adapters update_model_weights init_communicator close_communicator "
+        "reset_prefix_cache get_client_info"
+    )
+    import vllm_backend as seed
+
+    for name in names.split():
+        assert getattr(seed, name) is getattr(vllm_backend, name)
+
+
+def test_device_that_is_not_there_is_named(make, model_dir, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backend = make(fake_server(model_dir))
+    for device in ("cuda", "cuda:1", "tpu"):
+        with pytest.raises(errors.ConfigError, match=f"device='{device}'.*expected 'cpu'"):
+            backend.init_communicator(device)

@@ -12,6 +12,7 @@ from tink_rl import cli, launch
 from tink_rl.cli import serve
 from tink_rl.errors import ConfigError
 from tink_rl.settings import Settings, read_secret
+from tink_rl.worker.options import WorkerOptions
 
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
 SEED_DEFAULTS = {
@@ -173,19 +174,24 @@ def test_adapter_roots_are_a_list():
     assert Settings.load().adapter_roots == ()
 
 
-def test_env_example_names_every_setting_with_its_default():
-    found = dict(re.findall(r"^# ([A-Z][A-Z_]+)=(.*)$", EXAMPLE.read_text(), flags=re.MULTILINE))
-    for name, field in Settings.model_fields.items():
-        shown = found[name.upper()]
-        default = "" if field.default in (None, "") else field.default
-        expected = str(default).lower() if isinstance(default, bool) else str(default)
-        assert shown == expected, name
+def _example() -> dict[str, str]:
+    return dict(re.findall(r"^# ([A-Z][A-Z_]+)=(.*)$", EXAMPLE.read_text(), flags=re.MULTILINE))
+
+
+def test_env_example_names_every_setting_with_its_default_and_nothing_else():
+    models = {"": Settings, "TINK_WORKER_": WorkerOptions}
+    expected = {}
+    for prefix, model in models.items():
+        for name, field in model.model_fields.items():
+            default = "" if field.default is None else field.default
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            expected[f"{prefix}{name.upper()}"] = shown
+    assert _example() == expected
 
 
 def test_env_example_works_as_it_stands_once_the_marks_are_taken_away(monkeypatch):
-    for line in EXAMPLE.read_text().splitlines():
-        if match := re.match(r"^# ([A-Z][A-Z_]+)=(.*)$", line):
-            monkeypatch.setenv(match[1], match[2])
+    for name, value in _example().items():
+        monkeypatch.setenv(name, value)
     assert Settings.load().model_dump() == Settings.model_construct().model_dump()
 
 

@@ -11,6 +11,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.store import AdapterStore
+from tink_rl.residency.server_view import KnownServer
 from tink_rl.residency.table import AdapterVersion
 from tink_rl.transport.fleet import Replica
 from tink_rl.transport.vllm_client import VLLMClient
@@ -179,3 +180,25 @@ class PathLoader:
     def drop(self, name: str) -> None:
         """See `Loader.drop`. vLLM keeps the tensors until it needs their slot; the files stay too."""
         self._client.unload_lora(name)
+
+
+class LoaderByServer:
+    """The loader that fits the server, as it is at that moment."""
+
+    def __init__(self, server: KnownServer, store: AdapterStore) -> None:
+        self._server, self._store = server, store
+
+    def _loader(self) -> PluginLoader | PathLoader:
+        view = self._server.view()
+        if view.token_refused is not None:
+            raise errors.BadToken(view.token_refused)
+        kind = PluginLoader if view.plugin else PathLoader
+        return kind(self._server.client, self._store)
+
+    def load(self, wanted: AdapterVersion) -> None:
+        """See `Loader.load`."""
+        self._loader().load(wanted)
+
+    def drop(self, name: str) -> None:
+        """See `Loader.drop`."""
+        self._loader().drop(name)

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,3 +110,73 @@ def vocab_size(directory: Path | None) -> int | None:
         return None
     found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return found if type(found) is int else None
+
+
+class KnownServer:
+    """A server and what was last seen of it; for any number of threads."""
+
+    def __init__(
+        self, client: VLLMClient, base_model: str | None, on_restart: Callable[[], None]
+    ) -> None:
+        """Store; asks nothing yet.
+
+        Args:
+            client: Of the server.
+            base_model: Directory or hub id of the base, if the server's own cannot be read here.
+            on_restart: Called when the server turned out to live anew.
+        """
+        self.client, self._base_model, self._on_restart = client, base_model, on_restart
+        self.known: ServerView | None = None
+        """The last look, or None if there was none or it was doubted."""
+        self._incarnation: str | None = None
+        self._vocab: dict[str, int | None] = {}
+        self._lock = threading.Lock()
+
+    def view(self, *, fresh: bool = False) -> ServerView:
+        """What is known; asks the server if nothing is, or with `fresh`.
+
+        Raises:
+            ServerUnreachable, RequestTimeout, NotReady.
+        """
+        view = self.known
+        if view is None or fresh:
+            view = look(self.client)
+            found = view.status.incarnation if view.status is not None else None
+            with self._lock:
+                restarted = self._incarnation not in (None, found)
+                self.known, self._incarnation = view, found
+            if restarted:
+                logger.warning("the vLLM server at %s was restarted", self.client.base_url)
+                self._on_restart()
+        return view
+
+    def doubt(self) -> None:
+        """Something is not as it was seen; look again before the next answer."""
+        self.known = None
+
+    def base_dir(self) -> Path | None:
+        """Directory of the base model, as far as it can be read here.
+
+        Raises:
+            ServerUnreachable: nobody answers, and no base was named.
+        """
+        try:
+            view = self.view()
+        except errors.ServerUnreachable:
+            if self._base_model is None:
+                raise
+            return base_dir(None, self._base_model)
+        return base_dir(view, self._base_model)
+
+    def vocab_size(self, view: ServerView) -> int | None:
+        """Size of the vocabulary of the base of `view`; None if it cannot be read here."""
+        if view.root not in self._vocab:
+            self._vocab[view.root] = vocab_size(base_dir(view, self._base_model))
+        return self._vocab[view.root]
+
+    def limits(self) -> dict[str, int | None]:
+        """`vocab_size` and `max_model_len`, as far as they are known; asks no server."""
+        view = self.known
+        if view is None:
+            return {"vocab_size": None, "max_model_len": None}
+        return {"vocab_size": self.vocab_size(view), "max_model_len": view.max_model_len}

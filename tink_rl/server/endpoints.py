@@ -223,7 +223,7 @@ def _router(token: str) -> APIRouter:
 
     for action in ("join", "joined", "heartbeat", "leave", "stage", "staged", "commit", "discard"):
         add(action)
-    for action in ("drop", "begin", "finish", "abort"):
+    for action in ("drop", "begin", "finish", "abort", "forget_prefixes"):
         add(action)
     return router
 

@@ -507,6 +507,20 @@ class Policies:
         if await self._engine.reset_prefix_cache() is not True:
             raise TinkError("vLLM did not reset its prefix cache")
 
+    async def forget_prefixes(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Drop every cached prefix; new requests are held until the running ones have ended.
+
+        Raises:
+            DrainTimeout: they did not end; the cache is as it was.
+        """
+        async with self.lock:
+            try:
+                await self.hold(float(body["timeout_s"]), "drain")
+                await self.forget_cache()
+            finally:
+                self.gate.open()
+        return {}
+
     def became(self, name: str, digest: str, mode: SyncMode | None) -> None:
         """The weights are `name` now, whole: serve them under that name only. None: the base.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tink_rl import errors
@@ -37,6 +37,43 @@ def unreachable(url: str, reason: str) -> str:
         f"The vLLM server can't be reached at {url}\n({reason}) Start one with `tink-rl serve MODEL "
         "--mode adapter`, or correct VLLM_BASE_URL."
     )
+
+
+# -- from a caller's words --------------------------------------------------------------------------
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """A list of prompts from one prompt or several.
+
+    Raises:
+        SamplingRefused: neither text nor token ids.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    found = list(prompts) if isinstance(prompts, Iterable) else []
+    if found and all(type(item) is int for item in found):
+        return [found]
+    for i, prompt in enumerate(found):
+        if not isinstance(prompt, (str, list, tuple)):
+            raise errors.SamplingRefused(f"prompts[{i}]={prompt!r}: expected text or token ids")
+    return [p if isinstance(p, str) else list(p) for p in found]
+
+
+def as_params(given: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from keywords; one stop text may stand without a list around it.
+
+    Raises:
+        SamplingRefused: an unknown name; the values are checked by `check_params`.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        names = ", ".join(SamplingParams.__dataclass_fields__)
+        raise errors.SamplingRefused(f"unknown parameters {unknown}; expected some of {names}")
+    stop = values.get("stop", ())
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
+    return SamplingParams(**values)
 
 
 # -- what is asked ----------------------------------------------------------------------------------
@@ -230,8 +267,17 @@ def error_text(data: Any) -> str:
 def as_completions(
     choices: Sequence[Mapping[str, Any]], params: SamplingParams, **origin: Any
 ) -> list[Completion]:
-    """One record per choice, prompt-major; `origin` is `model_id`, `version` and `digest`."""
+    """One record per choice, prompt-major; `origin` is `model_id`, `version` and `digest`.
+
+    Raises:
+        EngineUnavailable: the server ended one early; what came is no completion.
+    """
     found = []
+    if any(choice["finish_reason"] == "abort" for choice in choices):
+        raise errors.EngineUnavailable(
+            f"the server aborted a completion of {origin.get('model_id')!r} midway, for a weight update "
+            "or an operator; try again"
+        )
     for number, choice in enumerate(choices):
         rows = logprob_rows(choice) if params.logprobs is not None else None
         found.append(

@@ -216,6 +216,37 @@ class VLLMClient:
         cards: list[dict[str, Any]] = response.json()["data"]
         return cards
 
+    def forget_prefixes(self, timeout_s: float = 30.0) -> None:
+        """Let the server forget every cached prefix; running requests end first.
+
+        Raises:
+            NotSupportedByBackend: it has no route for this.
+            DrainTimeout: requests that run did not end within `timeout_s`.
+        """
+        try:
+            self.control("forget_prefixes", {"timeout_s": timeout_s}, timeout_s=timeout_s + 5.0)
+        except errors.PluginMissing:
+            self._forget_prefixes_of_stock_vllm(timeout_s)
+
+    def _forget_prefixes_of_stock_vllm(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            response = self._send("POST", "/reset_prefix_cache", timeout_s=timeout_s)
+            if response.status_code != 200:
+                raise errors.NotSupportedByBackend(
+                    f"the vLLM server at {self.base_url} has no route that resets its prefix cache "
+                    "(none is needed: every version has a cache of its own); start it with "
+                    "`tink-rl serve MODEL`, or in vLLM's dev mode"
+                )
+            if payloads.json_or_text(response.text) == {"success": True}:
+                return
+            if time.monotonic() > deadline:
+                raise errors.DrainTimeout(
+                    f"running requests at {self.base_url} kept their prefixes for {timeout_s:g} s; "
+                    "try again when it is idle"
+                )
+            time.sleep(0.2)
+
     # -- adapters by path: a server without the plugin ----------------------------------------------
 
     def load_lora(self, name: str, path: str, *, timeout_s: float = 60.0) -> None:

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tink_rl import errors
+from tink_rl.residency.names import MAX_TRIES, Model, Target
 from tink_rl.transport import payloads
 from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.types import Completion, SamplingParams
-from tink_rl.vllm_backend import MAX_TRIES, Model, Target, VLLMBackend, gave_up
+from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends import Delta, ModelInfo
 
 _NUM_LOADERS = 8
@@ -30,6 +31,7 @@ class VLLMSampler:
     def __init__(self, backend: VLLMBackend) -> None:
         """Store; connections open on first use, in the loop that samples."""
         self.backend = backend
+        self._names, self._server = backend.names, backend.server
         self._sampler = AsyncSampler(
             backend.client.base_url,
             api_key=backend.settings.api_key(),
@@ -58,7 +60,7 @@ class VLLMSampler:
         self.backend.check(prompts, params, ask=False)
         if isinstance(model_id, Model):
             return model_id
-        return self.backend.resolve(model_id) or model_id
+        return self._names.resolve(model_id) or model_id
 
     async def sample(
         self,
@@ -90,29 +92,29 @@ class VLLMSampler:
             ) from error
 
     async def _find(self, model_id: str | None) -> Model:
-        model = self.backend.resolve(model_id)
+        model = self._names.resolve(model_id)
         if model is None:
-            model = await self._in_thread(self.backend.find, model_id)
+            model = await self._in_thread(self._names.find, model_id)
         assert isinstance(model, Model)
         return model
 
     async def _with_target(
         self, model: Model, send: Callable[[Target], Awaitable[list[Completion]]]
     ) -> list[Completion]:
-        """`VLLMBackend._with_target`, in the loop."""
+        """`Names.with_target`, in the loop."""
         for _ in range(MAX_TRIES):
-            target = self.backend.acquire_now(model) or await self._acquire(model)
+            target = self._names.acquire_now(model) or await self._acquire(model)
             try:
                 return await send(target)
             except errors.UnknownVersion:
-                self.backend.refused(target)
+                self._names.refused(target)
             finally:
-                self.backend.release(target)
-        raise gave_up(model, self._sampler.base_url)
+                self._names.release(target)
+        raise self._names.gave_up(model)
 
     async def _acquire(self, model: Model) -> Target:
         """A target; if the task is cancelled meanwhile, the pin that the thread takes is given back."""
-        future = asyncio.ensure_future(self._in_thread(self.backend.acquire, model))
+        future = asyncio.ensure_future(self._in_thread(self._names.acquire, model))
         try:
             target: Target = await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -122,7 +124,7 @@ class VLLMSampler:
 
     def _give_back(self, future: asyncio.Future[Any]) -> None:
         if not future.cancelled() and future.exception() is None:
-            self.backend.release(future.result())
+            self._names.release(future.result())
 
     async def _send(
         self,
@@ -148,7 +150,7 @@ class VLLMSampler:
 
     async def models(self) -> list[ModelInfo]:
         """See `Backend.models`."""
-        view = await self._in_thread(self.backend.view, fresh=True)
+        view = await self._in_thread(self._server.view, fresh=True)
         found = []
         if view.merged is None:
             found.append(ModelInfo(model_id=view.base, kind="base"))
@@ -178,14 +180,14 @@ class VLLMSampler:
         """See `Backend.canary`; a policy that is folded into the base answers for it."""
         try:
             async with asyncio.timeout(timeout_s):
-                view = self.backend._view or await self._in_thread(self.backend.view, fresh=True)
+                view = self._server.known or await self._in_thread(self._server.view, fresh=True)
                 payload = payloads.completion_payload(
                     [[0]], view.base, SamplingParams(max_tokens=1, temperature=0.0)
                 )
                 try:
                     await self._sampler.complete(payload, timeout_s=timeout_s, expected=1)
                 except errors.UnknownVersion:  # another policy was published meanwhile
-                    view = await self._in_thread(self.backend.view, fresh=True)
+                    view = await self._in_thread(self._server.view, fresh=True)
                     payload = replace_model(payload, view.base)
                     await self._sampler.complete(payload, timeout_s=timeout_s, expected=1)
         except errors.TinkError:
@@ -198,13 +200,13 @@ class VLLMSampler:
 
     def describe(self) -> dict[str, Any]:
         """See `Backend.describe`."""
-        settings, view = self.backend.settings, self.backend._view
+        settings = self.backend.settings
         return {
             "backend": self.name,
             "url": self.backend.client.base_url,
             "store": str(self.backend.store.root),
             "max_resident_adapters": settings.tink_max_resident_adapters,
-            "max_model_len": None if view is None else view.max_model_len,
+            **self._server.limits(),
         }
 
     async def close(self) -> None:

@@ -1,0 +1,312 @@
+"""What travels to vLLM for a sample and how its answer is read; and both over a real socket, in a loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from tink_rl import errors
+from tink_rl.transport import payloads
+from tink_rl.transport.async_sampler import AsyncSampler
+from tink_rl.types import SamplingParams
+
+URL = "http://server:1"
+
+
+def choice(index=0, **changes):
+    """One choice as vLLM writes it."""
+    return {
+        "index": index,
+        "text": "ab",
+        "token_ids": [7, 9],
+        "prompt_token_ids": [1],
+        "finish_reason": "length",
+        "logprobs": {
+            "tokens": ["token_id:7", "token_id:9"],
+            "token_logprobs": [-0.5, None],
+            "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -0.1}, {"token_id:9": None}],
+        },
+        **changes,
+    }
+
+
+# -- asking -------------------------------------------------------------------------------------------
+
+
+def test_payload_carries_every_parameter_under_vllms_name_and_a_salt_per_model():
+    params = SamplingParams(
+        **{"max_tokens": 5, "min_tokens": 1, "temperature": 0.5, "top_p": 0.9, "top_k": 3},
+        **{"min_p": 0.1, "n": 2, "stop": ("x",), "stop_token_ids": (4,), "seed": 1, "logprobs": 2},
+        **{"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2},
+        **{"ignore_eos": True, "logit_bias": {5: -1.0}},
+    )
+    assert set(params.changed()) == set(SamplingParams.__dataclass_fields__)
+    found = payloads.completion_payload([(1, 2), "text"], "math@1", params)
+    for name in params.changed():
+        assert name in found, name
+    assert found["prompt"] == [[1, 2], "text"] and found["logit_bias"] == {"5": -1.0}
+    assert found["cache_salt"] != payloads.salt("math@2") and "stream" not in found
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("name", payloads.NEVER_FORWARDED)
+def test_what_could_stop_the_engine_is_never_sent(name):
+    with pytest.raises(errors.SamplingRefused, match=name):
+        payloads.check_payload({"model": "m", name: "x"})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"max_tokens": v} for v in (0, -1, 1.5, True, 2**31, "5")),
+        *({"n": v} for v in (0, True)),
+        *({"temperature": v} for v in (-0.1, math.nan, math.inf, "1")),
+        *({"top_p": v} for v in (0.0, 1.1, math.nan)),
+        *({"logprobs": v} for v in (-1, True, 1.0)),
+        {"min_p": -0.1},
+        {"top_k": -2},
+        {"seed": 2**64},
+        {"min_tokens": 17},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"stop": ("",)},
+        {"stop": (5,)},
+        {"stop_token_ids": (64,)},
+        {"stop_token_ids": (-1,)},
+        {"logit_bias": {64: 0.0}},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: 101.0}},
+        {"temperature": 0.0, "n": 2},
+    ],
+    ids=str,
+)
+def test_bad_parameter_is_refused_before_anything_is_sent(bad):
+    with pytest.raises(errors.SamplingRefused) as caught:
+        payloads.check_params(SamplingParams(**bad), 64)
+    assert next(iter(bad)) in str(caught.value) or "temperature" in str(caught.value)
+
+
+def test_ids_need_a_known_vocabulary():
+    payloads.check_params(SamplingParams(), None)
+    for named in ({"stop_token_ids": (1,)}, {"logit_bias": {1: 1.0}}):
+        payloads.check_params(SamplingParams(**named), 64)
+        with pytest.raises(errors.SamplingRefused, match="TINK_BASE_MODEL"):
+            payloads.check_params(SamplingParams(**named), None)
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [""], [[]], [[1, 64]], [[-1]], [[True]], [[1.0]], ["fine", [2**63]]], ids=str
+)
+def test_bad_prompt_is_refused_and_named(bad):
+    with pytest.raises(errors.SamplingRefused, match="prompts"):
+        payloads.check_prompts(bad, 64)
+
+
+def test_one_prompt_may_stand_without_a_list_around_it():
+    assert payloads.as_prompts("12=") == ["12="]
+    assert payloads.as_prompts([1, 2]) == [[1, 2]]
+    assert payloads.as_prompts(["a", (1, 2)]) == ["a", [1, 2]]
+    with pytest.raises(errors.SamplingRefused, match=r"prompts\[1\]=None"):
+        payloads.as_prompts(["a", None])
+
+
+def test_keywords_become_parameters_and_unknown_ones_are_named():
+    found = payloads.as_params({"stop": "x", "seed": None, "stop_token_ids": [3]})
+    assert (found.stop, found.seed, found.stop_token_ids) == (("x",), None, (3,))
+    with pytest.raises(errors.SamplingRefused, match=r"unknown parameters \['chat_template'\]"):
+        payloads.as_params({"chat_template": "x"})
+
+
+# -- the answer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "data", "expected"),
+    [
+        (404, {"error": {"message": "no"}}, errors.UnknownVersion),
+        (400, {"error": {"message": "bad top_p"}}, errors.SamplingRefused),
+        (500, {"error": {"message": "EngineDeadError"}}, errors.EngineUnavailable),
+        (503, errors.NotReady("folding").to_wire(), errors.NotReady),
+        (200, "<html>", errors.BackendError),
+        (200, {"model": "m"}, errors.BackendError),
+        (200, {"model": "other", "choices": [1]}, errors.UnknownVersion),
+        (200, {"model": "m", "choices": [1, 2]}, errors.BackendError),
+    ],
+)
+def test_answer_that_cannot_be_trusted_is_an_error(status, data, expected):
+    with pytest.raises(expected):
+        payloads.read_answer(status, data, model="m", url=URL, expected=1)
+
+
+def test_completions_carry_logprobs_of_their_own_tokens():
+    params = SamplingParams(n=2, logprobs=1)
+    found = payloads.as_completions([choice(i) for i in range(4)], params, model_id="m")
+    assert [(c.prompt_index, c.index) for c in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert found[0].logprobs[0] == -0.5 and math.isnan(found[0].logprobs[1])
+    assert list(found[0].top_logprobs[0].items()) == [(3, -0.1), (7, -0.5)]
+    only = payloads.as_completions([choice()], SamplingParams(logprobs=0), model_id="m")
+    assert only[0].top_logprobs is None and only[0].logprobs[0] == -0.5
+    none = payloads.as_completions([choice(logprobs=None)], SamplingParams(), model_id="m")
+    assert none[0].logprobs is None
+    with pytest.raises(errors.BackendError, match="came back for id 8"):
+        payloads.as_completions([choice(token_ids=[8, 9])], params, model_id="m")
+
+
+def test_aborted_completion_is_no_completion():
+    with pytest.raises(errors.EngineUnavailable, match="aborted a completion of 'm'"):
+        payloads.as_completions([choice(finish_reason="abort")], SamplingParams(), model_id="m")
+
+
+def test_streamed_pieces_become_the_whole_answer():
+    whole = payloads.StreamedChoices(2)
+    first, second = choice(0), choice(1)
+    for full in (second, first):
+        for t in range(2):
+            piece = {
+                "index": full["index"],
+                "text": full["text"][t],
+                "token_ids": [full["token_ids"][t]],
+                "prompt_token_ids": [1] if t == 0 else None,
+                "finish_reason": "length" if t == 1 else None,
+                "logprobs": {key: [value[t]] for key, value in full["logprobs"].items()},
+            }
+            whole.add(piece)
+    found = payloads.as_completions(whole.finished(), SamplingParams(logprobs=1))
+    assert str(found) == str(payloads.as_completions([first, second], SamplingParams(logprobs=1)))
+    with pytest.raises(errors.BackendError, match=r"completions \[0\] had not"):
+        payloads.StreamedChoices(1).finished()
+
+
+def test_lines_of_a_stream():
+    assert payloads.event_data(": comment") is None
+    assert payloads.event_data("data: [DONE]") == "[DONE]"
+    assert payloads.event_data('data: {"choices": []}') == {"choices": []}
+    for broken in ('data: {"error": {"message": "dead"}}', "data: {"):
+        with pytest.raises(errors.BackendError, match="broke off"):
+            payloads.event_data(broken)
+
+
+# -- over a socket ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def sampler_of(handler):
+    """An `AsyncSampler` of a server whose /v1/completions is `handler`."""
+    app = web.Application()
+    app.router.add_post("/v1/completions", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]
+    sampler = AsyncSampler(f"http://127.0.0.1:{port}", api_key="k", connect_timeout_s=1.0)
+    try:
+        yield sampler
+    finally:
+        await sampler.close()
+        await runner.cleanup()
+
+
+def asked(**more):
+    return {**payloads.completion_payload(["a"], "m", SamplingParams()), **more}
+
+
+def test_answer_comes_through_with_the_servers_key():
+    async def handler(request):
+        assert request.headers["authorization"] == "Bearer k"
+        return web.json_response({"model": (await request.json())["model"], "choices": [choice()]})
+
+    async def run():
+        async with sampler_of(handler) as sampler:
+            data = await sampler.complete(asked(), timeout_s=5.0, expected=1)
+            assert data["choices"][0]["text"] == "ab"
+
+    asyncio.run(run())
+
+
+def test_stream_yields_choices_and_must_end_with_done():
+    async def handler(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        event = json.dumps({"model": "m", "choices": [choice()]})
+        await response.write(f"data: {event}\n\n".encode())
+        if (await request.json())["seed"] != 1:
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def run():
+        async with sampler_of(handler) as sampler:
+            pieces = [p async for p in sampler.stream(asked(stream=True), timeout_s=5.0)]
+            assert [p["text"] for p in pieces] == ["ab"]
+            with pytest.raises(errors.BackendError, match=r"ended without \[DONE\]"):
+                async for _ in sampler.stream(asked(stream=True, seed=1), timeout_s=5.0):
+                    pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(404, errors.UnknownVersion), (400, errors.SamplingRefused), (500, errors.EngineUnavailable)],
+)
+def test_status_of_a_stream_is_told_before_its_first_piece(status, expected):
+    async def handler(request):
+        return web.json_response({"error": {"message": "x"}}, status=status)
+
+    async def run():
+        async with sampler_of(handler) as sampler:
+            with pytest.raises(expected):
+                async for _ in sampler.stream(asked(stream=True), timeout_s=5.0):
+                    pass
+            with pytest.raises(expected):
+                await sampler.complete(asked(), timeout_s=5.0)
+
+    asyncio.run(run())
+
+
+def test_cancelling_closes_the_connection_which_is_how_vllm_aborts():
+    async def run():
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def handler(request):
+            began.set()
+            while request.transport is not None and not request.transport.is_closing():
+                await asyncio.sleep(0.01)
+            ended.set()
+            return web.Response()
+
+        async with sampler_of(handler) as sampler:
+            task = asyncio.create_task(sampler.complete(asked(), timeout_s=30.0))
+            await began.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.wait_for(ended.wait(), 5.0)
+
+    asyncio.run(run())
+
+
+def test_deadline_broken_connection_and_absent_server_are_told_apart():
+    async def handler(request):
+        if (await request.json())["seed"] == 1:
+            request.transport.close()
+        await asyncio.sleep(0.5)
+
+    async def run():
+        async with sampler_of(handler) as sampler:
+            with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.1 s"):
+                await sampler.complete(asked(), timeout_s=0.1)
+            with pytest.raises(errors.EngineUnavailable, match="broke"):
+                await sampler.complete(asked(seed=1), timeout_s=5.0)
+        nobody = AsyncSampler("http://127.0.0.1:9", connect_timeout_s=0.5)
+        with pytest.raises(ConnectionError, match="The vLLM server can't be reached at http"):
+            await nobody.complete(asked(), timeout_s=5.0)
+        await nobody.close()
+
+    asyncio.run(run())

@@ -172,6 +172,7 @@ def test_two_ranks_take_different_numbers_of_turns(server, model_dir, caller, tm
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")),
+        *("--main_process_port", "0"),
         *("-m", "tests.server.run_tools", str(model_dir("qwen3")), str(caller), server.url),
         *(str(server.token_file), str(tmp_path)),
     ]

@@ -13,6 +13,7 @@ need not be installed.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ __all__ = [
     "update_model_weights",
 ]
 
+logger = logging.getLogger("tink_rl")
 Completions = list[list[Completion]]
 KEPT_DAYS = 7
 """Days for which the bytes of a replaced or unregistered adapter stay in the store."""

@@ -12,7 +12,8 @@ import torch
 from tests.tiny_models import VOCAB
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
-from tink_rl.policy.adapter import Adapter, AdapterCollector
+from tink_rl.policy.adapter import Adapter
+from tink_rl.policy.collect import collector_for
 from tink_rl.weight_sync import WeightSync
 
 NUM_TOKENS = 8
@@ -31,7 +32,7 @@ class PeftTwin:
         settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **lora}
         self.directory = directory
         self.model = get_peft_model(base, LoraConfig(**settings)).eval()
-        self.collector = AdapterCollector(self.model)
+        self.collector: Any = collector_for(self.model, directory)
 
     def randomise(self, seed: int) -> None:
         """Random A and B, of a size that changes the answers."""

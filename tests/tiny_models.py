@@ -23,7 +23,7 @@ _SHARED: dict[str, Any] = {
 
 
 def _config(shape: str) -> Any:
-    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     if shape == "qwen3":
         return Qwen3Config(**_SHARED, head_dim=32, tie_word_embeddings=False)
@@ -39,11 +39,20 @@ def _config(shape: str) -> Any:
             sliding_window=64,
             layer_types=["sliding_attention", "full_attention"],
         )
+    if shape == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **_SHARED,
+            head_dim=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            tie_word_embeddings=False,
+        )
     raise ValueError(shape)
 
 
 def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Save a random model of `shape` (qwen3, qwen2, llama, gemma3) with a tokenizer; its directory.
+    """Save a random model of `shape` (see `_config`) with a tokenizer; its directory.
 
     Weights are large enough (std 0.15) for greedy choices to be clear, and biases are not zero.
     Gemma's scaled, tied embeddings would let every model repeat the last token, whatever its layers
@@ -60,7 +69,7 @@ def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) ->
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
-            elif parameter.ndim == 2:
+            elif parameter.ndim >= 2:
                 parameter.normal_(0, 0.15)
             elif shape == "gemma3" and ".post_" in name:
                 parameter.fill_(3.0)  # the norm multiplies by 1 + weight

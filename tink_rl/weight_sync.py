@@ -22,13 +22,15 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import Adapter, AdapterCollector, check_packed, from_peft_dir
+from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
+from tink_rl.policy.collect import Collector, LiveModel, collector_for
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate, in_background
-from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
+from tink_rl.types import Phase, PolicyVersion, PublishRecord, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +104,10 @@ class WeightSync:
         self.pinned: str | None = None
         """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
+        self._collector: tuple[Any, Collector] | None = None
+        self._live_digest = ""
+        """Of what was trained in the current full version, if a live PEFT model gave it."""
+        self._said: str | None = None
         self._groups: list[list[str]] | None = None
         self._resend: Callable[[], WholeSource] | None = None
         """Gives the tensors of the current full version again, if it can."""
@@ -136,7 +142,7 @@ class WeightSync:
         if self._status is None:
             status = self.fleet.check_alike()
             self._fingerprint = base_fingerprint(self._base_model)
-            self._mode = choose_mode(self.config.mode, status)
+            self._mode = choose_mode(self.config.mode, status, policy=self.config.policy).mode
             self._check_base(status)
             self._status = status
         self.fleet.each(lambda replica: replica.ensure_channel())
@@ -157,6 +163,27 @@ class WeightSync:
         if self._mode is None:
             raise errors.ConfigError("the mode is not known yet; call open() first")
         return self._mode
+
+    def settle(self, needed: Needs) -> SyncMode:
+        """Choose the mode for an adapter that needs `needed`, and say in one line which and why.
+
+        Raises:
+            UnsupportedAdapter: the mode that was asked for cannot express it.
+            ModeUnavailable: the server offers none that can.
+        """
+        if self.current is not None:
+            if self.mode not in needed.modes:
+                raise errors.UnsupportedAdapter(
+                    f"{self.current.name} is published in {self.mode.value} mode, which cannot express "
+                    f"{', '.join(needed.because)}"
+                )
+            return self.mode
+        if self.mode not in needed.modes or self._said is None:
+            choice = choose_mode(self.config.mode, self.status, needed, policy=self.config.policy)
+            if self._said is None or choice.mode is not self._mode:
+                logger.info("mode %s: %s: %s", self.config.mode, choice.mode.value, choice.reason)
+            self._mode, self._said = choice.mode, choice.reason
+        return self.mode
 
     def use_mode(self, mode: SyncMode) -> None:
         """Publish in `mode` from now on (before the first version only)."""
@@ -223,7 +250,10 @@ class WeightSync:
         with watch(Phase.JOIN):
             self.open()
         with watch(Phase.COLLECT):
-            adapter = _collect(source, self._wire_dtype())
+            found = self._collect(source)
+        if isinstance(found, LiveModel):
+            return self._publish_live(found, watch, probe, synthetic=synthetic)
+        adapter = found.to(self._wire_dtype())
         with watch(Phase.PACK):
             header, buffer = packet.pack(
                 adapter.tensors,
@@ -235,14 +265,7 @@ class WeightSync:
         with watch(Phase.NORMALISE):
             check_packed(header, buffer)
         if self.current is not None and self._is_last(header, buffer):
-            return replace(
-                self.current,
-                published=False,
-                num_bytes=0,
-                seconds=watch.total,
-                held_seconds=0.0,
-                phase_seconds=watch.seconds,
-            )
+            return self._unchanged(self.current, watch)
         version = 0 if synthetic else self._next_version()
         if self.mode is SyncMode.FULL:
             # The packed copy: the live one may have changed when a lost server asks for it again.
@@ -253,6 +276,16 @@ class WeightSync:
             self._last = (header, buffer)
             return record
         return self._publish_packet(header, buffer, version, watch, probe)
+
+    def _unchanged(self, current: PublishRecord, watch: _Watch) -> PublishRecord:
+        return replace(
+            current,
+            published=False,
+            num_bytes=0,
+            seconds=watch.total,
+            held_seconds=0.0,
+            phase_seconds=watch.seconds,
+        )
 
     # -- full -------------------------------------------------------------------------------------
 
@@ -287,6 +320,48 @@ class WeightSync:
         )
         self._resend = None if once else lambda: self._whole(source)
         return record
+
+    def _collect(self, source: Any) -> Adapter | LiveModel:
+        """What `source` holds now, and the mode settled that it needs."""
+        if isinstance(source, (str, Path)):
+            return from_peft_dir(source)
+        if hasattr(source, "get_base_model"):
+            if self._collector is None or self._collector[0] is not source:
+                self._collector = (source, collector_for(source, self._base_model))
+            collector = self._collector[1]
+            self.settle(collector.needs)
+            return collector.collect(live=True)  # packed before it can change
+        found: Any = source() if callable(source) else source
+        if isinstance(found, LiveModel):
+            self.settle(Needs(modes=WHOLE, because=("a model that no adapter describes",)))
+        elif not isinstance(found, Adapter):
+            raise errors.UnsupportedAdapter(
+                f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an "
+                "Adapter (publish_full() takes whole models)"
+            )
+        taken: Adapter | LiveModel = found
+        return taken
+
+    def _publish_live(
+        self, live: LiveModel, watch: _Watch, probe: Probe | None, *, synthetic: bool
+    ) -> PublishRecord:
+        digest = live.digest()
+        if self.current is not None and digest == self._live_digest:
+            return self._unchanged(self.current, watch)
+
+        version = 0 if synthetic else self._next_version()
+        with live.changed():
+            record = self._publish_whole(lambda: self._whole(live.model), version, watch, probe)
+        self._live_digest = digest
+        return record
+
+    def check_whole(self, model: Any) -> None:
+        """Raise unless the whole tensors of `model` fit the served checkpoint; sends nothing.
+
+        Raises:
+            UnknownModules, UnsupportedAdapter.
+        """
+        self._whole(model)
 
     def _whole(self, source: Any) -> WholeSource:
         if self._groups is None:
@@ -331,6 +406,7 @@ class WeightSync:
                 record = replace(record, probe_gap=self.check_probe(probe, name))
         self._version = max(self._version, version)
         self.current, self._last, self._resend = record, None, make
+        self._live_digest = ""
         self._kept = []  # slots of this policy ended with the full version
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
 
@@ -499,6 +575,7 @@ class WeightSync:
         self._drop(name)
         self._kept = [kept for kept in self._kept if kept != name]
         self.current = self._last = self._resend = None
+        self._live_digest = ""
 
     # -- trust ------------------------------------------------------------------------------------
 
@@ -574,37 +651,65 @@ class WeightSync:
             )
 
 
-def choose_mode(wanted: str, status: ServerStatus) -> SyncMode:
-    """The sync mode for `wanted` on a server: `auto` is merged where offered and free, else adapter.
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A sync mode and, in a few words, why it was taken."""
+
+    mode: SyncMode
+    reason: str
+
+
+def choose_mode(
+    wanted: str, status: ServerStatus, needed: Needs | None = None, *, policy: str = ""
+) -> Choice:
+    """The sync mode for `wanted`, from what the adapter needs, the server offers and others use.
 
     Raises:
+        UnsupportedAdapter: `wanted` cannot express the adapter.
         ModeUnavailable: the server was not started for it.
     """
+    needed = needed or Needs()
+    check_fits(wanted, needed)
     if wanted != "auto":
-        mode = SyncMode(wanted)
-        if mode not in status.modes:
-            raise errors.ModeUnavailable(
-                f"mode {wanted!r}: the server offers {', '.join(status.modes)}; restart it with "
-                f"`tink-rl serve --mode {wanted}`"
-            )
-        return mode
-    slots_taken = bool(set(status.served) - {status.merged, status.full})
-    if SyncMode.MERGED in status.modes and not slots_taken:
-        return SyncMode.MERGED
-    return SyncMode.ADAPTER if SyncMode.ADAPTER in status.modes else SyncMode.FULL
+        if wanted not in status.modes:
+            raise _not_offered(f"mode {wanted!r}", wanted, status)
+        return Choice(mode=SyncMode(wanted), reason="asked for")
+    fitting = [mode for mode in needed.modes if mode in status.modes]
+    if not fitting:
+        because = ", ".join(needed.because) or "the adapter"
+        raise _not_offered(
+            f"{because} needs mode {' or '.join(needed.modes)}", needed.modes[0], status
+        )
+    others = {PolicyVersion.parse(name).policy for name in status.served if "@" in name} - {policy}
+    slots = sorted(set(status.served) - {status.merged, status.full})
+    if len(needed.modes) == 1:
+        return Choice(mode=fitting[0], reason=f"{', '.join(needed.because)} needs it")
+    if slots and SyncMode.ADAPTER in fitting:
+        shared = f"{len(others)} other policies" if others else f"{len(slots)} versions"
+        return Choice(mode=SyncMode.ADAPTER, reason=f"{shared} in slots share the server")
+    if SyncMode.MERGED in fitting and not slots:
+        return Choice(mode=SyncMode.MERGED, reason="one policy, at the base model's decode speed")
+    mode = next(m for m in (SyncMode.ADAPTER, SyncMode.FULL, SyncMode.MERGED) if m in fitting)
+    return Choice(mode=mode, reason=f"the server offers {', '.join(status.modes)}")
 
 
-def _collect(source: Any, dtype: torch.dtype) -> Adapter:
-    if isinstance(source, Adapter):
-        return source.to(dtype)
-    if isinstance(source, (str, Path)):
-        return from_peft_dir(source, dtype=dtype)
-    if hasattr(source, "get_base_model"):
-        return AdapterCollector(source).collect(dtype, live=True)  # packed before it can change
-    if callable(source):
-        return _collect(source(), dtype)
-    raise errors.UnsupportedAdapter(
-        f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an Adapter"
+def check_fits(wanted: str, needed: Needs) -> None:
+    """Raise unless mode `wanted` ("auto": any) can express an adapter that needs `needed`.
+
+    Raises:
+        UnsupportedAdapter: names the feature and the modes that can.
+    """
+    if wanted != "auto" and wanted not in needed.modes:
+        raise errors.UnsupportedAdapter(
+            f"mode {wanted!r} cannot express {', '.join(needed.because) or 'this adapter'}; set "
+            f"SyncConfig(mode={' or '.join(repr(m.value) for m in needed.modes)}), or leave it on 'auto'"
+        )
+
+
+def _not_offered(what: str, mode: str, status: ServerStatus) -> errors.ModeUnavailable:
+    return errors.ModeUnavailable(
+        f"{what}: the server offers {', '.join(status.modes)}; restart it with "
+        f"`tink-rl serve --mode {mode}`"
     )
 
 

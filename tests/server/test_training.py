@@ -49,6 +49,25 @@ def test_run_samples_every_rollout_from_the_version_just_published(
     assert_served(server, trainer.policy_link.current, twin.clear_cases())
 
 
+def test_dora_trains_in_full_mode_and_auto_says_why(server, model_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tink_rl")
+    trainer = make_trainer(
+        server,
+        model_dir,
+        tmp_path,
+        sync=settings(server, policy="dora"),
+        lora_changes={"use_dora": True},
+        max_steps=3,
+    )
+    trainer.train()
+    assert trainer.policy_link.sync.mode == "full"
+    assert "mode auto: full: DoRA (use_dora=True) needs it" in caplog.text
+    history = rows(trainer)
+    assert max(row["rollout/logprob_gap"] for row in history) <= 1e-4
+    versions = [row["rollout/policy_version"] for row in history]
+    assert versions == sorted(set(versions)) and len(versions) == 3
+
+
 def test_auto_takes_merged_and_says_so(server, model_dir, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="tink_rl")
     trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server), max_steps=1)
@@ -144,9 +163,13 @@ def test_colocate_vespo_and_dora_are_refused_before_the_first_step(server, model
         make_trainer(server, model_dir, tmp_path, use_vllm=True, vllm_mode="colocate")
     with pytest.raises(errors.ConfigError, match="token_truncate"):
         make_trainer(server, model_dir, tmp_path, loss_type="vespo")
-    with pytest.raises(errors.UnsupportedAdapter, match="use_dora=False"):
+    with pytest.raises(errors.UnsupportedAdapter, match="'merged' cannot express DoRA"):
         make_trainer(
-            server, model_dir, tmp_path, sync=settings(server), lora_changes={"use_dora": True}
+            server,
+            model_dir,
+            tmp_path,
+            sync=settings(server, mode="merged"),
+            lora_changes={"use_dora": True},
         )
 
 

@@ -71,7 +71,7 @@ def test_token_comes_from_argument_file_or_environment(tmp_path, monkeypatch):
     ],
 )
 def test_mode_follows_what_the_server_offers(wanted, server, mode):
-    assert choose_mode(wanted, server) is mode
+    assert choose_mode(wanted, server).mode is mode
 
 
 def test_mode_that_is_not_offered_is_refused():

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 
 from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
+from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.policy.packet import PacketHeader, unpack
 from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
 from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
-from tink_rl.policy.support import check_supported
+from tink_rl.policy.support import changes_base, check_supported, model_facts, needs
 
+_LOW_RANK_REST = 1e-5
+"""Share of a weight's norm by which the base may differ from checkpoint + low-rank change: rounding."""
 MAX_ABS_WEIGHT = 1e4
 """Largest magnitude of an adapter weight that is let through. Trained adapters stay below 10; a value
 of 1e19 is finite, yet overflows in attention and corrupts other requests of the batch."""
@@ -129,11 +132,24 @@ class AdapterCollector:
     Construct it after PEFT wrapped the model; the walk over the modules happens once.
     """
 
-    def __init__(self, model: Any, adapter_name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapter_name: str | None = None,
+        *,
+        base: Mapping[str, CheckpointTensor] | None = None,
+    ) -> None:
         """Find the LoRA modules of `model` and check that they can be published.
 
+        Args:
+            model: A live PEFT model.
+            adapter_name: Which adapter; None: the active one.
+            base: The original base's checkpoint, for an initialisation that changed the base (PiSSA,
+                OLoRA, ...): what it changed is added to the adapter, whose rank doubles.
+
         Raises:
-            UnsupportedAdapter: not a PEFT model, or it uses a feature that cannot be expressed.
+            UnsupportedAdapter: not a PEFT model, or A and B do not say all of it.
+            BaseChangeIsNotLowRank: they cannot, even with what the initialisation changed.
         """
         if not hasattr(model, "get_base_model"):
             raise UnsupportedAdapter(
@@ -141,15 +157,25 @@ class AdapterCollector:
                 "trainer, or wrap the model with get_peft_model"
             )
         self._model = model
-        self._name = adapter_name or _active_adapter(model)
+        self._name = adapter_name or active_adapter(model)
         config = model.peft_config[self._name]
-        check_supported(config.to_dict(), where=f"adapter {self._name!r}")
+        facts = model_facts(model, self._name)
+        moved = changes_base(facts)
+        if moved and base is not None:
+            facts = {**facts, "init_lora_weights": True}
+        check_supported(facts, where=f"adapter {self._name!r}")
+        self.needs = needs(facts)
         self._modules = list(_find_modules(model, self._name))
         if not self._modules:
             raise UnsupportedAdapter(
                 f"adapter {self._name!r} has no LoRA module; set target_modules"
             )
-        self.rank = max(module.shape[1] for module in self._modules)
+        self._moved = _base_changes(self._modules, base) if moved and base is not None else {}
+        """What the initialisation changed in the base, as A and B, by module."""
+        self.rank = max(
+            module.shape[1] + (self._moved[module.name][0].shape[0] if self._moved else 0)
+            for module in self._modules
+        )
         self.dropout = float(config.lora_dropout or 0.0)
 
     @property
@@ -188,6 +214,13 @@ class AdapterCollector:
             if module.scaling != 1.0 or not live:
                 lora_b = lora_b.float() * module.scaling
             tensors[f"{module.name}.lora_B.weight"] = lora_b.to(dtype)
+        return self._with_base_changes(tensors)
+
+    def _with_base_changes(self, tensors: dict[str, torch.Tensor]) -> Adapter:
+        for module, extras in self._moved.items():
+            for part, extra, dim in zip("AB", extras, (0, 1), strict=True):
+                name = f"{module}.lora_{part}.weight"
+                tensors[name] = torch.cat([tensors[name], extra.to(tensors[name])], dim=dim)
         return Adapter(tensors=tensors, rank=self.rank)
 
     @torch.no_grad()
@@ -205,10 +238,10 @@ class AdapterCollector:
             tensors[f"{module.name}.lora_A.weight"] = a_RD / math.sqrt(num_in)
             b_DR = torch.randn((num_out, rank), generator=generator)
             tensors[f"{module.name}.lora_B.weight"] = b_DR * std
-        return Adapter(tensors=tensors, rank=self.rank)
+        return self._with_base_changes(tensors)
 
     @contextmanager
-    def swapped(self, adapter: Adapter) -> Iterator[None]:
+    def swapped(self, adapter: Any) -> Iterator[None]:
         """Compute with `adapter` (normalised) inside the block; the own weights come back bit-exactly.
 
         Of sharded parameters every rank must enter it, with the same adapter.
@@ -216,8 +249,10 @@ class AdapterCollector:
         kept = [tensor.clone() for tensor in read_whole(self._parameters)]
         values = []
         for module in self._modules:
-            values.append(adapter.tensors[f"{module.name}.lora_A.weight"])
-            values.append(adapter.tensors[f"{module.name}.lora_B.weight"] / module.scaling)
+            rank = module.shape[1]  # what follows is in the base already
+            lora_a = adapter.tensors[f"{module.name}.lora_A.weight"][:rank]
+            lora_b = adapter.tensors[f"{module.name}.lora_B.weight"][:, :rank]
+            values += [lora_a, lora_b / module.scaling]
         try:
             write_whole(self._parameters, values)
             yield
@@ -232,7 +267,47 @@ def from_peft_model(
     return AdapterCollector(model, adapter_name).collect(dtype)
 
 
-def _active_adapter(model: Any) -> str:
+class BaseChangeIsNotLowRank(ValueError):
+    """The initialisation changed the base by more than a low-rank delta."""
+
+
+def _base_changes(
+    modules: list[_Module], base: Mapping[str, CheckpointTensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A `[R, in]` and B `[out, R]` with B·A = live base - checkpoint, by module.
+
+    Raises:
+        BaseChangeIsNotLowRank: for some module there are none of the adapter's rank.
+    """
+    found = {}
+    for module in modules:
+        live = read_whole([module.layer.get_base_layer().weight])[0].float().cpu()
+        entry = base.get(f"{module.name}.weight")
+        if entry is None or tuple(entry.shape) != tuple(live.shape):
+            raise UnsupportedAdapter(
+                f"{module.name}.weight is not in the base's checkpoint as {list(live.shape)}; was the "
+                "adapter initialised on another base?"
+            )
+        change = live - read_checkpoint_tensor(entry).float()
+        rank = min(module.shape[1], *change.shape)
+        u_OR, s_R, v_IR = torch.svd_lowrank(change, q=min(rank + 8, *change.shape), niter=4)
+        root_R = s_R[:rank].sqrt()
+        lora_b, lora_a = u_OR[:, :rank] * root_R, (v_IR[:, :rank] * root_R).T.contiguous()
+        rest = float((change - lora_b @ lora_a).norm())
+        if rest > _LOW_RANK_REST * float(live.norm()):
+            raise BaseChangeIsNotLowRank(
+                f"{module.name}: the initialisation changed the base by more than rank {rank}"
+            )
+        found[module.name] = (lora_a, lora_b)
+    return found
+
+
+def active_adapter(model: Any) -> str:
+    """Name of the one active adapter.
+
+    Raises:
+        UnsupportedAdapter: there is not exactly one.
+    """
     active = list(model.active_adapters)
     if len(active) != 1:
         raise UnsupportedAdapter(

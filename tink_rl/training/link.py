@@ -18,13 +18,13 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.policy.collect import collector_for
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
-from tink_rl.weight_sync import WeightSync
+from tink_rl.weight_sync import WeightSync, check_fits
 
 logger = logging.getLogger("tink_rl")
 CHECKPOINT_FILE = "tink_policy.json"
@@ -59,7 +59,8 @@ class PolicyLink:
             UnsupportedAdapter: the adapter cannot be published.
             SecondPublisher: the model has a publisher already.
         """
-        self.collector = AdapterCollector(model)
+        self.collector = collector_for(model, base_model or None)
+        check_fits(config.mode, self.collector.needs)
         self.sync = WeightSync(clients, base_model=base_model, config=config)
         self.sync.claim(model)
         self.records: list[PublishRecord] = []
@@ -100,6 +101,8 @@ class PolicyLink:
 
         def work() -> None:
             check(self.sync.open())
+            if self.sync.settle(self.collector.needs) is SyncMode.FULL:
+                self.sync.check_whole(self._model)
             self._prober.prove(self.sync, self.collector, partial(self._on_all, "probe_with"))
 
         self.ranks.lead(work, self._duties())

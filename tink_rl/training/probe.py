@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from tink_rl.errors import ProbeFailed
-from tink_rl.policy.adapter import Adapter, AdapterCollector
+from tink_rl.policy.adapter import Adapter
+from tink_rl.policy.collect import Collector, LiveModel
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import Probe, WeightSync, largest_gap
 
@@ -61,7 +62,7 @@ class Prober:
         logprobs_T = logits_TV.log_softmax(-1).gather(-1, targets_T)[:, 0]
         return Probe(prompt_ids=self._prompt_ids, logprobs=logprobs_T.tolist())
 
-    def probe_with(self, collector: AdapterCollector, seed: int, std: float) -> Probe:
+    def probe_with(self, collector: Collector, seed: int, std: float) -> Probe:
         """The probe under `collector.random_like(seed, std)`; as `probe` a collective if sharded."""
         with collector.swapped(collector.random_like(seed, std)):
             return self.probe()
@@ -69,7 +70,7 @@ class Prober:
     def prove(
         self,
         sync: WeightSync,
-        collector: AdapterCollector,
+        collector: Collector,
         probe_with: Callable[[int, float], Probe] | None = None,
     ) -> None:
         """Publish a synthetic adapter, compare, drop it; with mode "auto", choose by the gap.
@@ -87,12 +88,12 @@ class Prober:
         synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance(), probe_with)
         gap = self._publish_and_drop(sync, synthetic, wanted)
         if sync.config.mode == "auto":
-            self._weigh(sync, synthetic, wanted, gap)
+            self._weigh(sync, collector, synthetic, wanted, gap)
 
     def _measure_noise(
         self,
         sync: WeightSync,
-        collector: AdapterCollector,
+        collector: Collector,
         probe_with: Callable[[int, float], Probe],
     ) -> Probe:
         """Tell `sync` how far trainer and server differ on the base; the trainer's side of it."""
@@ -103,6 +104,13 @@ class Prober:
             noise = sync.probe_gap(base, record.name)
         finally:
             sync.drop_current()
+        quantized = bool(getattr(self._model.get_base_model(), "is_quantized", False))
+        if quantized:
+            logger.warning(
+                "the trainer's base is quantised and the server's is not: on the base itself they differ by "
+                "%.2g nats in a logprob of the probe prompt, which the importance ratio carries",
+                noise,
+            )
         if not noise <= _LARGEST_NOISE:
             raise ProbeFailed(
                 f"trainer and server differ by {noise:.3g} nats in a logprob of the probe prompt on the "
@@ -110,7 +118,7 @@ class Prober:
                 "loads, without quantisation, in the trainer's dtype",
                 gap=noise,
             )
-        if noise > sync.tolerance():
+        if noise > sync.tolerance() and not quantized:
             logger.warning(
                 "trainer and server differ by %.2g nats in a logprob of the probe prompt on the base "
                 "itself (the server computes in %s); the importance ratio carries that noise: load "
@@ -123,11 +131,11 @@ class Prober:
 
     def _telling_adapter(
         self,
-        collector: AdapterCollector,
+        collector: Collector,
         base: Probe,
         tolerance: float,
         probe_with: Callable[[int, float], Probe],
-    ) -> tuple[Adapter, Probe]:
+    ) -> tuple[Adapter | LiveModel, Probe]:
         """A synthetic adapter that moves the probe's logprobs well past `tolerance`."""
         std = 0.02
         for _ in range(8):
@@ -148,10 +156,18 @@ class Prober:
         finally:
             sync.drop_current()
 
-    def _weigh(self, sync: WeightSync, synthetic: Any, wanted: Probe, merged_gap: float) -> None:
+    def _weigh(
+        self,
+        sync: WeightSync,
+        collector: Collector,
+        synthetic: Any,
+        wanted: Probe,
+        merged_gap: float,
+    ) -> None:
         """Say which mode `auto` took; below fp32, measure the slot's gap too where there is one."""
         reason = f"logprob gap {merged_gap:.2g}"
-        both = SyncMode.ADAPTER in sync.status.modes and sync.mode is SyncMode.MERGED
+        slots = SyncMode.ADAPTER in sync.status.modes and SyncMode.ADAPTER in collector.needs.modes
+        both = slots and sync.mode is SyncMode.MERGED
         if both and sync.status.dtype != "float32":
             sync.use_mode(SyncMode.ADAPTER)
             slot_gap = self._publish_and_drop(sync, synthetic, wanted)

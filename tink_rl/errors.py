@@ -404,6 +404,12 @@ class PublishFailed(TinkError):
     code, status = "publish_failed", 500
 
 
+class RankFailed(TinkError):
+    """Another process of this run failed, or does not answer; the run ends on all of them."""
+
+    code, status = "rank_failed", 500
+
+
 class LaunchFailed(TinkError):
     """A managed vLLM server could not be started. `exit_code` is what `tink-rl serve` exits with."""
 

@@ -13,6 +13,7 @@ need not be installed.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,10 @@ __all__ = [
     "update_model_weights",
 ]
 
+logger = logging.getLogger("tink_rl")
 Completions = list[list[Completion]]
+KEPT_DAYS = 7
+"""Days for which the bytes of a replaced or unregistered adapter stay in the store."""
 Config = Settings | Mapping[str, Any] | None
 _WEIGHTS = "weights"
 """Policy name of `update_model_weights`: the base answers as `weights@N` afterwards."""
@@ -153,7 +157,22 @@ class VLLMBackend:
             expected_version=before.version if before is not None else 0,
         )
         self.names.registered(found)
+        self._tidy()
         return found
+
+    def _tidy(self) -> None:
+        """Remove stored bytes that nothing can name any more; never fails a registration.
+
+        What was stored within KEPT_DAYS stays, so that a replaced version can be compared as `id@N`; and
+        what the server lists, because stock vLLM reads the directory of an evicted adapter again.
+        """
+        try:
+            names = [card["id"] for card in self.client.model_cards()]
+            keep = self.registry.digests()
+            keep |= {d for d in self.store.digests() if any(f".{d[:12]}@" in n for n in names)}
+            self.store.gc(keep, min_age_s=KEPT_DAYS * 86_400.0)
+        except errors.TinkError as error:
+            logger.info("the adapter store was not tidied: %s", error)
 
     def _base_shapes(self) -> BaseShapes | None:
         directory = self.server.base_dir()

@@ -548,8 +548,12 @@ class WeightSync:
         return max(float(answer["held_seconds"]) for answer in answers)
 
     def _superseded(self) -> list[str]:
-        """Slot versions that a commit may drop: not the current one, which stays until the next is proven."""
-        return self._kept[: -max(1, self.config.keep_versions - 1)]
+        """Slot versions that a commit may drop.
+
+        Not the current one, which stays until the next is proven, nor one that a rollout goes on with.
+        """
+        old = self._kept[: -max(1, self.config.keep_versions - 1)]
+        return [name for name in old if name != self.pinned]
 
     def _retire(self, name: str) -> None:
         if self.mode is not SyncMode.ADAPTER:

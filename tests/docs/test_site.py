@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tink_rl
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -60,6 +62,12 @@ def test_every_name_of_the_api_page_exists():
         module, _, attribute = name.rpartition(".")
         found = importlib.import_module(module)
         assert hasattr(found, attribute) or importlib.import_module(name), name
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs/api.md").read_text()
+    for name in set(tink_rl.__all__) - {"__version__", "TinkError"}:
+        assert re.search(rf"^::: [\w.]+\.{name}$", page, re.MULTILINE), name
 
 
 def test_navigation_names_pages_that_exist():

@@ -82,13 +82,15 @@ def test_step_that_was_done_again_after_a_resume_counts_once(tmp_path):
 
 def test_samples_are_a_few_different_prompts_of_each_version(run_dir):
     rows = [
-        {"version": v, "prompt": f"{p}=", "completion": "x", "reward": 1.0}
+        {"version": v, "prompt": f"{p}=", "completion": "x", "reward": float(p < 5), "phase": phase}
         for v in (1, 2)
         for p in range(20)
-        for _ in range(8)
+        for phase in ("train", "train", "eval")
     ]
     (run_dir / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = load_run(run_dir).samples
+    run = load_run(run_dir)
+    samples = run.samples
+    assert run.rewards == {1: 0.25, 2: 0.25}
     assert sorted(samples) == [1, 2]
     assert len(samples[1]) == len({sample.prompt for sample in samples[1]}) == 6
 

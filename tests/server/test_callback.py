@@ -172,6 +172,8 @@ def test_samples_that_cannot_fit_are_refused_before_the_first_step(server, model
     )
     with pytest.raises(errors.ConfigError, match="--max-model-len"):
         trainer.train()
+    # The failed run gave the model back: another callback can publish it.
+    tink_rl.PolicySyncCallback(trainer, server.url, sync=settings(server))
     trainer.policy_link.close()
 
 

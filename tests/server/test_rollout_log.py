@@ -118,7 +118,7 @@ def test_wandb_gets_the_metrics_and_a_table_of_completions(
     trainer.train()
     summary = dict(wandb.run.summary)
     wandb.finish()
-    tables = [json.loads(p.read_text()) for p in tmp_path.rglob("completions_*.table.json")]
+    tables = [json.loads(p.read_text()) for p in tmp_path.rglob("rollouts_*.table.json")]
     assert [t["columns"] for t in tables] == [
         ["step", "policy", "prompt", "completion", "reward"]
     ] * 2

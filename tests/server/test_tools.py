@@ -167,20 +167,12 @@ def test_merged_mode_publishes_nothing_in_the_middle_of_a_rollout(
     assert [record.name for record in trainer.policy_link.records] == ["whole@1", "whole@2"]
 
 
-def two_processes(directory):
-    """Two processes on the CPU. (MULTI_CPU starts one without MPI, and says nothing.)"""
-    path = directory / "two.json"
-    keys = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2}
-    more = {"mixed_precision": "no", "main_process_port": 0, "num_machines": 1, "machine_rank": 0}
-    path.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **keys, **more}))
-    return path
-
-
 @pytest.mark.timeout(300)
 def test_two_ranks_take_different_numbers_of_turns(server, model_dir, caller, tmp_path):
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(two_processes(tmp_path))),
+        *("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")),
+        *("--main_process_port", "0"),
         *("-m", "tests.server.run_tools", str(model_dir("qwen3")), str(caller), server.url),
         *(str(server.token_file), str(tmp_path)),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -293,11 +294,24 @@ def test_adapter_is_described_for_each_mode(saved):
         ({"modes": ["merged"]}, "mode adapter", Level.NOTE, "--mode both"),
         ({"modes": ["adapter"]}, "mode merged", Level.NOTE, "--mode both"),
         ({"dtype": "bfloat16"}, "mode merged", Level.OK, "rounded to bfloat16"),
+        ({"modes": ["adapter"]}, "mode full", Level.NOTE, "refused"),
+        ({"modes": ["adapter", "full"]}, "mode full", Level.OK, "whole"),
     ],
 )
 def test_adapter_is_held_against_the_server(saved, changes, area, level, text):
     found = {f.area: f for f in check_adapter(saved, a_status(**changes))}[area]
     assert found.level is level and text in f"{found.what} {found.fix}"
+
+
+def test_adapter_that_only_whole_tensors_can_say_is_told_so(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "dora")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    found = check_adapter(directory)
+    assert "use_dora=False" in found[0].what and "mode='full'" in found[0].fix
+    assert [f.area for f in found if f.level is Level.OK] == ["mode full"]
+    refused = check_adapter(directory, a_status(modes=["adapter"]))
+    assert [f.level for f in refused] == [Level.BLOCKER]
 
 
 def damaged(saved, path, change):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -437,6 +438,20 @@ def test_what_stock_vllm_says_of_an_adapter_is_passed_on(make, model_dir, adapte
     backend.register("math", adapters[0])
     with pytest.raises(errors.BackendError, match="greater than max_lora_rank 16"):
         sample(backend, "math")
+
+
+def test_old_bytes_leave_the_store_unless_somebody_can_still_name_them(make, model_dir, adapters):
+    fake = fake_server(model_dir, plugin=False)
+    backend = make(fake)
+    replaced = backend.register("math", adapters[0])
+    listed = backend.register("other", adapters[1])
+    sample(backend, "other")
+    make(fake).registry.unregister("other")  # by a process that does not know what the server holds
+    for digest in backend.store.digests():
+        os.utime(backend.store.open(digest), (0, 0))
+    current = backend.register("math", adapters[2])
+    assert backend.store.digests() == sorted([listed.digest, current.digest])
+    assert replaced.digest not in backend.store.digests()
 
 
 def test_damaged_store_is_never_sent_to_a_server(make, model_dir, adapters):

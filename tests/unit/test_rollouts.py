@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tink_rl import errors
+from tink_rl import SyncConfig, VLLMClient, WeightSync, errors
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings, _requests
 from tink_rl.training.rollouts import (
     Ask,
@@ -249,3 +249,12 @@ def test_seed_is_exact_in_json_and_depends_on_every_part():
     assert (
         len({derive_seed(0, "train", 1), derive_seed(0, "train", 2), derive_seed(0, "t", 1)}) == 3
     )
+
+
+def test_version_that_a_rollout_goes_on_with_is_not_dropped_by_a_commit():
+    client = VLLMClient("http://server", token="t" * 20)
+    sync = WeightSync(client, base_model="base", config=SyncConfig(keep_versions=2))
+    sync._kept = ["p@1", "p@2", "p@3"]
+    assert sync._superseded() == ["p@1", "p@2"]
+    sync.pinned = "p@1"
+    assert sync._superseded() == ["p@2"]

@@ -189,6 +189,17 @@ def test_a_deadline_ends_running_and_queued_requests(queue):
     assert backend.num_cancelled == backend.num_calls
 
 
+def test_a_deadline_that_is_over_in_the_queue_does_not_wait_for_a_turn(queue):
+    jobs, backend, accounts = queue(FakeBackend(latency_s=5.0), max_running=1)
+    running = jobs.submit(_work(request_id="long"))
+    waiting = jobs.submit(_work(request_id="short", timeout_s=0.3))
+    wait_until(lambda: accounts.ends[State.EXPIRED] == 1, 3.0)
+    with pytest.raises(errors.DeadlineExceeded):
+        waiting.result()
+    assert backend.num_calls == 1 and not running.job.is_over
+    running.leave()
+
+
 def test_a_client_that_leaves_cancels_its_request_wherever_it_is(queue):
     backend = FakeBackend(latency_s=5.0)
     jobs, _, accounts = queue(backend, max_running=1)

@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor.add_argument(
         "--trl", metavar="MODEL", help="how many LoRA tensors stock TRL sends unmerged"
     )
-    doctor.add_argument("--mode", default="both", choices=("merged", "adapter", "both"))
+    doctor.add_argument("--mode", default="both", choices=("merged", "adapter", "both", "full"))
     doctor.add_argument("--max-lora-rank", type=int, default=32)
     doctor.add_argument("--max-loras", type=int, default=4)
     doctor.add_argument("--max-model-len", type=int, help="default: the model's, at most 4096")

@@ -10,7 +10,7 @@ from tink_rl import errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
 from tink_rl.settings import LORA_RANKS
-from tink_rl.types import ServerStatus
+from tink_rl.types import ServerStatus, SyncMode
 
 
 def check_adapter(directory: str | Path, status: ServerStatus | None = None) -> list[Finding]:
@@ -18,11 +18,7 @@ def check_adapter(directory: str | Path, status: ServerStatus | None = None) -> 
     try:
         adapter = from_peft_dir(directory)
     except errors.UnsupportedAdapter as error:
-        return [
-            blocker(
-                "adapter", error.message, "train without that feature; docs/modes.md lists them"
-            )
-        ]
+        return _only_whole(error, status)
     except errors.AdapterFilesInvalid as error:
         return [blocker("adapter", error.message, "save it again with PEFT's save_pretrained")]
     try:
@@ -42,7 +38,25 @@ def _effect(adapter: Adapter) -> list[Finding]:
 
 
 def _modes(adapter: Adapter, size: int, status: ServerStatus | None) -> list[Finding]:
-    return [_slot(adapter, size, status), _merged(size, status)]
+    return [_slot(adapter, size, status), _merged(size, status), _whole(status)]
+
+
+def _only_whole(error: errors.UnsupportedAdapter, status: ServerStatus | None) -> list[Finding]:
+    """More than a delta of linear layers: no adapter can say it, whole tensors can."""
+    if status is not None and SyncMode.FULL not in status.modes:
+        fix = "train without that feature, or serve from a server that offers full mode"
+        return [blocker("adapter", error.message, fix)]
+    return [
+        warning("adapter", error.message, "SyncConfig(mode='full'), or train without that feature"),
+        note("modes adapter, merged", "refused, for that reason"),
+        ok("mode full", "the tensors that it changes, whole, from the live model of the trainer"),
+    ]
+
+
+def _whole(status: ServerStatus | None) -> Finding:
+    if status is not None and SyncMode.FULL not in status.modes:
+        return note("mode full", f"refused: this server offers {', '.join(status.modes)}")
+    return ok("mode full", "every tensor that it touches, whole: works, at the cost of the bytes")
 
 
 def _slot(adapter: Adapter, size: int, status: ServerStatus | None) -> Finding:

@@ -22,6 +22,7 @@ from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRang
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.policy.packet import PacketHeader, unpack
 from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
+from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
 from tink_rl.policy.support import changes_base, check_supported, model_facts, needs
 
 _LOW_RANK_REST = 1e-5
@@ -104,9 +105,25 @@ class _Module:
     """One adapted module of a live model."""
 
     name: str
-    lora_a: torch.nn.Parameter
-    lora_b: torch.nn.Parameter
     layer: Any
+    adapter: str
+    shape: tuple[int, int, int]
+    """`(in, R, out)`: what a shard does not say."""
+
+    # Looked up at each use: fully_shard puts other parameter objects in their place.
+    @property
+    def lora_a(self) -> torch.nn.Parameter:
+        parameter: torch.nn.Parameter = self.layer.lora_A[self.adapter].weight
+        return parameter
+
+    @property
+    def lora_b(self) -> torch.nn.Parameter:
+        parameter: torch.nn.Parameter = self.layer.lora_B[self.adapter].weight
+        return parameter
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self.adapter])
 
 
 class AdapterCollector:
@@ -139,6 +156,7 @@ class AdapterCollector:
                 f"{type(model).__name__} is not a PEFT model; pass peft_config=LoraConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model"
             )
+        self._model = model
         self._name = adapter_name or active_adapter(model)
         config = model.peft_config[self._name]
         facts = model_facts(model, self._name)
@@ -155,14 +173,28 @@ class AdapterCollector:
         self._moved = _base_changes(self._modules, base) if moved and base is not None else {}
         """What the initialisation changed in the base, as A and B, by module."""
         self.rank = max(
-            module.lora_a.shape[0] + (self._moved[module.name][0].shape[0] if self._moved else 0)
+            module.shape[1] + (self._moved[module.name][0].shape[0] if self._moved else 0)
             for module in self._modules
         )
         self.dropout = float(config.lora_dropout or 0.0)
 
+    @property
+    def sharding(self) -> Sharding:
+        """How the ranks share the adapter; unless WHOLE, `collect` and `swapped` are collectives."""
+        reshard(self._model)
+        return sharding_of(self._modules[0].lora_a)
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """A and B of each module, in turn."""
+        reshard(self._model)
+        return [parameter for m in self._modules for parameter in (m.lora_a, m.lora_b)]
+
     @torch.no_grad()
     def collect(self, dtype: torch.dtype = torch.float32, *, live: bool = False) -> Adapter:
         """The adapter as it is now, detached, in `dtype`; the scaling is applied in fp32.
+
+        Of sharded parameters every rank must call it, and every rank gets the whole adapter.
 
         With `live`, tensors that need no conversion are views of the model's own: right for who packs
         them before the next optimizer step, and without a copy.
@@ -170,19 +202,17 @@ class AdapterCollector:
         Raises:
             UnsupportedAdapter: the adapter is merged into the base at this moment.
         """
-        tensors = {}
         for module in self._modules:
             if module.layer.merged:
                 raise UnsupportedAdapter(
                     f"{module.name} is merged into the base; call unmerge_adapter() before a publish"
                 )
-            scaling = float(module.layer.scaling[self._name])
-            tensors[f"{module.name}.lora_A.weight"] = module.lora_a.detach().to(
-                dtype, copy=not live
-            )
-            lora_b = module.lora_b.detach()
-            if scaling != 1.0 or not live:
-                lora_b = lora_b.float() * scaling
+        whole = read_whole(self._parameters)
+        tensors = {}
+        for module, lora_a, lora_b in zip(self._modules, whole[::2], whole[1::2], strict=True):
+            tensors[f"{module.name}.lora_A.weight"] = lora_a.to(dtype, copy=not live)
+            if module.scaling != 1.0 or not live:
+                lora_b = lora_b.float() * module.scaling
             tensors[f"{module.name}.lora_B.weight"] = lora_b.to(dtype)
         return self._with_base_changes(tensors)
 
@@ -198,38 +228,36 @@ class AdapterCollector:
         """An adapter of this shape that is nowhere zero: A ~ N(0, 1/in), B ~ N(0, std²); on the CPU.
 
         A fresh LoRA equals its base (B = 0), so only such a one can show that versions are applied.
+        The same on every rank.
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for module in self._modules:
-            a, b = module.lora_a, module.lora_b
-            tensors[f"{module.name}.lora_A.weight"] = torch.randn(
-                a.shape, generator=generator
-            ) / math.sqrt(a.shape[1])
-            tensors[f"{module.name}.lora_B.weight"] = (
-                torch.randn(b.shape, generator=generator) * std
-            )
+            num_in, rank, num_out = module.shape
+            a_RD = torch.randn((rank, num_in), generator=generator)
+            tensors[f"{module.name}.lora_A.weight"] = a_RD / math.sqrt(num_in)
+            b_DR = torch.randn((num_out, rank), generator=generator)
+            tensors[f"{module.name}.lora_B.weight"] = b_DR * std
         return self._with_base_changes(tensors)
 
     @contextmanager
     def swapped(self, adapter: Any) -> Iterator[None]:
-        """Compute with `adapter` (normalised) inside the block; the own weights come back bit-exactly."""
-        kept = [(m, m.lora_a.detach().clone(), m.lora_b.detach().clone()) for m in self._modules]
+        """Compute with `adapter` (normalised) inside the block; the own weights come back bit-exactly.
+
+        Of sharded parameters every rank must enter it, with the same adapter.
+        """
+        kept = [tensor.clone() for tensor in read_whole(self._parameters)]
+        values = []
+        for module in self._modules:
+            rank = module.shape[1]  # what follows is in the base already
+            lora_a = adapter.tensors[f"{module.name}.lora_A.weight"][:rank]
+            lora_b = adapter.tensors[f"{module.name}.lora_B.weight"][:, :rank]
+            values += [lora_a, lora_b / module.scaling]
         try:
-            with torch.no_grad():
-                for module in self._modules:
-                    scaling = float(module.layer.scaling[self._name])
-                    rank = module.lora_a.shape[0]  # what follows is in the base already
-                    lora_a = adapter.tensors[f"{module.name}.lora_A.weight"][:rank]
-                    lora_b = adapter.tensors[f"{module.name}.lora_B.weight"][:, :rank]
-                    module.lora_a.copy_(lora_a)
-                    module.lora_b.copy_(lora_b / scaling)
+            write_whole(self._parameters, values)
             yield
         finally:
-            with torch.no_grad():
-                for module, lora_a, lora_b in kept:
-                    module.lora_a.copy_(lora_a)
-                    module.lora_b.copy_(lora_b)
+            write_whole(self._parameters, kept)
 
 
 def from_peft_model(
@@ -253,7 +281,8 @@ def _base_changes(
     """
     found = {}
     for module in modules:
-        live = module.layer.get_base_layer().weight.detach().float().cpu()
+        # Under ZeRO-3 the base is partitioned as soon as it is loaded; every rank is here.
+        live = read_whole([module.layer.get_base_layer().weight])[0].float().cpu()
         entry = base.get(f"{module.name}.weight")
         if entry is None or tuple(entry.shape) != tuple(live.shape):
             raise UnsupportedAdapter(
@@ -261,7 +290,7 @@ def _base_changes(
                 "adapter initialised on another base?"
             )
         change = live - read_checkpoint_tensor(entry).float()
-        rank = min(module.lora_a.shape[0], *change.shape)
+        rank = min(module.shape[1], *change.shape)
         u_OR, s_R, v_IR = torch.svd_lowrank(change, q=min(rank + 8, *change.shape), niter=4)
         root_R = s_R[:rank].sqrt()
         lora_b, lora_a = u_OR[:, :rank] * root_R, (v_IR[:, :rank] * root_R).T.contiguous()
@@ -299,12 +328,9 @@ def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
         short = name.removeprefix(PREFIX)
         if short.rpartition(".")[2] in ("lm_head", "embed_out"):
             raise UnsupportedAdapter(f"{short}: LoRA on the head; leave it out of target_modules")
-        yield _Module(
-            name=short,
-            lora_a=layer.lora_A[adapter].weight,
-            lora_b=layer.lora_B[adapter].weight,
-            layer=layer,
-        )
+        linear_a, linear_b = layer.lora_A[adapter], layer.lora_B[adapter]
+        shape = (linear_a.in_features, linear_a.out_features, linear_b.out_features)
+        yield _Module(name=short, layer=layer, adapter=adapter, shape=shape)
 
 
 def from_peft_dir(path: str | Path, dtype: torch.dtype = torch.float32) -> Adapter:

@@ -18,6 +18,7 @@ import torch
 from tink_rl.errors import UnsupportedAdapter
 from tink_rl.policy.adapter import AdapterCollector, BaseChangeIsNotLowRank, active_adapter
 from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.policy.sharded import Sharding, sharding_of
 from tink_rl.policy.support import WHOLE, Needs, changes_base, model_facts, needs
 from tink_rl.types import SyncMode
 
@@ -67,6 +68,20 @@ class WholeCollector:
             for key, parameter in model.named_parameters()
             if parameter.requires_grad or name in key.split(".")
         }
+
+    @property
+    def sharding(self) -> Sharding:
+        """Always WHOLE: whole tensors are taken from a model that every process holds whole.
+
+        Raises:
+            UnsupportedAdapter: this one is sharded.
+        """
+        if any(sharding_of(p) is not Sharding.WHOLE for p in self._model.parameters()):
+            raise UnsupportedAdapter(
+                f"{', '.join(self.needs.because)} needs mode full, which takes whole tensors, and this "
+                "model is sharded (FSDP2 or ZeRO-3); use accelerate_configs/ddp.yaml or zero2.yaml"
+            )
+        return Sharding.WHOLE
 
     def collect(self, dtype: torch.dtype = torch.float32, *, live: bool = True) -> LiveModel:
         """The model as it is when its tensors are sent."""

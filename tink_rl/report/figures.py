@@ -77,6 +77,7 @@ def draw(run: Run) -> list[Figure]:
         with matplotlib.rc_context(style):
             canvas = Canvas(figsize=(5.6, 2.9), layout="constrained")
             axis = canvas.subplots()
+            axis.margins(x=0.01)
             if not panel.draw(axis, run):
                 continue
             axis.set_xlabel("optimizer step", color="#5b6773")
@@ -116,7 +117,6 @@ def _only_whole_steps(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    axis.margins(x=0.01)
 
 
 def _only_decades(axis: Any) -> None:

@@ -39,6 +39,7 @@ class VersionSamples:
     version: int
     samples: list[Sample]
     mean_reward: float | None
+    """Over all of its completions, shown or not."""
 
 
 def render(run: Run, figures: list[Figure], *, refresh_s: int = 0, now: float | None = None) -> str:
@@ -178,8 +179,7 @@ def _versions(run: Run) -> list[VersionSamples]:
     found = []
     for version in known:
         samples = [_shortened(sample) for sample in run.samples[version]]
-        rewards = [sample.reward for sample in samples if sample.reward is not None]
-        mean = statistics.mean(rewards) if rewards else None
+        mean = run.rewards.get(version)
         found.append(VersionSamples(version=version, samples=samples, mean_reward=mean))
     return found
 

@@ -51,6 +51,8 @@ class Run:
     policy: dict[str, Any] = field(default_factory=dict)
     samples: dict[int, list[Sample]] = field(default_factory=dict)
     """By version; a few of each."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    """By version: mean over all of its logged training completions."""
 
     @property
     def last_step(self) -> int:
@@ -90,6 +92,7 @@ def load_run(directory: str | Path) -> Run:
             evaluations.append(row)
         elif "loss" in row or "reward" in row or "learning_rate" in row:
             by_step[step] = row  # a step that was done again after a resume counts once
+    samples, rewards = _read_samples(path / ROLLOUTS_FILE)
     watched = [source, path / ROLLOUTS_FILE, path / SUMMARY_FILE]
     return Run(
         directory=path,
@@ -100,7 +103,8 @@ def load_run(directory: str | Path) -> Run:
         updated=max(p.stat().st_mtime for p in watched if p is not None and p.exists()),
         summary=_read_json(path / SUMMARY_FILE),
         policy=_read_json(path / POLICY_FILE),
-        samples=_read_samples(path / ROLLOUTS_FILE),
+        samples=samples,
+        rewards=rewards,
     )
 
 
@@ -152,29 +156,28 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _read_samples(path: Path) -> dict[int, list[Sample]]:
-    """A few completions of every version: the first of different prompts."""
+def _read_samples(path: Path) -> tuple[dict[int, list[Sample]], dict[int, float]]:
+    """A few completions of every version, the first of different prompts, and its mean reward."""
     found: dict[int, list[Sample]] = {}
-    if not path.is_file():
-        return found
-    for row in _json_lines(path):
-        version = row.get("version")
-        if version is None:
+    sums: dict[int, tuple[float, int]] = {}
+    for row in _json_lines(path) if path.is_file() else ():
+        if row.get("version") is None or row.get("phase", "train") != "train":
             continue
-        kept = found.setdefault(int(version), [])
-        prompt = str(row.get("prompt", ""))
-        if len(kept) >= _SAMPLES_PER_VERSION or any(s.prompt == prompt for s in kept):
-            continue
-        reward = row.get("reward")
-        kept.append(
-            Sample(
-                version=int(version),
-                prompt=prompt,
-                completion=str(row.get("completion", "")),
-                reward=float(reward) if _is_number(reward) else None,
+        version, reward, prompt = int(row["version"]), row.get("reward"), str(row.get("prompt", ""))
+        if _is_number(reward):
+            total, count = sums.get(version, (0.0, 0))
+            sums[version] = (total + float(reward), count + 1)
+        kept = found.setdefault(version, [])
+        if len(kept) < _SAMPLES_PER_VERSION and all(s.prompt != prompt for s in kept):
+            kept.append(
+                Sample(
+                    version=version,
+                    prompt=prompt,
+                    completion=str(row.get("completion", "")),
+                    reward=float(reward) if _is_number(reward) else None,
+                )
             )
-        )
-    return found
+    return found, {version: total / count for version, (total, count) in sums.items()}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from tink_rl.config import SyncConfig
@@ -46,6 +48,9 @@ def _url_of(args: Any) -> str:
 def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyLink:
     """The link of a trainer's model to `clients`, also kept as `trainer.policy_link`.
 
+    When `trainer.train` fails, the link gives lease and model back, so that both can be used again; with
+    several processes, what fails on one fails on all with the same error.
+
     Raises:
         UnsupportedAdapter: the adapter cannot be published.
         SecondPublisher: this model is published already.
@@ -58,6 +63,21 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         config=sync,
         base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
         prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
+        rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     trainer.policy_link = link
+    trainer.train = _closing_on_error(trainer.train, link)
     return link
+
+
+def _closing_on_error(train: Callable[..., Any], link: PolicyLink) -> Callable[..., Any]:
+    @functools.wraps(train)
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with link.ranks.failing_together():
+                return train(*args, **kwargs)
+        except BaseException:  # an interrupted notebook cell too
+            link.close()
+            raise
+
+    return closing

@@ -1,7 +1,8 @@
 """The link between one trainer and its servers: start, publish after each step, recover, stop.
 
 Every rank has a `PolicyLink`; rank 0 publishes and tells the others the version, or the error, so
-that all go on together or all stop with the same reason.
+that all go on together or all stop with the same reason. Of a sharded model (FSDP2, ZeRO-3) every rank
+takes part in collecting and probing.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.errors import TinkError
 from tink_rl.policy.collect import collector_for
+from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
+from tink_rl.training.ranks import Duties, Ranks
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 from tink_rl.weight_sync import WeightSync, check_fits
@@ -41,8 +42,18 @@ class PolicyLink:
         config: SyncConfig,
         base_model: str,
         prober: Prober,
+        rank_timeout_s: float = 1800.0,
     ) -> None:
         """Find the adapter in `model`; speaks to no server yet.
+
+        Args:
+            model: The PEFT model, without the wrappers of accelerate.
+            accelerator: The trainer's, for rank and number of processes.
+            clients: One per server.
+            config: Settings.
+            base_model: Directory (or cached hub id) of the base.
+            prober: Of the same model.
+            rank_timeout_s: How long one process may wait for another.
 
         Raises:
             UnsupportedAdapter: the adapter cannot be published.
@@ -53,9 +64,11 @@ class PolicyLink:
         self.sync = WeightSync(clients, base_model=base_model, config=config)
         self.sync.claim(model)
         self.records: list[PublishRecord] = []
-        """Every publish that sent something, in order (rank 0)."""
-        self._model = model
-        self._accelerator, self._prober = accelerator, prober
+        """Every publish that sent something, in order; the same on every rank."""
+        self.ranks = Ranks(
+            accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
+        )
+        self._model, self._accelerator, self._prober = model, accelerator, prober
         self._config = config
         self._current = ""
         self._digests: dict[str, str] = {}
@@ -75,20 +88,26 @@ class PolicyLink:
     def start(self, check: Callable[[ServerStatus], None]) -> None:
         """Open channels, prove by a synthetic adapter that versions are applied; idempotent.
 
+        Every rank must call it.
+
         Raises:
             ProbeFailed: the server does not apply what is published.
             TinkError: a server is missing, holds another base, is taken, ...
         """
         if self._started:
             return
+        refuse_flat_parameters(self._model)
+        _tell_if_fsdp_was_left_out(self._accelerator)
 
         def work() -> None:
             check(self.sync.open())
-            if self.sync.settle(self.collector.needs) is SyncMode.FULL:
+            mode = self.sync.settle(self.collector.needs)
+            # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
+            if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
                 self.sync.check_whole(self._model)
-            self._prober.prove(self.sync, self.collector)
+            self._prober.prove(self.sync, self.collector, partial(self._on_all, "probe_with"))
 
-        self._on_rank_0(work)
+        self.ranks.lead(work, self._duties())
         self._started = True
 
     def publish(self) -> PublishRecord:
@@ -101,7 +120,7 @@ class PolicyLink:
             TinkError: see `WeightSync.publish`.
         """
 
-        def work() -> PublishRecord:
+        def work() -> dict[str, Any]:
             if self.sync.pinned and self.sync.mode is not SyncMode.ADAPTER:
                 raise errors.ConfigError(
                     f"publish() in the middle of a rollout that {self.sync.pinned} samples: in "
@@ -109,10 +128,12 @@ class PolicyLink:
                     "publish between rollouts, or set SyncConfig(mode='adapter')"
                 )
             probing = self._config.probe_every and len(self.records) % self._config.probe_every == 0
-            probe = self._prober.probe() if probing else None
-            return self.sync.publish(partial(self.collector.collect, live=True), probe=probe)
+            probe = self._on_all("probe") if probing else None
+            record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
+            return asdict(record)
 
-        record: PublishRecord = self._on_rank_0(work)
+        data = self.ranks.lead(work, self._duties())
+        record = PublishRecord(**{**data, "mode": SyncMode(data["mode"])})
         self._current = record.name
         self._digests[record.name] = record.digest
         if record.published:
@@ -127,27 +148,23 @@ class PolicyLink:
         """Digest of a version that this run published; known on every rank."""
         return self._digests[name]
 
+    def _duties(self) -> Duties:
+        """What a sharded model needs every rank for."""
+        return {
+            "probe": self._prober.probe,
+            "probe_with": partial(self._prober.probe_with, self.collector),
+            "collect": partial(self.collector.collect, live=True),
+        }
+
+    def _on_all(self, duty: str, *args: Any) -> Any:
+        """`duty` on every rank if the model is sharded, else here alone; rank 0's result."""
+        if self.collector.sharding is Sharding.WHOLE:
+            return self._duties()[duty](*args)
+        return self.ranks.together(duty, *args)
+
     def recover(self) -> bool:
         """See `WeightSync.recover`; only rank 0 can."""
         return self._accelerator.is_main_process and self.sync.recover()
-
-    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
-        """`work()` on rank 0; every rank gets its result, or raises what it raised."""
-        outcome: list[Any] = [None, None]
-        if self._accelerator.is_main_process:
-            try:
-                outcome = [work(), None]
-            except TinkError as error:
-                if self._accelerator.num_processes == 1:
-                    raise
-                outcome = [None, error.to_wire()]
-        if self._accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(outcome, from_process=0)
-            if outcome[1] is not None:
-                raise errors.from_wire(outcome[1], 500)
-        return outcome[0]
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -175,10 +192,15 @@ class PolicyLink:
 
     def close(self) -> None:
         """Give the lease back; what was published stays served."""
+        self.ranks.close()
         self.sync.close()
 
 
-def device_of(model: Any) -> torch.device:
-    """Where the model's parameters lie."""
-    device: torch.device = next(model.parameters()).device
-    return device
+def _tell_if_fsdp_was_left_out(accelerator: Any) -> None:
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and getattr(accelerator.distributed_type, "value", None) != "FSDP":
+        logger.warning(
+            "the accelerate config asks for FSDP, and accelerate runs %s: it takes FSDP on GPUs only, and "
+            "says nothing. Every process holds the whole model",
+            getattr(accelerator.distributed_type, "value", accelerator.distributed_type),
+        )

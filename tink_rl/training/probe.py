@@ -11,6 +11,8 @@ differ on the base itself (rounding: nothing in fp32, tenths of a nat in bf16).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +45,10 @@ class Prober:
 
     @torch.no_grad()
     def probe(self) -> Probe:
-        """The prompt with the trainer's logprobs under the weights it holds now, in eval mode."""
+        """The prompt with the trainer's logprobs under the weights it holds now, in eval mode.
+
+        Every rank must call it if the model is sharded: a forward is a collective there.
+        """
         model = self._model
         device = next(model.parameters()).device
         was_training = model.training
@@ -57,23 +62,43 @@ class Prober:
         logprobs_T = logits_TV.log_softmax(-1).gather(-1, targets_T)[:, 0]
         return Probe(prompt_ids=self._prompt_ids, logprobs=logprobs_T.tolist())
 
-    def prove(self, sync: WeightSync, collector: Collector) -> None:
+    def probe_with(self, collector: Collector, seed: int, std: float) -> Probe:
+        """The probe under `collector.random_like(seed, std)`; as `probe` a collective if sharded."""
+        with collector.swapped(collector.random_like(seed, std)):
+            return self.probe()
+
+    def prove(
+        self,
+        sync: WeightSync,
+        collector: Collector,
+        probe_with: Callable[[int, float], Probe] | None = None,
+    ) -> None:
         """Publish a synthetic adapter, compare, drop it; with mode "auto", choose by the gap.
+
+        Args:
+            sync: Where to publish.
+            collector: The model's adapter, for its shape.
+            probe_with: Lets every rank do `self.probe_with(collector, seed, std)`; None: only this one.
 
         Raises:
             ProbeFailed: the server does not apply it, or computes something else.
         """
-        base = self._measure_noise(sync, collector)
-        synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance())
+        probe_with = probe_with or partial(self.probe_with, collector)
+        base = self._measure_noise(sync, collector, probe_with)
+        synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance(), probe_with)
         gap = self._publish_and_drop(sync, synthetic, wanted)
         if sync.config.mode == "auto":
             self._weigh(sync, collector, synthetic, wanted, gap)
 
-    def _measure_noise(self, sync: WeightSync, collector: Collector) -> Probe:
+    def _measure_noise(
+        self,
+        sync: WeightSync,
+        collector: Collector,
+        probe_with: Callable[[int, float], Probe],
+    ) -> Probe:
         """Tell `sync` how far trainer and server differ on the base; the trainer's side of it."""
         nothing = collector.random_like(std=0.0)
-        with collector.swapped(nothing):
-            base = self.probe()
+        base = probe_with(0, 0.0)
         record = sync.publish(nothing, synthetic=True)
         try:
             noise = sync.probe_gap(base, record.name)
@@ -105,17 +130,19 @@ class Prober:
         return base
 
     def _telling_adapter(
-        self, collector: Collector, base: Probe, tolerance: float
+        self,
+        collector: Collector,
+        base: Probe,
+        tolerance: float,
+        probe_with: Callable[[int, float], Probe],
     ) -> tuple[Adapter | LiveModel, Probe]:
         """A synthetic adapter that moves the probe's logprobs well past `tolerance`."""
         std = 0.02
         for _ in range(8):
-            synthetic = collector.random_like(seed=1, std=std)
-            with collector.swapped(synthetic):
-                wanted = self.probe()
+            wanted = probe_with(1, std)
             effect = largest_gap(wanted.logprobs, base.logprobs)
             if effect > _SMALLEST_EFFECT * tolerance:
-                return synthetic, wanted
+                return collector.random_like(seed=1, std=std), wanted
             std *= 2
         raise ProbeFailed(
             f"a synthetic adapter moves no logprob of the probe prompt by more than {effect:.3g}; "

@@ -7,10 +7,8 @@ four attributes that TRL's own `__init__` would have set (seam of TRL 1.16, held
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import trl
@@ -58,7 +56,7 @@ class _RolloutCallback(PublishCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show a few of the last rollouts as a wandb table, where the run reports there."""
         if self._scope.shown and state.is_world_process_zero:
-            live.log_table(args, state, "completions", self._scope.shown)
+            live.log_table(args, state, "rollouts", self._scope.shown)
             self._scope.shown = []
 
 
@@ -183,19 +181,6 @@ class PolicySyncMixin:
                 args = (*args[:position], plain, *args[position + 1 :])
         super().__init__(*args, **kwargs)
         attach(self, servers, sync=sync)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.train`; gives the lease back also when training fails."""
-        with self._link_closed_on_error():
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    @contextlib.contextmanager
-    def _link_closed_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.policy_link.close()
-            raise
 
 
 def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int | None]:

@@ -1,0 +1,65 @@
+"""Reading and writing DTensor parameters, in a group of one; several ranks are in tests/multi."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tests.policies import PeftTwin
+from tink_rl.policy.sharded import Sharding, read_whole, sharding_of, write_whole
+from tink_rl.training.probe import Prober
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_whole_parameters_are_read_without_a_copy_and_written_in_place():
+    parameter = torch.nn.Parameter(torch.zeros(2, 3))
+    assert sharding_of(parameter) is Sharding.WHOLE
+    (read,) = read_whole([parameter])
+    assert read.data_ptr() == parameter.data_ptr()
+    write_whole([parameter], [torch.ones(2, 3)])
+    assert torch.equal(parameter.detach(), torch.ones(2, 3))
+
+
+def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(model_dir, mesh):
+    twin = PeftTwin(model_dir("qwen3"))
+    twin.randomise(1)
+    before = twin.collector.collect()
+    plain = Prober(twin.model, vocab_size=64).probe().logprobs
+    for layer in twin.model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(twin.model, mesh=mesh)
+    assert twin.collector.sharding is Sharding.DTENSOR
+
+    other = twin.collector.random_like(seed=3, std=0.1)
+    with twin.collector.swapped(other):
+        swapped = twin.collector.collect()
+        moved = Prober(twin.model, vocab_size=64).probe().logprobs
+    for name, tensor in other.tensors.items():
+        assert torch.allclose(swapped.tensors[name], tensor, atol=1e-7)
+    assert max(abs(a - b) for a, b in zip(moved, plain, strict=True)) > 0.01
+
+    after = twin.collector.collect()
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+    assert Prober(twin.model, vocab_size=64).probe().logprobs == pytest.approx(plain, abs=1e-5)
+
+
+def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_dir, mesh):
+    twin = PeftTwin(model_dir("qwen3"))
+    fully_shard(twin.model, mesh=mesh)
+    with torch.no_grad():
+        twin.model(input_ids=torch.tensor([[3, 4, 5]]))
+    parameter = next(p for n, p in twin.model.named_parameters() if "lora_A" in n)
+    assert sharding_of(parameter) is Sharding.WHOLE
+    assert twin.collector.sharding is Sharding.DTENSOR
+    with twin.collector.swapped(twin.collector.random_like(seed=3)) as _:
+        twin.model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert twin.collector.sharding is Sharding.DTENSOR

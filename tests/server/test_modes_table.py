@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -322,10 +323,8 @@ def test_quantised_trainer_is_told_what_its_base_costs(servers, model_dir, caplo
     collector, prober = collector_for(trained, directory), Prober(trained, vocab_size=VOCAB)
     with sync_to(server, directory, "auto") as sync:
         sync.settle(collector.needs)
-        try:
+        # Tiny random weights suffer more from 4 bits than real ones, so much that no synthetic adapter
+        # stands out; what is looked at here is that the cost was said before.
+        with pytest.raises(errors.ProbeFailed, match="the probe would show nothing"):
             prober.prove(sync, collector)
-        except (
-            errors.ProbeFailed
-        ) as error:  # tiny random weights suffer more from 4 bits than real ones
-            assert "quantis" in error.message
-    assert "quantised" in caplog.text and "nats" in caplog.text
+    assert re.search(r"base is quantised .* differ by [0-9.]+ nats", caplog.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tink_rl.policy import packet
 from tink_rl.types import SyncMode
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
+RESULTS = PAGE.parents[1] / "benchmarks/results/scale.json"
 # hidden, intermediate, width of k and v, layers, parameters; from the models' config.json
 MODELS = {
     "Qwen2.5-0.5B": (896, 4864, 128, 24, 0.494e9),
@@ -64,3 +66,16 @@ def test_table_says_what_the_formula_gives(model):
 def test_two_points_give_the_line_through_them():
     fixed_s, bytes_per_s = fit([(2_000_000, 0.014), (1_000_000, 0.012)])
     assert predict(1_500_000, fixed_s, bytes_per_s) == pytest.approx(0.013)
+
+
+def test_measured_publishes_on_the_page_are_those_of_the_results():
+    rows = [line.strip("|").split("|") for line in PAGE.read_text().splitlines()]
+    found = json.loads(RESULTS.read_text())
+    for transport, column in (("gloo", 2), ("http", 4)):
+        for rank, point in zip(
+            found["ranks"], found["transports"][transport]["points"], strict=True
+        ):
+            row = next(r for r in rows if r[0].strip() == str(rank) and len(r) == 6)
+            assert row[1].strip() == f"{point['bytes']:,}"
+            assert row[column].strip() == f"{1e3 * point['seconds']:.0f} ms"
+            assert row[column + 1].strip() == f"{1e3 * point['predicted']:.0f}"

@@ -281,6 +281,7 @@ def _base_changes(
     """
     found = {}
     for module in modules:
+        # Under ZeRO-3 the base is partitioned as soon as it is loaded; every rank is here.
         live = read_whole([module.layer.get_base_layer().weight])[0].float().cpu()
         entry = base.get(f"{module.name}.weight")
         if entry is None or tuple(entry.shape) != tuple(live.shape):

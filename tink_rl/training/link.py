@@ -101,7 +101,9 @@ class PolicyLink:
 
         def work() -> None:
             check(self.sync.open())
-            if self.sync.settle(self.collector.needs) is SyncMode.FULL:
+            mode = self.sync.settle(self.collector.needs)
+            # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
+            if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
                 self.sync.check_whole(self._model)
             self._prober.prove(self.sync, self.collector, partial(self._on_all, "probe_with"))
 

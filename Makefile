@@ -40,7 +40,7 @@ demo: setup
 	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE)
 
 test: setup browser
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 check: setup
 	.venv/bin/ruff check .

@@ -82,6 +82,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return "tests/unit" not in str(item.path), str(item.path), shape
 
     items.sort(key=key)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_track(item)))
     import torch
 
     if not torch.cuda.is_available():
@@ -89,3 +91,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def _track(item: pytest.Item) -> str:
+    """What must run in one process of `pytest -n 2 --dist loadgroup`.
+
+    A process has its own pool of servers, so what uses the pool stays together, and so does what starts
+    servers of its own; beside them the unit tests fill the gaps.
+    """
+    path = item.path.relative_to(Path(__file__).parent)
+    if path.parts[0] in ("server", "multi", "invariant"):
+        return "pool"
+    if path.parts[0] in ("recipes", "notebooks", "docs"):
+        return "launchers"
+    return str(path)

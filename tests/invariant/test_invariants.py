@@ -91,8 +91,9 @@ def test_transport_changes_nothing(runs, transport):
     assert runs.get(transport, sync={"transport": transport}) == runs.get("plain")
 
 
-def test_merged_mode_is_adapter_mode(runs):
-    assert_alike(runs.get("merged", sync={"mode": "merged"}), runs.get("plain"))
+@pytest.mark.parametrize("mode", ["merged", "full"])
+def test_every_mode_is_adapter_mode(runs, mode):
+    assert_alike(runs.get(mode, sync={"mode": mode}), runs.get("plain"))
 
 
 def test_eight_micro_batches_are_one_batch(runs):

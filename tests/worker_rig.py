@@ -43,7 +43,8 @@ class Rig:
     http: FlaskClient
     """In process."""
     url: str | None = None
-    """With a socket."""
+    server: HttpServer | None = None
+    """Both with a socket."""
 
     def sample(self, prompts: Any = ("hi",), **fields: Any) -> Any:
         """POST /api/v1/sample in process."""
@@ -84,7 +85,7 @@ def worker(
     server, thread = None, None
     if socket:
         server = HttpServer(app, bind("127.0.0.1", 0), num_threads=settings.num_threads)
-        rig.url = server.url
+        rig.url, rig.server = server.url, server
         thread = threading.Thread(target=server.run)
         thread.start()
     try:

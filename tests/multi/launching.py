@@ -27,6 +27,8 @@ def launch(yaml, job, out):
         **{"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
     }
     line = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    # Time for the other ranks to raise the reason too, before the launcher ends them.
+    line += ["--monitor_interval", "5"]
     line += ["--config_file", str(ROOT / yaml), str(ROOT / "tests/multi/run.py"), str(path)]
     with (out / "output.log").open("w") as log:
         process = subprocess.Popen(

@@ -74,9 +74,9 @@ def test_commit_that_fails_once_is_healed_by_the_second_try(faulty, twin, switch
         replica = sync.fleet.replicas[0]
         commit = replica.commit
 
-        def heal_after_first(stage_id):
+        def heal_after_first(*arguments):
             try:
-                return commit(stage_id)
+                return commit(*arguments)
             finally:
                 switch.unlink(missing_ok=True)
 

@@ -308,7 +308,7 @@ def test_adapter_that_only_whole_tensors_can_say_is_told_so(saved, tmp_path):
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     found = check_adapter(directory)
-    assert "use_dora=False" in found[0].what and "mode='full'" in found[0].fix
+    assert "use_dora=True" in found[0].what and "mode='full'" in found[0].fix
     assert [f.area for f in found if f.level is Level.OK] == ["mode full"]
     refused = check_adapter(directory, a_status(modes=["adapter"]))
     assert [f.level for f in refused] == [Level.BLOCKER]

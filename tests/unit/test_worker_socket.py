@@ -279,7 +279,7 @@ def test_a_client_that_reads_nothing_is_dropped(monkeypatch):
     with worker(backend=backend, socket=True) as found, _connect(found) as connection:
         connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\n" + GOOD + b"\r\n" + BODY)
         wait_until(lambda: found.service.accounts.ends[State.DONE] == 1)
-        time.sleep(3.0)
+        wait_until(lambda: found.server.num_connections == 0, 60.0)
         received = 0
         with suppress(ConnectionError):
             while data := connection.recv(2**20):

@@ -134,7 +134,8 @@ class _Channel(HTTPChannel):
         if self.lingers_until is not None:
             self.will_close = self.will_close or now > self.lingers_until
         elif self._is_stalled(now):
-            self.will_close = True  # a client that does not read would hold a thread for ever
+            # Now: `will_close` waits for a socket that can be written to, and this client's never can.
+            self.handle_close()
         elif self.request is not None and not self.requests:
             limit = BODY_S if self.request.headers_finished else HEADER_S
             if now - self.request_began > limit:
@@ -227,6 +228,11 @@ class HttpServer:
             bind_socket=False,
         )
         self._ended = threading.Event()
+
+    @property
+    def num_connections(self) -> int:
+        """Clients whose connection is open."""
+        return len(self._server.active_channels)
 
     def run(self) -> None:
         """Serve; returns after `stop`."""

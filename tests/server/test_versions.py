@@ -134,7 +134,7 @@ def test_abort_ends_running_requests_early(server, twin):
 
         def run():
             found = client.generate(
-                [[7, 8, 9]] * 16, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
+                [[7, 8, 9]] * 96, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
             )
             reasons.extend(found["finish_reasons"])
 

@@ -118,8 +118,9 @@ def test_request_under_way_ends_on_the_bytes_that_it_began_with(backend, server,
     thread = threading.Thread(
         target=lambda: answers.extend(backend.generate([list(prompt)] * 8, "math", **long))
     )
+    client = server.client()
     thread.start()
-    while not server.client().control("status", timeout_s=5)["running"]:
+    while not client.control("status", timeout_s=5)["running"]:
         assert thread.is_alive(), "the request ended before it was seen"
     assert backend.register("math", new.path).version == 2
     [new_prompt, *_] = new.cases
@@ -323,16 +324,15 @@ def test_admitted_request_is_answered_by_what_was_registered_when_it_came(backen
 
 def test_cancelled_sample_ends_on_the_server_too(backend, server):
     async def run():
-        sampler = VLLMSampler(backend)
-        params = SamplingParams(max_tokens=240, ignore_eos=True)
-        task = asyncio.create_task(sampler.sample([[5, 6, 7]] * 32, None, params, timeout_s=120.0))
-        while not server.client().control("status", timeout_s=5)["running"]:
+        sampler, client = VLLMSampler(backend), server.client()
+        params = SamplingParams(max_tokens=240, ignore_eos=True, n=4)
+        task = asyncio.create_task(sampler.sample([[5, 6, 7]] * 64, None, params, timeout_s=120.0))
+        while not (await asyncio.to_thread(client.control, "status", timeout_s=5))["running"]:
             assert not task.done()
-            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while server.client().control("status", timeout_s=5)["running"]:
+        while client.control("status", timeout_s=5)["running"]:
             await asyncio.sleep(0.05)
         await sampler.close()
 

@@ -36,7 +36,7 @@ _PROBE_TOKENS = 24
 class Prober:
     """Computes the trainer's logprobs of one prompt and compares them with the server's."""
 
-    def __init__(self, model: Any, *, vocab_size: int, temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, *, vocab_size: int) -> None:
         """Store; the prompt is a fixed pseudo-random sequence over the vocabulary."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocab_size, (_PROBE_TOKENS,), generator=generator)

@@ -20,7 +20,7 @@ from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
-from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus, Transport
+from tink_rl.types import PROTOCOL_VERSION, ServerStatus, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -469,8 +469,3 @@ def _transport(
         server_device=server_device,
         same_machine=same_machine,
     )
-
-
-def is_ready(status: ServerStatus) -> bool:
-    """Whether the server's weights are in a state that can be said."""
-    return status.state is not ServerState.NOT_READY

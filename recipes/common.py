@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
@@ -17,6 +16,7 @@ import tink_rl
 from recipes.tasks import TASKS, Task, load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl.cli import show_wait
+from tink_rl.training.ranks import Ranks
 
 
 @dataclass
@@ -127,9 +127,15 @@ def _tiny_base(config: Any) -> str:
 
 
 def _server(recipe: RecipeArguments, config: Any, model: str, stack: ExitStack) -> str:
-    """URL of the server; rank 0 starts a managed one, which the stack stops."""
-    url = [recipe.vllm_server]
-    if recipe.vllm_server == "auto" and config.process_index == 0:
+    """URL of the server; rank 0 starts a managed one, which the stack stops.
+
+    Raises:
+        TinkError: it did not start; on every rank.
+    """
+    if recipe.vllm_server != "auto":
+        return recipe.vllm_server
+
+    def start() -> str:
         server = tink_rl.VLLMServer(
             model,
             mode=recipe.server_mode,
@@ -140,7 +146,9 @@ def _server(recipe: RecipeArguments, config: Any, model: str, stack: ExitStack) 
             log_file=str(Path(config.output_dir) / "vllm.log"),
             on_wait=show_wait,
         )
-        url = [stack.enter_context(server).url]
-    if config.world_size > 1:
-        broadcast_object_list(url, from_process=0)
-    return url[0]
+        return stack.enter_context(server).url
+
+    ranks = Ranks(config.process_index, config.world_size, timeout_s=float(config.ddp_timeout))
+    with closing(ranks):
+        url: str = ranks.lead(start)
+    return url

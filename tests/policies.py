@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,63 @@ def served_greedy(server: VLLMServer, model: str, prompts: Any) -> list[list[int
 def assert_served(server: VLLMServer, name: str, cases: dict[tuple[int, ...], list[int]]) -> None:
     """The server's greedy tokens under `name` are those of `cases`, for every prompt."""
     assert served_greedy(server, name, cases) == list(cases.values())
+
+
+LONG_PROMPT = [7, 8, 9]
+NUM_LONG = 96
+"""Completions of a request that outlasts a publish, on a busy machine too."""
+LONG_TOKENS = 240
+
+
+@dataclass
+class LongRequest:
+    """What a request answered that runs for seconds."""
+
+    completions: list[list[int]] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+
+
+def long_greedy(server: VLLMServer, model: str, num_prompts: int = 1) -> LongRequest:
+    """Greedy answers of `model` to `LONG_PROMPT`, as long as the server takes."""
+    with server.client() as client:
+        found = client.generate(
+            [LONG_PROMPT] * num_prompts,
+            temperature=0.0,
+            max_tokens=LONG_TOKENS,
+            model=model,
+            generation_kwargs={"ignore_eos": True},
+        )
+    return LongRequest(found["completion_ids"], found["finish_reasons"])
+
+
+@contextmanager
+def under_way(server: VLLMServer, ask: Callable[[], object]) -> Iterator[None]:
+    """Inside the block the server runs the request that `ask` makes; it has ended after it."""
+    thread = threading.Thread(target=ask)
+    with server.client() as client:
+        client.status()  # the connection is there before the request starts
+        thread.start()
+        try:
+            while not client.control("status", timeout_s=5)["running"]:
+                assert thread.is_alive(), "the request ended before it was seen"
+            yield
+        finally:
+            thread.join()
+
+
+@contextmanager
+def long_request_under_way(server: VLLMServer, model: str) -> Iterator[LongRequest]:
+    """Inside the block a long request of `model` runs; after it, the request has its answers.
+
+    So many completions that it outlasts a publish on a busy machine too.
+    """
+    request = LongRequest()
+
+    def ask() -> None:
+        request.__dict__.update(vars(long_greedy(server, model, NUM_LONG)))
+
+    with under_way(server, ask):
+        yield request
 
 
 @contextmanager

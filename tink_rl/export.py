@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tink_rl import __version__
 from tink_rl.errors import ConfigError, UnknownModules
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
-from tink_rl.policy.fingerprint import checkpoint_index, local_model_dir
+from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index, local_model_dir
+from tink_rl.policy.peft_dir import POLICY_FILE
+from tink_rl.policy.shapes import check_trained_on
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +31,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-_POLICY_FILE = "tink_policy.json"
 _WINDOW = 5
 
 
@@ -68,6 +69,7 @@ def export(
         AdapterFilesInvalid, NonFiniteWeights: the adapter's files are damaged.
         UnsupportedAdapter: `merged`, and the adapter is more than a delta of linear layers.
         UnknownModules: `merged`, and the base lacks a module of the adapter.
+        BaseMismatch: `merged`, and the run says that it trained on another base.
     """
     run, directory = Path(source), find_adapter(source)
     config = json.loads((directory / _ADAPTER_FILES[0]).read_text())
@@ -75,7 +77,7 @@ def export(
     if not base_name:
         raise ConfigError(f"{directory} does not name its base; give --base DIRECTORY_OR_HUB_ID")
     target = _free(Path(output))
-    policy = _read(directory / _POLICY_FILE) or _read(run / _POLICY_FILE)
+    policy = _read(directory / POLICY_FILE) or _read(run / POLICY_FILE)
     exported = Exported(
         path=target,
         merged=merged,
@@ -86,11 +88,14 @@ def export(
     )
     with _whole(target) as partial:
         if merged:
-            _write_merged(from_peft_dir(directory), local_model_dir(base_name), partial)
-            _copy(local_model_dir(base_name), partial, _TOKENIZER_FILES)
+            base_dir = local_model_dir(base_name)
+            trained_on = policy.get("base_fingerprint")
+            check_trained_on(trained_on, base_fingerprint(base_dir), where=str(directory))
+            _write_merged(from_peft_dir(directory), base_dir, partial)
+            _copy(base_dir, partial, _TOKENIZER_FILES)
         else:
             _write_adapter(directory, config | {"base_model_name_or_path": base_name}, partial)
-        _copy(directory, partial, (*_TOKENIZER_FILES, _POLICY_FILE))
+        _copy(directory, partial, (*_TOKENIZER_FILES, POLICY_FILE))
         (partial / "README.md").write_text(model_card(exported))
     return exported
 

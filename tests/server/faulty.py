@@ -63,8 +63,8 @@ class FaultyExtension(TinkWorkerExtension):
                 tensor.zero_()
         return super().tink_keep(stage_id, path)
 
-    def tink_sent(self, stage_id: Any, digest: Any) -> Any:
+    def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
         """Damage a byte of a packet that came over HTTP."""
         if _fault() == "damage":
             self._tink().stages[stage_id].buffer[3] ^= 1
-        return super().tink_sent(stage_id, digest)
+        return super().tink_sent(stage_id, digest, patience_s)

@@ -15,6 +15,8 @@ from tests.policies import (
     PeftTwin,
     WholeTwin,
     assert_served,
+    long_greedy,
+    long_request_under_way,
     random_adapter,
     served_greedy,
     sync_to,
@@ -190,23 +192,11 @@ def _ask_quietly(server):
 
 def test_running_requests_end_whole_on_the_old_version(server, twin, sync):
     name = sync.publish_full(twin.tensors()).name
-    client = server.client()
-    ask = {"temperature": 0.0, "max_tokens": 200, "model": name}
-    expected = client.generate([[7, 8, 9]], generation_kwargs={"ignore_eos": True}, **ask)
-    answers: list[list[int]] = []
-
-    def run():
-        found = client.generate([[7, 8, 9]] * 16, generation_kwargs={"ignore_eos": True}, **ask)
-        answers.extend(found["completion_ids"])
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while not client.control("status", timeout_s=5)["running"]:
-        assert thread.is_alive(), "the request ended before it was seen"
-    twin.shake_base(1)
-    record = sync.publish_full(twin.tensors())
-    thread.join()
-    assert answers == expected["completion_ids"] * 16
+    expected = long_greedy(server, name).completions
+    with long_request_under_way(server, name) as request:
+        twin.shake_base(1)
+        record = sync.publish_full(twin.tensors())
+    assert request.completions == expected * len(request.completions) != []
     assert record.held_seconds > 0
     assert_served(server, record.name, twin.base_cases())
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
 
 import pytest
 
-from tests.policies import PeftTwin, assert_served, random_adapter, served_greedy, sync_to
+from tests.policies import (
+    PeftTwin,
+    assert_served,
+    long_greedy,
+    long_request_under_way,
+    random_adapter,
+    served_greedy,
+    sync_to,
+)
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.transport import shared_memory
@@ -17,12 +24,6 @@ from tink_rl.weight_sync import WeightSync
 
 pytestmark = pytest.mark.server
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])
-
-
-def wait_until_running(client, thread):
-    """Return once the server has admitted the thread's request."""
-    while not client.control("status", timeout_s=5)["running"]:
-        assert thread.is_alive(), "the request ended before it was seen"
 
 
 @pytest.fixture
@@ -106,63 +107,29 @@ def test_commit_drops_versions_of_its_own_policy_only(server, twin):
 @MODES
 def test_requests_that_run_during_a_commit_end_whole_on_one_version(server, twin, mode):
     with sync_to(server, twin.directory, mode) as sync:
-        twin.randomise(1)
-        name = sync.publish(twin.model).name
-        client = server.client()
-        ask = {"n": 1, "temperature": 0.0, "max_tokens": 200, "model": name}
-        expected = client.generate([[7, 8, 9]], generation_kwargs={"ignore_eos": True}, **ask)
-        answers: list[list[int]] = []
-
-        def run():
-            found = client.generate([[7, 8, 9]] * 16, generation_kwargs={"ignore_eos": True}, **ask)
-            answers.extend(found["completion_ids"])
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        wait_until_running(client, thread)
-        record = sync.publish(random_adapter(twin, 2))
-        thread.join()
-        assert answers == expected["completion_ids"] * 16
+        name = sync.publish(random_adapter(twin, 1)).name
+        expected = long_greedy(server, name).completions
+        with long_request_under_way(server, name) as request:
+            record = sync.publish(random_adapter(twin, 2))
+        assert request.completions == expected * len(request.completions) != []
         assert record.name != name and (record.held_seconds > 0) == (mode == "merged")
 
 
 def test_abort_ends_running_requests_early(server, twin):
     with sync_to(server, twin.directory, "merged", on_running="abort") as sync:
         name = sync.publish(random_adapter(twin, 1)).name
-        client = server.client()
-        reasons: list[str] = []
-
-        def run():
-            found = client.generate(
-                [[7, 8, 9]] * 96, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
-            )
-            reasons.extend(found["finish_reasons"])
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        wait_until_running(client, thread)
-        twin.randomise(2)
-        record = sync.publish(twin.model)
-        thread.join()
-        assert set(reasons) == {"abort"}
+        with long_request_under_way(server, name) as request:
+            record = sync.publish(random_adapter(twin, 2))
+        assert set(request.finish_reasons) == {"abort"}
         assert_served(server, record.name, twin.clear_cases())
 
 
 def test_drain_timeout_writes_nothing(server, twin):
     with sync_to(server, twin.directory, "merged", drain_timeout_s=0.05) as sync:
-        twin.randomise(1)
-        name, cases = sync.publish(twin.model).name, twin.clear_cases()
-        client = server.client()
-        thread = threading.Thread(
-            target=lambda: client.generate(
-                [[7, 8, 9]] * 16, max_tokens=240, model=name, generation_kwargs={"ignore_eos": True}
-            )
-        )
-        thread.start()
-        wait_until_running(client, thread)
-        with pytest.raises(errors.DrainTimeout, match="nothing was written"):
+        name, cases = sync.publish(random_adapter(twin, 1)).name, twin.clear_cases()
+        refused = pytest.raises(errors.DrainTimeout, match="nothing was written")
+        with long_request_under_way(server, name), refused:
             sync.publish(random_adapter(twin, 2))
-        thread.join()
         assert_served(server, name, cases)
 
 

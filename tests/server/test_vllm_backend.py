@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.policies import NUM_TOKENS, PeftTwin, WholeTwin, sync_to
+from tests.policies import (
+    LONG_TOKENS,
+    NUM_LONG,
+    NUM_TOKENS,
+    PeftTwin,
+    WholeTwin,
+    sync_to,
+    under_way,
+)
 from tink_rl import errors, vllm_backend
 from tink_rl.types import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
@@ -112,22 +120,15 @@ def test_request_under_way_ends_on_the_bytes_that_it_began_with(backend, server,
     old, new = goldens[0], goldens[1]
     backend.register("math", old.path)
     [prompt, *_] = old.cases
-    long = {"temperature": 0.0, "max_tokens": 200, "ignore_eos": True}
+    long = {"temperature": 0.0, "max_tokens": LONG_TOKENS, "ignore_eos": True}
     [[expected]] = backend.generate(list(prompt), "math", **long)
-    answers = []
-    thread = threading.Thread(
-        target=lambda: answers.extend(backend.generate([list(prompt)] * 8, "math", **long))
-    )
-    client = server.client()
-    thread.start()
-    while not client.control("status", timeout_s=5)["running"]:
-        assert thread.is_alive(), "the request ended before it was seen"
-    assert backend.register("math", new.path).version == 2
-    [new_prompt, *_] = new.cases
-    assert ask(backend, "math", new_prompt).token_ids == new.cases[new_prompt]
-    backend.unregister("math")
-    thread.join()
-    assert [row[0].token_ids for row in answers] == [expected.token_ids] * 8
+    answers, prompts = [], [list(prompt)] * NUM_LONG
+    with under_way(server, lambda: answers.extend(backend.generate(prompts, "math", **long))):
+        assert backend.register("math", new.path).version == 2
+        [new_prompt, *_] = new.cases
+        assert ask(backend, "math", new_prompt).token_ids == new.cases[new_prompt]
+        backend.unregister("math")
+    assert [row[0].token_ids for row in answers] == [expected.token_ids] * NUM_LONG
     assert {row[0].version for row in answers} == {1}
     with pytest.raises(errors.UnknownAdapter, match="'math' is neither"):
         ask(backend, "math", prompt)
@@ -375,14 +376,9 @@ def test_updated_weights_answer_as_the_base_and_adapters_add_to_them(
 
 def test_prefix_cache_is_reset_once_running_requests_have_ended(backend, server):
     answers = []
-    long = {"temperature": 0.0, "max_tokens": 240, "ignore_eos": True}
-    prompts = [[5, 6]] * 64
-    thread = threading.Thread(target=lambda: answers.extend(backend.generate(prompts, **long)))
-    client = server.client()
-    thread.start()
-    while not client.control("status", timeout_s=5)["running"]:
-        assert thread.is_alive(), "the request ended before it was seen"
-    backend.reset_prefix_cache()
-    assert not client.control("status", timeout_s=5)["running"]
-    thread.join()
-    assert [len(row[0].token_ids) for row in answers] == [240] * 64
+    long = {"temperature": 0.0, "max_tokens": LONG_TOKENS, "ignore_eos": True}
+    prompts, client = [[5, 6]] * NUM_LONG, server.client()
+    with under_way(server, lambda: answers.extend(backend.generate(prompts, **long))):
+        backend.reset_prefix_cache()
+        assert not client.control("status", timeout_s=5)["running"]
+    assert [len(row[0].token_ids) for row in answers] == [LONG_TOKENS] * NUM_LONG

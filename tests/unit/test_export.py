@@ -48,6 +48,15 @@ def reference(model_dir, run_dir):
     return PeftModel.from_pretrained(base, run_dir)
 
 
+def test_fold_into_another_base_than_the_run_trained_on_is_refused(model_dir, run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    policy = {"policy": "math", "version": 7, "base_fingerprint": "e" * 64}
+    (run / "tink_policy.json").write_text(json.dumps(policy))
+    with pytest.raises(errors.BaseMismatch, match="trained on base eeeeeeeeeeee"):
+        export(run, tmp_path / "out", merged=True, base=str(model_dir("qwen3")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapter_keeps_its_bytes_and_peft_computes_the_same(model_dir, run_dir, tmp_path):
     export(run_dir, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}

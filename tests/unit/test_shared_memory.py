@@ -13,7 +13,7 @@ import torch
 
 from tink_rl.errors import BadRequest, SegmentUnreachable
 from tink_rl.transport import shared_memory
-from tink_rl.transport.shared_memory import Segment, SegmentSpec
+from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec, Shelf
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def segment():
 
 def test_another_process_reads_what_was_written_also_after_the_name_is_gone(segment):
     code = (
-        "import sys\nfrom tink_rl.transport.shared_memory import Segment, SegmentSpec\n"
+        "import sys\nfrom tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec, Shelf\n"
         f"s = Segment.attach(SegmentSpec(**{dataclasses.asdict(segment.spec)!r}))\n"
         "print('open', flush=True); sys.stdin.readline(); print(s.buffer.sum().item())"
     )
@@ -94,3 +94,22 @@ def test_copy_out_of_a_segment_does_not_follow_later_writes(segment):
     copied = torch.empty(1000, dtype=torch.uint8).copy_(segment.buffer)
     segment.buffer.fill_(2)
     assert copied.sum().item() == 1000
+
+
+def test_shelf_finds_the_segment_that_a_packet_was_packed_into():
+    shelf = Shelf()
+    first, second = shelf.new(128), shelf.new(128)
+    assert shelf.holding(second[:64]).buffer is second and shelf.holding(first).buffer is first
+    assert shelf.holding(torch.empty(128, dtype=torch.uint8)) is None
+    assert shelf.holding(first).named
+    shelf.unlink()
+    assert not shelf.holding(first).named
+    with pytest.raises(SegmentUnreachable):
+        Segment.attach(shelf.holding(first).spec)
+
+
+def test_shelf_holds_a_few_segments_only():
+    shelf = Shelf()
+    rooms = [shelf.new(64) for _ in range(MAX_SEGMENTS + 1)]
+    assert [shelf.holding(room) is not None for room in rooms] == [False] + [True] * MAX_SEGMENTS
+    shelf.unlink()

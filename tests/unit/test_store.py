@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -32,6 +33,7 @@ from tests.adapters import (
 from tink_rl import errors
 from tink_rl.policy import store as store_module
 from tink_rl.policy.adapter import from_peft_dir
+from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.store import AdapterStore, default_store_dir
 
@@ -498,6 +500,30 @@ def test_tensors_that_do_not_fit_or_would_harm_are_refused(store, tmp_path, tens
     assert len(str(_assert_refused(store, source, error))) > 40
 
 
+def _says(source, text):
+    (source / POLICY_FILE).write_text(text)
+    return source
+
+
+def test_adapter_that_says_it_was_trained_on_another_base_of_these_shapes_is_refused(store, source):
+    base = dataclasses.replace(BASE, fingerprint="f" * 64)
+    _says(source, json.dumps({"base_fingerprint": "e" * 64}))
+    _assert_refused(
+        store, source, errors.BaseMismatch, match="trained on base eeeeeeeeeeee", base=base
+    )
+    for said in ({"base_fingerprint": "f" * 64}, {"policy": "math"}):
+        assert store.add(_says(source, json.dumps(said)), base=base).digest
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"base_fingerprint": 3}', '{"a": NaN}'])
+def test_malformed_word_about_the_base_is_refused(store, source, text):
+    _assert_refused(store, _says(source, text), errors.AdapterConfigInvalid)
+
+
+def test_huge_word_about_the_base_is_refused(store, source):
+    _assert_refused(store, _says(source, " " * 70_000), errors.AdapterTooLarge)
+
+
 def test_rank_above_the_servers_slots_is_refused(store, source):
     with pytest.raises(errors.RankExceeded, match="at most 2"):
         store.add(source, max_rank=2)
@@ -534,6 +560,7 @@ def test_packed_base_checks_names_but_not_shapes(tmp_path):
 def test_text_layers_of_an_image_model_are_known_by_their_saved_and_their_live_names(tmp_path):
     saved = {"language_model.model.layers.0.self_attn.q_proj.weight": torch.zeros(24, 16)}
     (tmp_path / "model.safetensors").write_bytes(save(saved))
+    (tmp_path / "config.json").write_text("{}")
     base = BaseShapes.from_model_dir(tmp_path)
     base.check({"model.language_model.layers.0.self_attn.q_proj": (24, 16)}, where="here")
     with pytest.raises(errors.UnknownModules):  # vLLM would ignore these in silence

@@ -169,6 +169,13 @@ def test_deadline_and_missing_server_are_errors_with_a_remedy():
         VLLMClient("http://127.0.0.1:9", token="t").status()
 
 
+def test_closed_client_says_that_it_is_closed():
+    client = _client(lambda request: httpx.Response(200, json={}))
+    client.close()
+    with pytest.raises(errors.ConfigError, match="was closed; make a new"):
+        client.status()
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,11 @@ class PacketHeader:
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["tensors"] = [dict(vars(spec)) for spec in self.tensors]
         return data
+
+    def same_weights(self, other: PacketHeader) -> bool:
+        """Whether equal buffers under both headers have one digest."""
+        names = [field.name for field in fields(self) if field.name not in _NOT_HASHED]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def named(self, policy: str, version: int, epoch: int) -> PacketHeader:
         """The same weights under another policy version and channel epoch."""
@@ -171,12 +176,12 @@ def pack(
     mode: SyncMode,
     base_fingerprint: str,
     rank: int,
-    pin_memory: bool = False,
-    out: torch.Tensor | None = None,
+    room: Callable[[int], torch.Tensor] | None = None,
 ) -> tuple[PacketHeader, torch.Tensor]:
     """Header (not sealed yet), and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
 
-    The buffer is the beginning of `out`, if that is long enough: fresh pages cost more than the copy.
+    `room(num_bytes)` gives the memory to pack into: used again, or shared with who reads it, because
+    fresh pages and another copy cost more than the packing. None: fresh memory.
 
     Raises:
         KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
@@ -185,17 +190,12 @@ def pack(
 
     ordered = sorted(tensors.items())
     specs, num_bytes = _plan(ordered)
-    if out is not None and out.numel() >= num_bytes:
-        buffer = out[:num_bytes]
-    else:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+    buffer = room(num_bytes) if room else torch.empty(num_bytes, dtype=torch.uint8)
     for spec, (_, tensor) in zip(specs, ordered, strict=True):
-        view(buffer, spec).copy_(tensor.detach(), non_blocking=pin_memory)
+        view(buffer, spec).copy_(tensor.detach())
         end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
         if end < aligned:
             buffer[end:aligned] = 0  # padding is hashed too
-    if pin_memory:
-        torch.cuda.synchronize()
     header = PacketHeader(
         mode=mode,
         base_fingerprint=base_fingerprint,

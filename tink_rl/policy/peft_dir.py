@@ -1,6 +1,7 @@
 """The one reader of PEFT directories: config, names, ranks and scaling, checked before a tensor is read.
 
-Only `adapter_config.json` and `adapter_model.safetensors` are opened. A pickle never is.
+Only `adapter_config.json`, `adapter_model.safetensors` and, if a run of ours wrote it, `tink_policy.json`
+are opened. A pickle never is.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+POLICY_FILE = "tink_policy.json"
+"""What a run of ours puts beside an adapter: policy, version, digest, and the base it was trained on."""
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's own module names."""
@@ -73,8 +76,12 @@ class LoraModule:
 class PeftDir:
     """An open PEFT directory whose config and header were checked."""
 
-    def __init__(self, config: Mapping[str, Any], file: TensorFile, where: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], file: TensorFile, where: str, base_fingerprint: str | None
+    ) -> None:
         self.config = config
+        self.base_fingerprint = base_fingerprint
+        """Of the base that it was trained on; None if the directory does not say."""
         self.where = where
         self._file = file
         self.modules = _pair_up(config, file.entries, where)
@@ -117,7 +124,7 @@ def open_peft_dir(
             raise _no_weights(directory)
         with file:
             where = f"{directory.label}/{WEIGHTS_FILE}"
-            yield PeftDir(config, TensorFile(file, where), where)
+            yield PeftDir(config, TensorFile(file, where), where, _read_fingerprint(directory))
 
 
 def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
@@ -148,6 +155,18 @@ def _read_config(directory: SourceDir, max_rank: int | None) -> dict[str, Any]:
     config = strict_json(text, where)
     _check_numbers(config, where, max_rank)
     return config
+
+
+def _read_fingerprint(directory: SourceDir) -> str | None:
+    file = directory.open(POLICY_FILE, MAX_CONFIG_BYTES)
+    if file is None:
+        return None
+    where = f"{directory.label}/{POLICY_FILE}"
+    with file:
+        found = strict_json(file.read(MAX_CONFIG_BYTES + 1), where).get("base_fingerprint")
+    if found is not None and not isinstance(found, str):
+        raise AdapterConfigInvalid(f"{where}: base_fingerprint is no text; remove the file")
+    return found
 
 
 def strict_json(text: bytes, where: str) -> dict[str, Any]:

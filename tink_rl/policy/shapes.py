@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tink_rl.errors import BaseMismatch, UnknownModules
-from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
 
 _NOT_ADAPTED = ("lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in")
 # A packed (4-bit, GPTQ, AWQ) weight does not say the shape of the matrix that it stands for.
@@ -18,6 +18,21 @@ _PLAIN = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SAVED_TEXT, _LIVE_TEXT = "language_model.model.", "model.language_model."
 
 
+def check_trained_on(trained_on: str | None, served: str, *, where: str) -> None:
+    """Raise if the adapter `where` says that it was trained on another base than `served`.
+
+    Raises:
+        BaseMismatch: by the fingerprints.
+    """
+    if trained_on not in (None, served):
+        raise BaseMismatch(
+            f"{where}: the adapter was trained on base {str(trained_on)[:12]}, the base here is "
+            f"{served[:12]}; serve the base that it was trained on",
+            given=str(trained_on)[:64],
+            expected=served,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseShapes:
     """`BaseShapes(name="my-base", shapes={"model.layers.0.self_attn.q_proj": (128, 128), ...})`"""
@@ -26,6 +41,8 @@ class BaseShapes:
     """What error texts call the base."""
     shapes: Mapping[str, tuple[int, int] | None]
     """Module -> `(out, in)`; None where the checkpoint is packed and does not say."""
+    fingerprint: str | None = None
+    """See `fingerprint.base_fingerprint`; None: not known, or packed."""
 
     @classmethod
     def from_model_dir(cls, model: str | Path) -> BaseShapes:
@@ -47,15 +64,28 @@ class BaseShapes:
                 shapes[module] = (entry.shape[0], entry.shape[1])
         for module in [name for name in shapes if name.startswith(_SAVED_TEXT)]:
             shapes[_LIVE_TEXT + module.removeprefix(_SAVED_TEXT)] = shapes[module]
-        return cls(name=str(model), shapes=shapes)
+        # A packed base is another checkpoint than the one that adapters are trained on.
+        packed = None in shapes.values()
+        fingerprint = None if packed else base_fingerprint(model)
+        return cls(name=str(model), shapes=shapes, fingerprint=fingerprint)
 
-    def check(self, given: Mapping[str, tuple[int, int]], *, where: str) -> None:
+    def check(
+        self, given: Mapping[str, tuple[int, int]], *, where: str, trained_on: str | None = None
+    ) -> None:
         """Raise unless every module of `given` is one of this base, with the same shape.
+
+        Args:
+            given: `(out, in)` of each adapted module.
+            where: What error texts call the adapter.
+            trained_on: Fingerprint of the adapter's own base, if it says; only that tells two bases of
+                the same shapes apart.
 
         Raises:
             UnknownModules: names that the base does not have.
-            BaseMismatch: a module has another shape here: it was trained on another base.
+            BaseMismatch: it was trained on another base.
         """
+        if self.fingerprint is not None:
+            check_trained_on(trained_on, self.fingerprint, where=where)
         unknown = sorted(set(given) - set(self.shapes))
         if unknown:
             example = next(iter(sorted(self.shapes)), "none")

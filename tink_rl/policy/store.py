@@ -124,7 +124,11 @@ class AdapterStore:
         """
         with open_peft_dir(source, roots=roots, max_rank=max_rank) as adapter:
             if base is not None:
-                base.check({m.name: m.shape for m in adapter.modules}, where=adapter.where)
+                base.check(
+                    {m.name: m.shape for m in adapter.modules},
+                    where=adapter.where,
+                    trained_on=adapter.base_fingerprint,
+                )
             layout = _layout(adapter)
             with self._temporary() as directory:
                 digest, num_bytes = _write(adapter, layout, directory)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from tink_rl.errors import ConfigError
+from tink_rl.policy.peft_dir import POLICY_FILE
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 ROLLOUTS_FILE = "rollouts.jsonl"
 SUMMARY_FILE = "summary.json"
-POLICY_FILE = "tink_policy.json"
 _SAMPLES_PER_VERSION = 6
 
 Row = Mapping[str, Any]

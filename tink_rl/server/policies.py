@@ -25,6 +25,8 @@ from tink_rl.server.updates import FullUpdates, Update
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
+_IDLE_PATIENCE_S = 0.02
+"""An engine without requests may wait this long for a packet instead of being asked again and again."""
 _POLL_S = (0.0005, *([0.001] * 12), 0.002, 0.005, 0.01)
 
 
@@ -280,7 +282,8 @@ class Policies:
 
     async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
         staged.header = replace(staged.header, digest=digest)
-        states = await self.rpc("tink_sent", staged.stage_id, digest)
+        patience_s = 0.0 if self.gate.num_running else _IDLE_PATIENCE_S
+        states = await self.rpc("tink_sent", staged.stage_id, digest, patience_s)
         if any(state != "done" for state in states):
             await self._rpc_until_done(
                 "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"

@@ -37,7 +37,7 @@ from tink_rl.server.golden import GoldenWeights
 from tink_rl.server.layout import trace_layout
 from tink_rl.server.whole import WholeWriter
 from tink_rl.transport import communicator
-from tink_rl.transport.shared_memory import Segment, SegmentSpec
+from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec
 from tink_rl.types import SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")
@@ -83,8 +83,10 @@ class _Task:
             logger.exception("tink_rl: receiver thread failed")
             self.error = TinkError(f"{type(error).__name__}: {error}")
 
-    def state(self) -> str:
-        """ "running", or "done"; raises what the thread raised."""
+    def state(self, patience_s: float = 0.0) -> str:
+        """ "running", or "done" (waits up to `patience_s` for it); raises what the thread raised."""
+        if patience_s > 0:
+            self._thread.join(patience_s)
         if self._thread.is_alive():
             return "running"
         if self.error is not None:
@@ -150,8 +152,8 @@ class _State:
         self.stores: dict[int, Any] = {}
         self.joins: dict[int, _Task] = {}
         self.stages: dict[str, _Stage] = {}
-        self.segments: dict[int, Segment] = {}
-        """The trainer's shared memory, by epoch."""
+        self.segments: dict[int, dict[str, Segment]] = {}
+        """The trainer's shared memory, by epoch and name."""
         self._spare: list[torch.Tensor] = []
         self.weights_digest: str | None = None
         """Of the merged or full version in the served weights; None for the base."""
@@ -360,10 +362,12 @@ class TinkWorkerExtension:
         return receive, task.value.device
 
     def _tink_segment(self, header: packet.PacketHeader, spec: SegmentSpec) -> Segment:
-        segments = self._tink().segments
-        segment = segments.get(header.epoch)
+        segments = self._tink().segments.setdefault(header.epoch, {})
+        segment = segments.get(spec.name)
         if segment is None or segment.spec != spec:
-            segment = segments[header.epoch] = Segment.attach(spec)
+            segment = segments[spec.name] = Segment.attach(spec)
+            for name in list(segments)[:-MAX_SEGMENTS]:
+                del segments[name]
         if spec.num_bytes < header.num_bytes:
             raise TruncatedPacket(
                 f"the segment holds {spec.num_bytes} bytes, the header announced {header.num_bytes}"
@@ -390,9 +394,11 @@ class TinkWorkerExtension:
         return end
 
     @_answers
-    def tink_sent(self, stage_id: str, digest: str) -> str:
+    def tink_sent(self, stage_id: str, digest: str, patience_s: float) -> str:
         """The sender is done and says the digest; chunks are hashed now, broadcasts were on arrival.
 
+        With `patience_s` it waits that long for the end, so that nobody needs to ask again: for an
+        engine that has nothing else to do.
         Answers, and raises, as `tink_stage_state`.
         """
         stage = self._tink_stage(stage_id)
@@ -401,19 +407,19 @@ class TinkWorkerExtension:
             stage.buffer = stage.buffer[: stage.received]
             stage.task = _Task(lambda: _take(stage, [stage.buffer]))
             stage.task.start()
-        return self._tink_state_of(stage_id)
+        return self._tink_state_of(stage_id, patience_s)
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:
         """ "running" or "done"; raises why the packet was refused, and forgets it then."""
         return self._tink_state_of(stage_id)
 
-    def _tink_state_of(self, stage_id: str) -> str:
+    def _tink_state_of(self, stage_id: str, patience_s: float = 0.0) -> str:
         stage = self._tink_stage(stage_id)
         if stage.task is None or not stage.header.digest:
             return "running"
         try:
-            state = stage.task.state()
+            state = stage.task.state(patience_s)
             if state == "done":
                 stage.check()
             return state

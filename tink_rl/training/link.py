@@ -19,6 +19,7 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy.collect import collector_for
+from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
@@ -27,7 +28,6 @@ from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 from tink_rl.weight_sync import WeightSync, check_fits
 
 logger = logging.getLogger("tink_rl")
-CHECKPOINT_FILE = "tink_policy.json"
 
 
 class PolicyLink:
@@ -178,15 +178,16 @@ class PolicyLink:
             "version": record.version,
             "digest": record.digest,
             "mode": record.mode.value,
+            "base_fingerprint": self.sync.status.base_fingerprint,
         }
-        path = Path(directory) / CHECKPOINT_FILE
+        path = Path(directory) / POLICY_FILE
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(data, indent=1) + "\n")
         partial.replace(path)
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Number new versions above the checkpoint's, if it names one."""
-        path = Path(directory) / CHECKPOINT_FILE
+        path = Path(directory) / POLICY_FILE
         if path.is_file():
             self.sync.start_after(int(json.loads(path.read_text())["version"]))
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader
-from tink_rl.transport.shared_memory import Segment
+from tink_rl.transport.shared_memory import Segment, Shelf
 from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus, Transport
 
@@ -45,7 +45,12 @@ class Replica:
         self._channel: Channel | None = None
         self._joined: dict[str, Any] | None = None
         self._transport = Transport(config.transport)
+        self.shelf = Shelf()
+        """Shared memory that packets are packed into; a fleet's replicas have one."""
         self._segment: Segment | None = None
+        """Shared memory for packets that lie elsewhere, and to find out whether it is shared."""
+        self._known: set[str] = set()
+        """Segments that the server has open on this channel."""
         self._stop_heartbeat: threading.Event | None = None
 
     @property
@@ -88,15 +93,19 @@ class Replica:
             self._segment = Segment.create(_PROBE_BYTES)
             return self._take_lease(transport)
         except errors.SegmentUnreachable as error:
-            if self._transport is Transport.SHM:
-                raise
             # A forwarded port or a container: loopback, and yet another machine's memory.
-            logger.info("%s: shared memory does not reach the server (%s): gloo", self.url, error)
-            self._transport = Transport.GLOO
+            self._take_gloo(error)
             return self._take_lease(Transport.GLOO)
         finally:
             if self._segment is not None:
                 self._segment.unlink()
+
+    def _take_gloo(self, error: TinkError) -> None:
+        """Do without shared memory from now on; raises `error` if it was asked for."""
+        if self._transport is Transport.SHM:
+            raise error
+        logger.info("%s: no shared memory with the server (%s): gloo", self.url, error)
+        self._transport, self._segment = Transport.GLOO, None
 
     def _take_lease(self, transport: Transport) -> dict[str, Any]:
         deadline = time.monotonic() + self._config.lease_wait_s
@@ -161,7 +170,12 @@ class Replica:
             self._stop_heartbeat.set()
         if self._channel is not None:
             self._channel.close()
-        self._channel = self._joined = self._stop_heartbeat = self._segment = None
+        self._channel = self._joined = self._stop_heartbeat = None
+        self._forget_segments()
+
+    def _forget_segments(self) -> None:
+        """The server has let go of them."""
+        self._segment, self._known = None, set()
 
     def close(self) -> None:
         """Give lease and channel back; never raises."""
@@ -214,12 +228,15 @@ class Replica:
             **extra,
         }
         if transport is Transport.SHM:
-            body["segment"] = vars(self._fill_segment(buffer).spec)
+            segment = self._segment_with(buffer)
+            body["segment"] = vars(segment.spec)
         try:
             stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
         finally:
             if self._segment is not None:
                 self._segment.unlink()
+        if transport is Transport.SHM:
+            self._known.add(segment.spec.name)
         # The header was accepted and every worker is receiving: only now do bytes travel.
         if transport is Transport.HTTP:
             self._send_chunks(stage_id, buffer, timeout_s)
@@ -229,19 +246,36 @@ class Replica:
         self._control("staged", body, check_timeout_s)
         return stage_id
 
-    def _fill_segment(self, buffer: torch.Tensor) -> Segment:
-        """The packet in shared memory; a new segment where the last one is too small.
+    @property
+    def shares_memory(self) -> bool:
+        """Whether packets go to this server through shared memory."""
+        return self._joined is not None and self._joined["transport"] == Transport.SHM
+
+    def can_read(self, segment: Segment) -> bool:
+        """Whether the server has `segment` open, or can open it."""
+        return segment.named or segment.spec.name in self._known
+
+    def do_without_shared_memory(self, error: TinkError) -> None:
+        """Open a channel that needs none; raises `error` if shared memory was asked for."""
+        self._take_gloo(error)
+        self.close()
+        self.ensure_channel()
+
+    def _segment_with(self, buffer: torch.Tensor) -> Segment:
+        """The packet in shared memory: where it was packed, else copied to a segment of our own.
 
         Raises:
             SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
         """
+        packed_in = self.shelf.holding(buffer)
+        if packed_in is not None and self.can_read(packed_in):
+            return packed_in
         if self._segment is None or self._segment.buffer.numel() < buffer.numel():
             try:
                 self._segment = Segment.create(buffer.numel())
-            except errors.SegmentUnreachable:
+            except errors.SegmentUnreachable as error:
+                self._take_gloo(error)
                 self.close()
-                if self._transport is Transport.AUTO:
-                    self._transport = Transport.GLOO
                 raise
         self._segment.buffer[: buffer.numel()].copy_(buffer)
         return self._segment
@@ -315,25 +349,6 @@ class Replica:
         found: list[list[str]] = self.client.control("layout", timeout_s=30.0)["groups"]
         return found
 
-    def make_room(self, num_bytes: int) -> None:
-        """Find out whether buckets of this size can travel as the channel does; else take gloo.
-
-        Asked before a full update begins: a stream of tensors cannot be read a second time.
-
-        Raises:
-            SegmentUnreachable: shared memory was asked for and is too small.
-        """
-        if self._joined is None or self._joined["transport"] != Transport.SHM:
-            return
-        try:
-            Segment.create(num_bytes).unlink()
-        except errors.SegmentUnreachable:
-            if self._transport is Transport.SHM:
-                raise
-            self.close()
-            self._transport = Transport.GLOO
-            self.ensure_channel()
-
     def begin_update(
         self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None
     ) -> str:
@@ -379,12 +394,12 @@ class Replica:
             IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
         """
         body = {"update_id": update_id, "digest": digest}
-        self._segment = None
+        self._forget_segments()
         return self._control("finish", body, self._config.commit_timeout_s)
 
     def abort_update(self, update_id: str, reason: str) -> None:
         """End a full update early; never raises."""
-        self._segment = None
+        self._forget_segments()
         with contextlib.suppress(TinkError):
             self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)
 
@@ -396,6 +411,9 @@ class Fleet:
         if not replicas:
             raise errors.ConfigError("no vLLM server was given; set SyncConfig(servers=(URL,))")
         self.replicas = list(replicas)
+        self._shelf = Shelf()
+        for replica in self.replicas:
+            replica.shelf = self._shelf
         self._pool = (
             ThreadPoolExecutor(len(self.replicas), thread_name_prefix="tink-fleet")
             if len(self.replicas) > 1
@@ -416,6 +434,37 @@ class Fleet:
             if failure is not None:
                 raise failure
         return [future.result() for future in futures]
+
+    def room(self, num_bytes: int, spare: torch.Tensor | None = None) -> torch.Tensor:
+        """Memory for a packet, `[>= num_bytes] uint8`: `spare` where it still serves, else new memory.
+
+        Shared with the servers on this machine, so that what is packed into it needs no further copy.
+
+        Raises:
+            SegmentUnreachable: there is none, and `transport="shm"` was asked for.
+        """
+        import torch
+
+        sharing = [replica for replica in self.replicas if replica.shares_memory]
+        if spare is not None and spare.numel() >= num_bytes:
+            segment = self._shelf.holding(spare)
+            if not sharing or (segment and all(r.can_read(segment) for r in sharing)):
+                return spare
+        try:
+            if sharing:
+                return self._shelf.new(num_bytes)
+        except errors.SegmentUnreachable as error:
+            for replica in sharing:
+                replica.do_without_shared_memory(error)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Stage inside the block: the servers open rooms by name, and no name is left after it."""
+        try:
+            yield
+        finally:
+            self._shelf.unlink()
 
     def statuses(self) -> list[ServerStatus]:
         """Status of every replica; raises if one is NOT READY only when it is published to."""

@@ -26,6 +26,8 @@ _DIRECTORY = Path("/dev/shm")
 _NAME = re.compile(r"^tink-[0-9a-f]{32}$")
 _NONCE_BYTES = 64
 """The nonce stands before the packet and keeps its bytes aligned."""
+MAX_SEGMENTS = 4
+"""Of one publisher, at once, on either side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Segment:
         self.spec = spec
         self.buffer = buffer
         """`[num_bytes] uint8`, shared."""
+        self._named = True
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
@@ -122,10 +125,46 @@ class Segment:
         finally:
             os.close(handle)
 
+    @property
+    def named(self) -> bool:
+        """Whether another process can still open it."""
+        return self._named
+
     def unlink(self) -> None:
         """Remove the name; who has the segment mapped keeps it. Idempotent."""
-        with contextlib.suppress(OSError):
-            (_DIRECTORY / self.spec.name).unlink()
+        if self._named:
+            self._named = False
+            with contextlib.suppress(OSError):
+                (_DIRECTORY / self.spec.name).unlink()
+
+
+class Shelf:
+    """The segments that one publisher packs into: two versions in turn, so a few."""
+
+    def __init__(self) -> None:
+        self._segments: list[Segment] = []
+
+    def new(self, num_bytes: int) -> torch.Tensor:
+        """Memory `[num_bytes] uint8` of a new segment.
+
+        Raises:
+            SegmentUnreachable: there is no room for it.
+        """
+        segment = Segment.create(num_bytes)
+        self._segments = [*self._segments, segment][-MAX_SEGMENTS:]
+        return segment.buffer
+
+    def holding(self, buffer: torch.Tensor) -> Segment | None:
+        """The segment whose memory `buffer` is the beginning of; None if that is not shared."""
+        for segment in self._segments:
+            if segment.buffer.data_ptr() == buffer.data_ptr():
+                return segment
+        return None
+
+    def unlink(self) -> None:
+        """Remove all names."""
+        for segment in self._segments:
+            segment.unlink()
 
 
 def _map(path: Path, size: int) -> torch.Tensor:

@@ -117,6 +117,12 @@ class VLLMClient:
                 f"({type(error).__name__}: {error}); look into the server's log",
                 replica=self.base_url,
             ) from error
+        except RuntimeError as error:
+            if not self._http.is_closed:
+                raise
+            raise errors.ConfigError(
+                f"{method} {path}: this client of {self.base_url} was closed; make a new VLLMClient"
+            ) from error
 
     def control(
         self,

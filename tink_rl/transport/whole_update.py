@@ -64,12 +64,13 @@ class WholeUpdate:
         """
 
         def begin(replica: Replica) -> None:
-            replica.make_room(self._bucket_bytes)
             self._ids[replica.url] = replica.begin_update(
                 version=self._version, base_fingerprint=self._fingerprint, plan=plan
             )
 
         with self._ended_on_failure():
+            # Before anything begins: a stream of tensors cannot be read again on another transport.
+            self._room = self._fleet.room(self._bucket_bytes)
             self._fleet.each(begin)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -149,18 +150,21 @@ class WholeUpdate:
             mode=SyncMode.FULL,
             base_fingerprint=self._fingerprint,
             rank=0,
-            out=self._room,
+            room=self._room_for,
         )
-        if self._room is None or self._room.numel() < buffer.numel():
-            self._room = buffer
         self._bucket, self._filled = {}, 0
         header = header.named(self._policy, self._version, 0)
         digest = in_background(lambda: packet.digest_of(header, buffer))
-        self._fleet.each(
-            lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
-        )
+        with self._fleet.sharing():
+            self._fleet.each(
+                lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
+            )
         self._chain.add(digest())
         self.num_bytes += buffer.numel()
+
+    def _room_for(self, num_bytes: int) -> torch.Tensor:
+        self._room = self._fleet.room(num_bytes, self._room)
+        return self._room[:num_bytes]
 
 
 def in_background(work: Callable[[], str]) -> Callable[[], str]:

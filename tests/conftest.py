@@ -32,35 +32,37 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 class ServerPool:
-    """Real servers by flags. At most one runs: two cores do not carry more."""
+    """Real servers by flags: the one that most tests ask for, and one other."""
+
+    HOME = ("qwen3", (("mode", "both"),))
 
     def __init__(self, root: Path, model_dir: Callable[[str], Path]) -> None:
         self._root, self._model_dir = root, model_dir
-        self._key: object = None
-        self._server: VLLMServer | None = None
-        self.num_starts = 0
+        self._running: dict[object, VLLMServer] = {}
 
     def get(self, shape: str = "qwen3", **options: object) -> VLLMServer:
         """A running server of `shape` with these `ServerOptions`."""
         key = (shape, tuple(sorted((k, str(v)) for k, v in options.items())))
-        if self._server is None or key != self._key or not self._server.alive:
-            self.stop()
-            settings: dict[str, object] = {
-                "dtype": "float32",
-                "max_model_len": 256,
-                "max_lora_rank": 16,
-                "token_file": str(self._root / "token"),
-                **options,
-            }
-            model = self._model_dir(shape)
-            self._server = VLLMServer(model, **settings).start()
-            self._key, self.num_starts = key, self.num_starts + 1
-        return self._server
+        found = self._running.get(key)
+        if found is not None and found.alive:
+            return found
+        # An idle server costs memory and no time; more than one other would be too much memory.
+        for other in [k for k in self._running if k == key or self.HOME not in (k, key)]:
+            self._running.pop(other).stop()
+        settings: dict[str, object] = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_lora_rank": 16,
+            "token_file": str(self._root / "token"),
+            **options,
+        }
+        self._running[key] = VLLMServer(self._model_dir(shape), **settings).start()
+        return self._running[key]
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-        self._server = None
+        """Stop all."""
+        while self._running:
+            self._running.popitem()[1].stop()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +75,11 @@ def servers(
     pool.stop()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# A wrapper goes before xdist's own hook, which reads the groups and goes before any other.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     """Unit tests first; then by file and, inside a file, by shape, so that servers are reused."""
 
     def key(item: pytest.Item) -> tuple[bool, str, str]:
@@ -91,6 +97,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+    yield
+    if getattr(config.option, "loadgroup", False):
+        lost = [item.nodeid for item in items if "@" not in item.nodeid]
+        assert not lost, f"xdist does not see the group of {lost[0]}; see pytest in pyproject.toml"
 
 
 def _track(item: pytest.Item) -> str:

@@ -535,7 +535,7 @@ class WeightSync:
         with watch(Phase.JOIN):
             self.fleet.each(lambda replica: replica.ensure_channel())
         try:
-            with watch(Phase.STAGE), self.fleet.sharing():
+            with watch(Phase.STAGE):
                 self.fleet.each(stage)
         except TinkError:
             for replica in self.fleet.replicas:

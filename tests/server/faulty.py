@@ -59,12 +59,12 @@ class FaultyExtension(TinkWorkerExtension):
     def tink_keep(self, stage_id: Any, path: Any) -> Any:
         """Serve an adapter of zeros under the right digest: every adapter is dropped."""
         if _fault() == "drop-adapters":
-            for tensor in self._tink().stages[stage_id].tensors.values():
+            for tensor in self._tink().inbox.stages[stage_id].tensors.values():
                 tensor.zero_()
         return super().tink_keep(stage_id, path)
 
     def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
         """Damage a byte of a packet that came over HTTP."""
         if _fault() == "damage":
-            self._tink().stages[stage_id].buffer[3] ^= 1
+            self._tink().inbox.stages[stage_id].buffer[3] ^= 1
         return super().tink_sent(stage_id, digest, patience_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -15,17 +16,22 @@ from tink_rl.errors import BadRequest, SegmentUnreachable
 from tink_rl.transport import shared_memory
 from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec, Shelf
 
+SPEC = {"pid": 1, "handle": 3, "nonce": "0" * 64, "num_bytes": 1}
+
 
 @pytest.fixture
 def segment():
-    made = Segment.create(1000)
-    yield made
-    made.unlink()
+    return Segment.create(1000)
 
 
-def test_another_process_reads_what_was_written_also_after_the_name_is_gone(segment):
+def _handles():
+    return {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists()}
+
+
+def test_another_process_reads_what_was_written_also_after_its_maker_let_go():
+    segment = Segment.create(1000)
     code = (
-        "import sys\nfrom tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec, Shelf\n"
+        "import sys\nfrom tink_rl.transport.shared_memory import Segment, SegmentSpec\n"
         f"s = Segment.attach(SegmentSpec(**{dataclasses.asdict(segment.spec)!r}))\n"
         "print('open', flush=True); sys.stdin.readline(); print(s.buffer.sum().item())"
     )
@@ -33,44 +39,64 @@ def test_another_process_reads_what_was_written_also_after_the_name_is_gone(segm
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout.readline() == "open\n"
-    segment.unlink()
     segment.buffer.fill_(3)
+    del segment
+    gc.collect()
     assert child.communicate("\n", timeout=60)[0] == "3000\n"
+
+
+def test_nothing_is_left_of_a_segment_that_nobody_refers_to():
+    segment = Segment.create(1000)
+    path = Path(f"/proc/self/fd/{segment.spec.handle}")
+    assert "tink-packet" in os.readlink(path)
+    spec = segment.spec
+    del segment
+    gc.collect()
     with pytest.raises(SegmentUnreachable):
-        Segment.attach(segment.spec)
+        Segment.attach(spec)
 
 
 def test_packet_bytes_are_aligned_for_every_dtype(segment):
     assert segment.buffer.data_ptr() % 64 == 0 and segment.buffer.numel() == 1000
 
 
-def test_only_its_owner_may_open_it(segment):
-    path = Path("/dev/shm") / segment.spec.name
-    assert path.stat().st_mode & 0o777 == 0o600
+def test_its_size_cannot_change_while_others_read_it(segment):
+    for size in (0, 64, 2000):
+        with pytest.raises(PermissionError):
+            os.ftruncate(segment.spec.handle, size)
 
 
 @pytest.mark.parametrize("change", [{"nonce": "0" * 64}, {"num_bytes": 999}])
-def test_another_segment_of_the_name_is_refused(segment, change):
+def test_another_segment_under_the_handle_is_refused(segment, change):
     with pytest.raises(SegmentUnreachable, match="not the trainer's"):
         Segment.attach(dataclasses.replace(segment.spec, **change))
 
 
-def test_symlink_and_fifo_of_the_name_are_refused_at_once(segment, tmp_path):
-    path = Path("/dev/shm") / segment.spec.name
-    path.unlink()
-    target = tmp_path / "target"
-    target.write_bytes(b"x" * 1064)
-    path.symlink_to(target)
-    with pytest.raises(SegmentUnreachable):
-        Segment.attach(segment.spec)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(SegmentUnreachable):
-        Segment.attach(segment.spec)
+@pytest.mark.parametrize("kind", ["fifo", "file", "unsealed"])
+def test_what_is_no_sealed_segment_is_refused_at_once(segment, tmp_path, kind):
+    content = segment.spec.nonce.encode() + bytes(1000)
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "fifo")
+        handle = os.open(tmp_path / "fifo", os.O_RDWR)
+    elif kind == "file":
+        (tmp_path / "file").write_bytes(content)
+        handle = os.open(tmp_path / "file", os.O_RDWR)
+    else:
+        handle = os.memfd_create("other", os.MFD_ALLOW_SEALING)
+        os.write(handle, content)
+    try:
+        with pytest.raises(SegmentUnreachable):
+            Segment.attach(dataclasses.replace(segment.spec, handle=handle))
+    finally:
+        os.close(handle)
 
 
 @pytest.mark.parametrize(
-    "data", [None, {}, {"name": "../etc/passwd", "nonce": "0" * 64, "num_bytes": 1}]
+    "data",
+    [
+        *(None, {}, {**SPEC, "pid": "1/../2"}, {**SPEC, "handle": -1}, {**SPEC, "pid": True}),
+        *({**SPEC, "nonce": "0"}, {**SPEC, "num_bytes": 1.5}),
+    ],
 )
 def test_malformed_spec_is_refused(data):
     with pytest.raises(BadRequest):
@@ -78,15 +104,21 @@ def test_malformed_spec_is_refused(data):
 
 
 def test_segment_that_does_not_fit_is_refused_and_leaves_nothing(monkeypatch):
-    before = set(Path("/dev/shm").iterdir())
+    before = _handles()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shared_memory.os, "posix_fallocate", full)
-    with pytest.raises(SegmentUnreachable, match="shm-size"):
+    with pytest.raises(SegmentUnreachable, match="No space left"):
         Segment.create(10)
-    assert set(Path("/dev/shm").iterdir()) == before
+    assert _handles() == before
+
+
+def test_machine_without_such_memory_says_so(monkeypatch):
+    monkeypatch.delattr(shared_memory.os, "memfd_create")
+    with pytest.raises(SegmentUnreachable, match="no shared memory on this machine"):
+        Segment.create(10)
 
 
 def test_copy_out_of_a_segment_does_not_follow_later_writes(segment):
@@ -101,15 +133,9 @@ def test_shelf_finds_the_segment_that_a_packet_was_packed_into():
     first, second = shelf.new(128), shelf.new(128)
     assert shelf.holding(second[:64]).buffer is second and shelf.holding(first).buffer is first
     assert shelf.holding(torch.empty(128, dtype=torch.uint8)) is None
-    assert shelf.holding(first).named
-    shelf.unlink()
-    assert not shelf.holding(first).named
-    with pytest.raises(SegmentUnreachable):
-        Segment.attach(shelf.holding(first).spec)
 
 
 def test_shelf_holds_a_few_segments_only():
     shelf = Shelf()
     rooms = [shelf.new(64) for _ in range(MAX_SEGMENTS + 1)]
     assert [shelf.holding(room) is not None for room in rooms] == [False] + [True] * MAX_SEGMENTS
-    shelf.unlink()

@@ -160,6 +160,24 @@ def _version(name: str) -> str:
         return ""
 
 
+_Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+_ACTIONS: dict[str, Callable[[Policies], _Handler]] = {
+    "join": lambda p: p.writers.join,
+    "joined": lambda p: p.writers.joined,
+    "heartbeat": lambda p: p.writers.heartbeat,
+    "leave": lambda p: p.writers.leave,
+    "stage": lambda p: p.stages.stage,
+    "staged": lambda p: p.stages.staged,
+    "discard": lambda p: p.stages.discard,
+    "commit": lambda p: p.commit,
+    "drop": lambda p: p.drop,
+    "forget_prefixes": lambda p: p.forget_prefixes,
+    "begin": lambda p: p.updates.begin,
+    "finish": lambda p: p.updates.finish,
+    "abort": lambda p: p.updates.end,
+}
+
+
 def _router(token: str) -> APIRouter:
     router = APIRouter()
 
@@ -203,28 +221,27 @@ def _router(token: str) -> APIRouter:
     async def chunk(request: Request, stage_id: str, offset: int) -> JSONResponse:
         async def work() -> dict[str, Any]:
             found = policies(request)
-            return await found.chunk(stage_id, offset, await _body(request, _MAX_CHUNK_BYTES))
+            return await found.stages.chunk(
+                stage_id, offset, await _body(request, _MAX_CHUNK_BYTES)
+            )
 
         return await answer(work)
 
-    def add(action: str) -> None:
+    def add(action: str, handler: Callable[[Policies], _Handler]) -> None:
         @router.post(f"{_PREFIX}/{action}", name=f"tink_{action}")
         async def route(request: Request) -> JSONResponse:
             async def work() -> dict[str, Any]:
-                method = getattr(policies(request), action)
+                handle = handler(policies(request))
                 await _body(request, _MAX_JSON_BYTES)
                 body = await request.json()
                 if not isinstance(body, dict):
                     raise BadRequest("expected a JSON object")
-                result: dict[str, Any] = await method(body)
-                return result
+                return await handle(body)
 
             return await answer(work)
 
-    for action in ("join", "joined", "heartbeat", "leave", "stage", "staged", "commit", "discard"):
-        add(action)
-    for action in ("drop", "begin", "finish", "abort", "forget_prefixes"):
-        add(action)
+    for action, handler in _ACTIONS.items():
+        add(action, handler)
     return router
 
 

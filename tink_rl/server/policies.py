@@ -1,46 +1,32 @@
-"""The served policies of one API server: join, stage, commit, drop. Speaks to the workers by RPC.
+"""The served policies of one API server: status, commit, drop.
 
-All methods run in the API server's event loop. A refused or failed stage changes nothing. A commit
-that fails midway in the weights leaves the server NOT READY until a later one writes them whole.
+Who may publish is in `writers.py`, packets before their commit in `stages.py`, full versions in
+`updates.py`. All methods run in the API server's event loop. A commit that fails midway in the weights
+leaves the server NOT READY until a later one writes them whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
-from tink_rl.policy.packet import PacketHeader, check_protocol
 from tink_rl.server.gate import Gate
 from tink_rl.server.host_store import SCHEME
-from tink_rl.server.leases import LEASE_S, Lease, Leases
-from tink_rl.server.updates import FullUpdates, Update
-from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode, Transport
+from tink_rl.server.leases import Leases
+from tink_rl.server.stages import Staged, Stages
+from tink_rl.server.updates import FullUpdates
+from tink_rl.server.workers import Workers
+from tink_rl.server.writers import Writers
+from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl.server")
-_IDLE_PATIENCE_S = 0.02
-"""An engine without requests may wait this long for a packet instead of being asked again and again."""
-_POLL_S = (0.0005, *([0.001] * 12), 0.002, 0.005, 0.01)
-
-
-@dataclass(kw_only=True)
-class Staged:
-    """A packet that the workers are receiving or have checked."""
-
-    stage_id: str
-    name: str
-    header: PacketHeader
-    update: Update | None = None
-    """The full update that this is a bucket of."""
-    checked: bool = False
-    """Every worker holds the bytes and found nothing wrong with them."""
 
 
 @dataclass(kw_only=True)
@@ -83,10 +69,11 @@ class Policies:
         """
         self._engine, self._models, self.gate = engine, models, gate
         self.modes, self._facts = modes, facts
-        self._channel_host, self._channel_port = channel_host, channel_port
         self._make_lora_request = make_lora_request
-        self.leases = Leases()
-        self._stages: dict[str, Staged] = {}
+        self.workers, self.leases = Workers(engine), Leases()
+        self.writers = Writers(self, host=channel_host, port=channel_port)
+        self.stages = Stages(self)
+        self.updates = FullUpdates(self)
         self._served: dict[str, Served] = {}
         self._draining: dict[str, Served] = {}
         self._last_version: dict[str, int] = {}
@@ -94,30 +81,15 @@ class Policies:
         self._background: set[asyncio.Task[None]] = set()
         self._broken: str | None = None
         """The version whose commit failed midway; its weights must not be sampled."""
-        self.updates = FullUpdates(self)
         self.incarnation = uuid.uuid4().hex
         self.state = ServerState.READY
         self.reason: str | None = None
         self.base_name: str = models.base_model_paths[0].name
         self._base_paths = list(models.base_model_paths)
 
-    # -- workers ----------------------------------------------------------------------------------
-
-    async def rpc(self, method: str, *args: Any) -> list[Any]:
-        """Every worker's value of `method(*args)`, in rank order.
-
-        Raises:
-            TinkError: what the first failing worker raised.
-        """
-        answers = await self._engine.collective_rpc(method, args=args)
-        for answer in answers:
-            if not answer["ok"]:
-                raise errors.from_wire(answer, 500)
-        return [answer["value"] for answer in answers]
-
     async def prepare(self, options: dict[str, Any]) -> None:
         """Let every worker learn its model and load golden weights; called once, at start."""
-        answers = await self.rpc("tink_prepare", options)
+        answers = await self.workers.ask("tink_prepare", options)
         self._facts["adapter_dtype"] = answers[0]["adapter_dtype"]
         self._facts["golden"] = answers[0]["golden"]
         reasons = [answer["no_full"] for answer in answers if answer["no_full"]]
@@ -127,15 +99,6 @@ class Policies:
                 raise errors.ConfigError(
                     f"--mode full: this model cannot be reloaded: {reasons[0]}"
                 )
-
-    async def _rpc_until_done(self, method: str, key: Any, timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        for attempt in range(10_000_000):
-            if all(state == "done" for state in await self.rpc(method, key)):
-                return
-            if time.monotonic() > deadline:
-                raise errors.ChannelLost(f"{what} did not end within {timeout_s:g} s")
-            await asyncio.sleep(_POLL_S[min(attempt, len(_POLL_S) - 1)])
 
     # -- status -----------------------------------------------------------------------------------
 
@@ -157,138 +120,6 @@ class Policies:
             "draining": dict.fromkeys(self._draining, 1),
             "running": self.gate.num_running,
         }
-
-    # -- channel ----------------------------------------------------------------------------------
-
-    async def join(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take the lease of a policy and open a channel; the trainer dials what this answers.
-
-        Raises:
-            ProtocolMismatch, LeaseHeld, ConfigError.
-        """
-        check_protocol(body.get("protocol"))
-        policy = PolicyVersion(policy=body["policy"], version=0).policy
-        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
-        if transport is Transport.SHM:  # before anything changes: can every worker map it?
-            await self.rpc("tink_attach", body["segment"])
-        lease, old = self.leases.take(policy, str(body["writer"]))
-        if old is not None:
-            await self.rpc("tink_close", old.epoch)
-        for staged in [s for s in self._stages.values() if s.header.policy == policy]:
-            await self._forget(staged)  # of a writer that died between stage and commit
-        update = self.updates.current
-        if update is not None and update.policy == policy:
-            await self.updates.abort(update, "its writer joined again")
-        answer = {
-            "epoch": lease.epoch,
-            "incarnation": self.incarnation,
-            "lease_s": LEASE_S,
-            "last_version": self._last_version.get(policy, 0),
-            "transport": transport,
-        }
-        if transport not in (Transport.HTTP, Transport.SHM):
-            answer |= await self._open_channel(lease, transport, timeout_s)
-        return answer
-
-    async def _open_channel(
-        self, lease: Lease, transport: Transport, timeout_s: float
-    ) -> dict[str, Any]:
-        bound = await self.rpc(
-            "tink_bind", lease.epoch, self._channel_host, self._channel_port, timeout_s
-        )
-        spec = {
-            "transport": transport,
-            "host": self._channel_host,
-            "port": bound[0],
-            "nonce": secrets.token_hex(16),
-            "world_size": self._facts["world_size"] + 1,
-            "timeout_s": timeout_s,
-        }
-        await self.rpc("tink_join", lease.epoch, spec)
-        return {**spec, "rank": self._facts["world_size"]}
-
-    async def joined(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Wait until every worker is in the channel."""
-        lease = self.leases.check(body["policy"], body["epoch"])
-        await self._rpc_until_done(
-            "tink_join_state", lease.epoch, float(body["timeout_s"]), "joining the channel"
-        )
-        return {}
-
-    async def heartbeat(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Renew the lease."""
-        self.leases.check(body["policy"], body["epoch"])
-        return {"incarnation": self.incarnation}
-
-    async def leave(self, body: dict[str, Any]) -> dict[str, Any]:
-        """End lease and channel; what is served stays served."""
-        lease = self.leases.check(body["policy"], body["epoch"])
-        await self.rpc("tink_close", lease.epoch)
-        self.leases.release(lease.policy, lease.epoch)
-        return {}
-
-    # -- stage ------------------------------------------------------------------------------------
-
-    async def stage(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Check a header and start receiving; the bytes may be sent once this has answered.
-
-        Raises:
-            TinkError: whatever is wrong with the packet; nothing has changed then.
-        """
-        header = PacketHeader.from_json(body["header"])
-        self.leases.check(header.policy, header.epoch)
-        if header.mode is SyncMode.FULL:
-            self.updates.check_header(header, body.get("update_id"))
-        else:
-            self.check_mode(header.mode, header.policy)
-        self.check_base(header.base_fingerprint)
-        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
-        name = f"{header.policy}@{header.version}"
-        staged = Staged(
-            stage_id=f"{name}~{uuid.uuid4().hex[:8]}",
-            name=name,
-            header=header,
-            update=self.updates.current if header.mode is SyncMode.FULL else None,
-        )
-        options = {
-            "transport": transport,
-            "src": self._facts["world_size"],
-            "timeout_s": timeout_s,
-            "update_id": body.get("update_id"),
-            "segment": body.get("segment"),
-        }
-        await self._all_or_none(
-            staged, self.rpc("tink_stage", staged.stage_id, body["header"], options)
-        )
-        self._stages[staged.stage_id] = staged
-        return {"stage_id": staged.stage_id}
-
-    async def _all_or_none(self, staged: Staged, work: Any) -> Any:
-        """What `work` gives; if it fails, no worker keeps the stage, and a full update ends."""
-        try:
-            if staged.update is None:
-                return await work
-            with staged.update.busy():
-                return await work
-        except Exception as error:
-            await self._forget(staged)
-            if staged.update is not None:
-                await self.updates.abort(staged.update, str(error))
-            raise
-
-    async def _forget(self, staged: Staged) -> None:
-        self._stages.pop(staged.stage_id, None)
-        await self._engine.collective_rpc("tink_discard", args=(staged.stage_id,))
-
-    async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
-        staged.header = replace(staged.header, digest=digest)
-        patience_s = 0.0 if self.gate.num_running else _IDLE_PATIENCE_S
-        states = await self.rpc("tink_sent", staged.stage_id, digest, patience_s)
-        if any(state != "done" for state in states):
-            await self._rpc_until_done(
-                "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
-            )
-        staged.checked = True
 
     def check_base(self, fingerprint: str) -> None:
         """Raise unless `fingerprint` is that of the served checkpoint.
@@ -342,35 +173,6 @@ class Policies:
                     "SyncConfig(mode='adapter') for several policies, or a second server"
                 )
 
-    async def chunk(self, stage_id: str, offset: int, data: bytes) -> dict[str, Any]:
-        """One chunk of a packet that travels as HTTP body."""
-        staged = self._find_stage(stage_id)
-        work = self.rpc("tink_chunk", stage_id, offset, data)
-        await self._all_or_none(staged, work)
-        return {}
-
-    async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
-        """All bytes were sent, and hash to `digest`: answer when every worker has checked them."""
-        staged = self._find_stage(body["stage_id"])
-        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
-        await self._all_or_none(staged, work)
-        if staged.update is not None:
-            await self._all_or_none(staged, self.updates.write(staged.update, staged.stage_id))
-            self._stages.pop(staged.stage_id, None)
-        return {"stage_id": staged.stage_id}
-
-    async def discard(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Forget a stage; unknown ones are fine."""
-        self._stages.pop(body["stage_id"], None)
-        await self.rpc("tink_discard", body["stage_id"])
-        return {}
-
-    def _find_stage(self, stage_id: str) -> Staged:
-        staged = self._stages.get(stage_id)
-        if staged is None:
-            raise errors.UnknownVersion(f"nothing is staged as {stage_id!r}; stage it first")
-        return staged
-
     # -- commit -----------------------------------------------------------------------------------
 
     async def commit(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +182,7 @@ class Policies:
             DrainTimeout: running requests did not end; nothing was written.
             CommitFailed: the server is NOT READY.
         """
-        staged = self._find_stage(body["stage_id"])
+        staged = self.stages.find(body["stage_id"])
         self.leases.check(staged.header.policy, staged.header.epoch)
         if not staged.checked:
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
@@ -400,12 +202,21 @@ class Policies:
                 work = self._commit_merged(
                     staged, float(body["drain_timeout_s"]), body["on_running"]
                 )
-            held_s: float = await self._all_or_none(staged, work)
+            held_s: float = await self.stages.all_or_none(staged, work)
             for name in retire:
                 self._retire_slot(name)
-        self._stages.pop(staged.stage_id, None)
+        self.stages.took(staged)
         self._count(staged.name)
         return {"held_seconds": held_s, "digest": await self.read_back(staged.name)}
+
+    @property
+    def world_size(self) -> int:
+        """Number of vLLM workers."""
+        return int(self._facts["world_size"])
+
+    def last_version(self, policy: str) -> int:
+        """Highest version of `policy` that was ever served here, or 0."""
+        return self._last_version.get(policy, 0)
 
     def _count(self, name: str) -> None:
         version = PolicyVersion.parse(name)
@@ -419,7 +230,7 @@ class Policies:
             WorkersDiffer: they do not agree with what was staged.
         """
         served = self._served[name]
-        for report in await self.rpc("tink_report"):
+        for report in await self.workers.ask("tink_report"):
             held = (
                 report["adapters"].get(served.path)
                 if served.mode is SyncMode.ADAPTER
@@ -437,11 +248,11 @@ class Policies:
         path = f"{SCHEME}{name}/{digest[:16]}/{staged.stage_id.rpartition('~')[2]}"
         lora_id = self._models.lora_id_counter.inc(1)
         request = self._make_lora_request(lora_name=name, lora_int_id=lora_id, lora_path=path)
-        await self.rpc("tink_keep", staged.stage_id, path)
+        await self.workers.ask("tink_keep", staged.stage_id, path)
         try:
             await self._engine.add_lora(request)
         except Exception as error:  # vLLM's own refusals have many types; the served ones stay
-            await self.rpc("tink_release", path, lora_id)
+            await self.workers.ask("tink_release", path, lora_id)
             raise TinkError(f"vLLM refused {name}: {type(error).__name__}: {error}") from error
         replaced = self._served.get(name)
         self._served[name] = Served(
@@ -490,7 +301,7 @@ class Policies:
         name = self.base_name if staged is None else staged.name
         self.state = ServerState.COMMITTING
         try:
-            await self.rpc("tink_fold", None if staged is None else staged.stage_id)
+            await self.workers.ask("tink_fold", None if staged is None else staged.stage_id)
             await self.forget_cache()
         except Exception as error:  # whatever it was, half a policy may lie in the weights
             self.not_ready(f"the commit of {name} failed midway: {error}", name)
@@ -563,23 +374,6 @@ class Policies:
         else:
             self._models.base_model_paths[:] = [type(path)(name=name, model_path=path.model_path)]
 
-    # -- full (see updates.py) --------------------------------------------------------------------
-
-    async def begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        """See `FullUpdates.begin`."""
-        return await self.updates.begin(body)
-
-    async def finish(self, body: dict[str, Any]) -> dict[str, Any]:
-        """See `FullUpdates.finish`."""
-        return await self.updates.finish(body)
-
-    async def abort(self, body: dict[str, Any]) -> dict[str, Any]:
-        """End a full update early; one that has ended is fine."""
-        update = self.updates.current
-        if update is not None and update.update_id == body["update_id"]:
-            await self.updates.abort(update, str(body.get("reason", "its sender gave up"))[:300])
-        return {}
-
     # -- drop -------------------------------------------------------------------------------------
 
     async def drop(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -625,7 +419,7 @@ class Policies:
         try:
             while not await self.gate.drained(60.0):
                 logger.info("tink_rl: %s waits for running requests", served.name)
-            await self.rpc("tink_release", served.path, served.lora_id)
+            await self.workers.ask("tink_release", served.path, served.lora_id)
         finally:
             self._draining.pop(served.path, None)
 

@@ -7,43 +7,35 @@ threads of the worker, and the routes ask for their state. Every method answers 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tink_rl.errors import (
-    ChannelLost,
     ConfigError,
     DigestMismatch,
     DtypeMismatch,
     IncompleteGroup,
     ModeUnavailable,
-    StaleEpoch,
     TinkError,
-    TruncatedPacket,
     UnknownVersion,
 )
 from tink_rl.policy import packet
-from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_packed
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import host_store, modules
+from tink_rl.server.channels import Channels
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights
+from tink_rl.server.inbox import Inbox
 from tink_rl.server.layout import trace_layout
 from tink_rl.server.whole import WholeWriter
-from tink_rl.transport import communicator
-from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec
-from tink_rl.types import SyncMode, Transport
+from tink_rl.transport.shared_memory import Segment, SegmentSpec
+from tink_rl.types import SyncMode
 
 logger = logging.getLogger("tink_rl.server")
-_NUM_SPARE_BUFFERS = 2
-_MAX_ABS_WHOLE = 1e6
-"""Largest magnitude of a whole weight: larger ones overflow and corrupt other requests too."""
 
 
 def _answers(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -62,70 +54,6 @@ def _answers(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     return call
 
 
-class _Task:
-    """A thread whose outcome is asked for, never waited for."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
-        self.error: TinkError | None = None
-        self.value: Any = None
-        self._thread = threading.Thread(target=self._main, daemon=True, name="tink-receiver")
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _main(self) -> None:
-        try:
-            self.value = self._run()
-        except TinkError as error:
-            self.error = error
-        except Exception as error:  # reported to whoever asks for the state
-            logger.exception("tink_rl: receiver thread failed")
-            self.error = TinkError(f"{type(error).__name__}: {error}")
-
-    def state(self, patience_s: float = 0.0) -> str:
-        """ "running", or "done" (waits up to `patience_s` for it); raises what the thread raised."""
-        if patience_s > 0:
-            self._thread.join(patience_s)
-        if self._thread.is_alive():
-            return "running"
-        if self.error is not None:
-            raise self.error
-        return "done"
-
-
-class _Stage:
-    """One packet on its way in: buffer, header, and the thread that receives and checks it."""
-
-    def __init__(self, header: packet.PacketHeader, buffer: torch.Tensor) -> None:
-        self.header = header
-        self.buffer = buffer
-        self.hasher = packet.Hasher(header)
-        self.received = 0
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.task: _Task | None = None
-        self.refusal: TinkError | None = None
-        """What is wrong with the values; told only if the digest fits, so that damage on the way is
-        not mistaken for a bad adapter."""
-
-    def examine(self) -> None:
-        """Look at the values of a buffer that has arrived."""
-        if self.buffer.numel() != self.header.num_bytes:
-            return  # `check` will say so
-        whole = self.header.mode is SyncMode.FULL
-        self.tensors = packet.unpack(self.header, self.buffer if whole else self.buffer.cpu())
-        try:
-            check_packed(self.header, self.buffer, _MAX_ABS_WHOLE if whole else MAX_ABS_WEIGHT)
-        except TinkError as error:
-            self.refusal = error
-
-    def check(self) -> None:
-        """Raise what is wrong with a packet that has arrived and is sealed."""
-        self.hasher.check(self.header)
-        if self.refusal is not None:
-            raise self.refusal
-
-
 class _Update:
     """A full version on its way in."""
 
@@ -140,7 +68,9 @@ class _Update:
 class _State:
     """What one worker remembers between calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, rank: int, device: torch.device) -> None:
+        self.channels = Channels(rank=rank, device=device)
+        self.inbox = Inbox(self.channels)
         self.layers: dict[str, modules.Layer] = {}
         self.shards: dict[str, modules.Shard] = {}
         self.golden: GoldenWeights | None = None
@@ -149,28 +79,8 @@ class _State:
         self.update: _Update | None = None
         self.max_lora_rank = 0
         self.adapter_dtype = "float32"
-        self.stores: dict[int, Any] = {}
-        self.joins: dict[int, _Task] = {}
-        self.stages: dict[str, _Stage] = {}
-        self.segments: dict[int, dict[str, Segment]] = {}
-        """The trainer's shared memory, by epoch and name."""
-        self._spare: list[torch.Tensor] = []
         self.weights_digest: str | None = None
         """Of the merged or full version in the served weights; None for the base."""
-
-    def buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Room for a packet, `[num_bytes] uint8`; an old one's where it fits.
-
-        Fresh pages cost more than the bytes that are written to them.
-        """
-        for i, spare in enumerate(self._spare):
-            if spare.numel() == num_bytes and spare.device == device:
-                return self._spare.pop(i)
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-    def give_back(self, buffer: torch.Tensor) -> None:
-        """Nothing refers to the bytes of `buffer` any more."""
-        self._spare = [*self._spare, buffer][-_NUM_SPARE_BUFFERS:]
 
 
 class TinkWorkerExtension:
@@ -193,7 +103,7 @@ class TinkWorkerExtension:
             GoldenDoesNotFit, ConfigError: merged mode cannot work here.
         """
         worker: Any = self
-        state = _State()
+        state = _State(rank=worker.rank, device=worker.device)
         model = worker.model_runner.get_model()
         state.layers = modules.linear_layers(model)
         state.shards = modules.by_checkpoint_name(state.layers)
@@ -251,51 +161,18 @@ class TinkWorkerExtension:
 
     @_answers
     def tink_bind(self, epoch: int, host: str, port: int, timeout_s: float) -> int | None:
-        """Rank 0 binds the rendezvous store of `epoch` and gives its port; the others give None."""
-        worker: Any = self
-        if worker.rank != 0:
-            return None
-        store, bound = communicator.bind_store(host, port, timeout_s)
-        self._tink().stores[epoch] = store
-        return bound
+        """See `Channels.bind`."""
+        return self._tink().channels.bind(epoch, host, port, timeout_s)
 
     @_answers
     def tink_join(self, epoch: int, spec: dict[str, Any]) -> None:
-        """Start joining the channel of `epoch`; closes every older channel of the same policy."""
-        worker: Any = self
-        state = self._tink()
-        store = state.stores.get(epoch)
-
-        def join() -> communicator.Channel:
-            timeout_s = spec["timeout_s"]
-            return communicator.open_channel(
-                Transport(spec["transport"]),
-                store or communicator.dial_store(spec["host"], spec["port"], timeout_s),
-                nonce=spec["nonce"],
-                rank=worker.rank,
-                world_size=spec["world_size"],
-                host=spec["host"],
-                device=worker.device,
-                timeout_s=timeout_s,
-            )
-
-        task = state.joins[epoch] = _Task(join)
-        task.start()
+        """See `Channels.join`."""
+        self._tink().channels.join(epoch, spec)
 
     @_answers
     def tink_join_state(self, epoch: int) -> str:
-        """ "running" or "done".
-
-        Raises:
-            StaleEpoch: no such channel. ChannelLost: joining failed.
-        """
-        return self._tink_join_task(epoch).state()
-
-    def _tink_join_task(self, epoch: int) -> _Task:
-        task = self._tink().joins.get(epoch)
-        if task is None:
-            raise StaleEpoch(f"channel {epoch} was closed or replaced; join again")
-        return task
+        """See `Channels.state`."""
+        return self._tink().channels.state(epoch)
 
     @_answers
     def tink_attach(self, segment: dict[str, Any]) -> None:
@@ -308,13 +185,8 @@ class TinkWorkerExtension:
 
     @_answers
     def tink_close(self, epoch: int) -> None:
-        """Close the channel of `epoch`; unknown ones are fine."""
-        state = self._tink()
-        state.segments.pop(epoch, None)
-        task = state.joins.pop(epoch, None)
-        state.stores.pop(epoch, None)
-        if task is not None and task.value is not None:
-            task.value.close()
+        """See `Channels.close`."""
+        self._tink().channels.close(epoch)
 
     # -- stage ------------------------------------------------------------------------------------
 
@@ -335,122 +207,48 @@ class TinkWorkerExtension:
         else:
             modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
             _check_dtypes(header, state.adapter_dtype)
-        pieces, device = self._tink_source(header, options)
-        stage = _Stage(header, state.buffer(header.num_bytes, device))
-        state.stages[stage_id] = stage
-        if pieces is not None:
-            stage.task = _Task(lambda: _take(stage, pieces(stage.buffer)))
-            stage.task.start()
-
-    def _tink_source(
-        self, header: packet.PacketHeader, options: dict[str, Any]
-    ) -> tuple[Callable[[torch.Tensor], Iterable[torch.Tensor]] | None, torch.device]:
-        """What fills a buffer piece by piece (None: chunks will come), and where it must lie."""
-        transport = Transport(options["transport"])
-        if transport is Transport.HTTP:
-            return None, torch.device("cpu")
-        if transport is Transport.SHM:
-            segment = self._tink_segment(header, SegmentSpec.from_json(options["segment"]))
-            packet_bytes = segment.buffer[: header.num_bytes]
-            return functools.partial(_copied, packet_bytes), torch.device("cpu")
-        task = self._tink_join_task(header.epoch)
-        if task.state() != "done":
-            raise ChannelLost(f"channel {header.epoch} is still joining")
-        receive = functools.partial(
-            communicator.transfer, task.value, src=options["src"], timeout_s=options["timeout_s"]
-        )
-        return receive, task.value.device
-
-    def _tink_segment(self, header: packet.PacketHeader, spec: SegmentSpec) -> Segment:
-        segments = self._tink().segments.setdefault(header.epoch, {})
-        segment = segments.get(spec.name)
-        if segment is None or segment.spec != spec:
-            segment = segments[spec.name] = Segment.attach(spec)
-            for name in list(segments)[:-MAX_SEGMENTS]:
-                del segments[name]
-        if spec.num_bytes < header.num_bytes:
-            raise TruncatedPacket(
-                f"the segment holds {spec.num_bytes} bytes, the header announced {header.num_bytes}"
-            )
-        return segment
+        state.inbox.open(stage_id, header, options)
 
     @_answers
     def tink_chunk(self, stage_id: str, offset: int, data: bytes) -> int:
-        """Take one chunk of a packet that travels as HTTP body; gives the bytes received so far.
-
-        Raises:
-            TruncatedPacket: the chunk is not the next one, or exceeds the buffer.
-        """
-        stage = self._tink_stage(stage_id)
-        end = offset + len(data)
-        if offset != stage.received or end > stage.header.num_bytes:
-            raise TruncatedPacket(
-                f"chunk of bytes {offset}-{end}: expected to start at {stage.received} and to end "
-                f"by {stage.header.num_bytes}"
-            )
-        if data:
-            stage.buffer[offset:end] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        stage.received = end
-        return end
+        """See `Inbox.chunk`."""
+        return self._tink().inbox.chunk(stage_id, offset, data)
 
     @_answers
     def tink_sent(self, stage_id: str, digest: str, patience_s: float) -> str:
-        """The sender is done and says the digest; chunks are hashed now, broadcasts were on arrival.
+        """The sender is done and says the digest; answers, and raises, as `tink_stage_state`.
 
         With `patience_s` it waits that long for the end, so that nobody needs to ask again: for an
         engine that has nothing else to do.
-        Answers, and raises, as `tink_stage_state`.
         """
-        stage = self._tink_stage(stage_id)
-        stage.header = dataclasses.replace(stage.header, digest=digest)
-        if stage.task is None:
-            stage.buffer = stage.buffer[: stage.received]
-            stage.task = _Task(lambda: _take(stage, [stage.buffer]))
-            stage.task.start()
-        return self._tink_state_of(stage_id, patience_s)
+        inbox = self._tink().inbox
+        inbox.seal(stage_id, digest)
+        return inbox.state(stage_id, patience_s)
 
     @_answers
     def tink_stage_state(self, stage_id: str) -> str:
         """ "running" or "done"; raises why the packet was refused, and forgets it then."""
-        return self._tink_state_of(stage_id)
-
-    def _tink_state_of(self, stage_id: str, patience_s: float = 0.0) -> str:
-        stage = self._tink_stage(stage_id)
-        if stage.task is None or not stage.header.digest:
-            return "running"
-        try:
-            state = stage.task.state(patience_s)
-            if state == "done":
-                stage.check()
-            return state
-        except TinkError:
-            self._tink().stages.pop(stage_id, None)
-            raise
-
-    def _tink_stage(self, stage_id: str) -> _Stage:
-        stage = self._tink().stages.get(stage_id)
-        if stage is None:
-            raise UnknownVersion(f"nothing is staged as {stage_id!r}; stage it first")
-        return stage
+        return self._tink().inbox.state(stage_id)
 
     @_answers
     def tink_discard(self, stage_id: str) -> None:
         """Forget a stage; unknown ones are fine."""
-        self._tink().stages.pop(stage_id, None)
+        self._tink().inbox.discard(stage_id)
 
     # -- commit -----------------------------------------------------------------------------------
 
     @_answers
     def tink_keep(self, stage_id: str, path: str) -> str:
         """Adapter mode: let vLLM's LoRA manager find the staged tensors under `path`; the digest."""
-        stage = self._tink_stage(stage_id)
+        inbox = self._tink().inbox
+        stage = inbox.get(stage_id)
         host_store.put(
             path,
             host_store.StagedAdapter(
                 header=stage.header, tensors=stage.tensors, buffer=stage.buffer
             ),
         )
-        self._tink().stages.pop(stage_id)
+        inbox.discard(stage_id)
         return stage.header.digest
 
     @_answers
@@ -465,7 +263,7 @@ class TinkWorkerExtension:
             raise ConfigError(
                 "the server was not started for merged mode; use --mode merged or both"
             )
-        stage = self._tink_stage(stage_id) if stage_id is not None else None
+        stage = state.inbox.get(stage_id) if stage_id is not None else None
         state.weights_digest = "undefined"
         if state.writer is not None and state.writer.touched:
             state.writer.restore()
@@ -474,8 +272,8 @@ class TinkWorkerExtension:
             state.folder.fold(stage.tensors if stage is not None else {})
         state.weights_digest = stage.header.digest if stage is not None else None
         if stage is not None:
-            state.stages.pop(str(stage_id))
-            state.give_back(stage.buffer)
+            state.inbox.discard(str(stage_id))
+            state.inbox.give_back(stage.buffer)
         return state.weights_digest
 
     # -- full -------------------------------------------------------------------------------------
@@ -520,7 +318,8 @@ class TinkWorkerExtension:
 
         After an exception the weights are undefined.
         """
-        state, stage = self._tink(), self._tink_stage(stage_id)
+        state = self._tink()
+        stage = state.inbox.get(stage_id)
         if state.update is None:
             raise UnknownVersion("no full update is under way; begin again")
         names = {spec.name for spec in stage.header.tensors}
@@ -534,8 +333,8 @@ class TinkWorkerExtension:
             state.weights_digest = before
         state.update.missing -= names
         state.update.chain.add(stage.header.digest)
-        state.stages.pop(stage_id)
-        state.give_back(stage.buffer)
+        state.inbox.discard(stage_id)
+        state.inbox.give_back(stage.buffer)
         return num_groups
 
     @_answers
@@ -575,7 +374,7 @@ class TinkWorkerExtension:
     def _tink_end_update(self) -> None:
         state, update = self._tink(), self._tink().update
         if update is not None:  # its segment has the size of a bucket; the sender lets go of it too
-            state.segments.pop(update.epoch, None)
+            state.channels.forget_segments(update.epoch)
         state.update = None
 
     def _tink_reset_lora(self) -> None:
@@ -590,7 +389,7 @@ class TinkWorkerExtension:
         worker.model_runner.remove_lora(lora_id)
         released = host_store.pop(path)
         if released is not None:
-            self._tink().give_back(released.buffer)
+            self._tink().inbox.give_back(released.buffer)
 
     @_answers
     def tink_report(self) -> dict[str, Any]:
@@ -610,20 +409,3 @@ def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
                 given=spec.dtype,
                 expected=adapter_dtype,
             )
-
-
-def _copied(source: torch.Tensor, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Copy `source` into `buffer`, so that nobody else can write to it; gives each piece in turn."""
-    pieces = zip(
-        torch.split(buffer, communicator.PIECE_BYTES),
-        torch.split(source, communicator.PIECE_BYTES),
-        strict=True,
-    )
-    for piece, theirs in pieces:
-        yield piece.copy_(theirs)
-
-
-def _take(stage: _Stage, pieces: Iterable[torch.Tensor]) -> None:
-    for piece in pieces:
-        stage.hasher.update(piece)
-    stage.examine()

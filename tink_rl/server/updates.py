@@ -68,7 +68,14 @@ class FullUpdates:
 
     async def layout(self) -> dict[str, Any]:
         """Names of the checkpoint's tensors by group, as every rank sees them."""
-        return {"groups": (await self._policies.rpc("tink_layout"))[0]}
+        return {"groups": (await self._policies.workers.ask("tink_layout"))[0]}
+
+    async def end(self, body: dict[str, Any]) -> dict[str, Any]:
+        """End an update early; one that has ended is fine."""
+        update = self.current
+        if update is not None and update.update_id == body["update_id"]:
+            await self.abort(update, str(body.get("reason", "its sender gave up"))[:300])
+        return {}
 
     # -- begin ------------------------------------------------------------------------------------
 
@@ -87,7 +94,7 @@ class FullUpdates:
         plan = body.get("plan")
         if plan is not None:
             specs_from_plan(plan)
-            await policies.rpc("tink_check_plan", plan)
+            await policies.workers.ask("tink_check_plan", plan)
         await policies.lock.acquire()
         try:
             policies.leases.check(version.policy, body["epoch"])
@@ -102,7 +109,7 @@ class FullUpdates:
             )
             await policies.hold(float(body["drain_timeout_s"]), body["on_running"])
             names = [item["name"] for item in plan or ()]
-            await policies.rpc("tink_begin", update.update_id, names, update.epoch)
+            await policies.workers.ask("tink_begin", update.update_id, names, update.epoch)
         except BaseException:
             policies.gate.open()
             policies.lock.release()
@@ -134,7 +141,7 @@ class FullUpdates:
     async def write(self, update: Update, stage_id: str) -> None:
         """Write a bucket that every worker has checked."""
         before, update.written = update.written, True
-        counts = await self._policies.rpc("tink_write", stage_id)
+        counts = await self._policies.workers.ask("tink_write", stage_id)
         update.written = before or any(counts)
 
     # -- end --------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ class FullUpdates:
             with update.busy():
                 policies.leases.check(update.policy, update.epoch)
                 update.written = True  # finishing writes too: what is not sent is restored
-                await policies.rpc("tink_finish", update.update_id, digest)
+                await policies.workers.ask("tink_finish", update.update_id, digest)
                 await policies.forget_cache()
         except (errors.IncompleteGroup, errors.DigestMismatch, errors.StaleEpoch) as error:
             update.written = before  # found before anything was written
@@ -174,7 +181,7 @@ class FullUpdates:
         if self.current is not update:
             return
         try:
-            await self._policies.rpc("tink_abort")
+            await self._policies.workers.ask("tink_abort")
         except TinkError as error:
             logger.warning("tink_rl: aborting %s: %s", update.name, error)
         if update.written:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,8 +49,6 @@ class Replica:
         """Shared memory that packets are packed into; a fleet's replicas have one."""
         self._segment: Segment | None = None
         """Shared memory for packets that lie elsewhere, and to find out whether it is shared."""
-        self._known: set[str] = set()
-        """Segments that the server has open on this channel."""
         self._stop_heartbeat: threading.Event | None = None
 
     @property
@@ -96,9 +94,6 @@ class Replica:
             # A forwarded port or a container: loopback, and yet another machine's memory.
             self._take_gloo(error)
             return self._take_lease(Transport.GLOO)
-        finally:
-            if self._segment is not None:
-                self._segment.unlink()
 
     def _take_gloo(self, error: TinkError) -> None:
         """Do without shared memory from now on; raises `error` if it was asked for."""
@@ -170,12 +165,7 @@ class Replica:
             self._stop_heartbeat.set()
         if self._channel is not None:
             self._channel.close()
-        self._channel = self._joined = self._stop_heartbeat = None
-        self._forget_segments()
-
-    def _forget_segments(self) -> None:
-        """The server has let go of them."""
-        self._segment, self._known = None, set()
+        self._channel = self._joined = self._stop_heartbeat = self._segment = None
 
     def close(self) -> None:
         """Give lease and channel back; never raises."""
@@ -228,15 +218,8 @@ class Replica:
             **extra,
         }
         if transport is Transport.SHM:
-            segment = self._segment_with(buffer)
-            body["segment"] = vars(segment.spec)
-        try:
-            stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
-        finally:
-            if self._segment is not None:
-                self._segment.unlink()
-        if transport is Transport.SHM:
-            self._known.add(segment.spec.name)
+            body["segment"] = vars(self._segment_with(buffer).spec)
+        stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
         # The header was accepted and every worker is receiving: only now do bytes travel.
         if transport is Transport.HTTP:
             self._send_chunks(stage_id, buffer, timeout_s)
@@ -251,10 +234,6 @@ class Replica:
         """Whether packets go to this server through shared memory."""
         return self._joined is not None and self._joined["transport"] == Transport.SHM
 
-    def can_read(self, segment: Segment) -> bool:
-        """Whether the server has `segment` open, or can open it."""
-        return segment.named or segment.spec.name in self._known
-
     def do_without_shared_memory(self, error: TinkError) -> None:
         """Open a channel that needs none; raises `error` if shared memory was asked for."""
         self._take_gloo(error)
@@ -268,7 +247,7 @@ class Replica:
             SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
         """
         packed_in = self.shelf.holding(buffer)
-        if packed_in is not None and self.can_read(packed_in):
+        if packed_in is not None:
             return packed_in
         if self._segment is None or self._segment.buffer.numel() < buffer.numel():
             try:
@@ -394,12 +373,12 @@ class Replica:
             IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
         """
         body = {"update_id": update_id, "digest": digest}
-        self._forget_segments()
+        self._segment = None  # of the size of a bucket
         return self._control("finish", body, self._config.commit_timeout_s)
 
     def abort_update(self, update_id: str, reason: str) -> None:
         """End a full update early; never raises."""
-        self._forget_segments()
+        self._segment = None
         with contextlib.suppress(TinkError):
             self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)
 
@@ -446,10 +425,9 @@ class Fleet:
         import torch
 
         sharing = [replica for replica in self.replicas if replica.shares_memory]
-        if spare is not None and spare.numel() >= num_bytes:
-            segment = self._shelf.holding(spare)
-            if not sharing or (segment and all(r.can_read(segment) for r in sharing)):
-                return spare
+        serves = spare is not None and (not sharing or self._shelf.holding(spare) is not None)
+        if spare is not None and serves and spare.numel() >= num_bytes:
+            return spare
         try:
             if sharing:
                 return self._shelf.new(num_bytes)
@@ -457,14 +435,6 @@ class Fleet:
             for replica in sharing:
                 replica.do_without_shared_memory(error)
         return torch.empty(num_bytes, dtype=torch.uint8)
-
-    @contextlib.contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Stage inside the block: the servers open rooms by name, and no name is left after it."""
-        try:
-            yield
-        finally:
-            self._shelf.unlink()
 
     def statuses(self) -> list[ServerStatus]:
         """Status of every replica; raises if one is NOT READY only when it is published to."""

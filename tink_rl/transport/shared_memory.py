@@ -1,20 +1,20 @@
 """One machine: a packet's bytes through a segment of shared memory that both sides map.
 
-The trainer makes the segment and writes; the workers copy out of it. Its name and a nonce travel in the
-control request: a worker in another container or under another user cannot open it, says so, and the
-bytes travel through gloo instead. Once every worker has it open its name is removed, so that nothing is
-left behind however either side ends.
+The trainer makes the segment and writes; the workers copy out of it. It has no name in any file system:
+workers open it through the trainer's entry in /proc, so that nothing is left behind however either side
+ends, and `--shm-size` of a container does not limit it. A worker in another container or under another
+user cannot open it, says so, and the bytes travel through gloo instead. Its size is sealed: a trainer
+that shrank it would end the worker that reads it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
-import re
 import secrets
 import stat
+import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.errors import BadRequest, SegmentUnreachable
@@ -22,8 +22,6 @@ from tink_rl.errors import BadRequest, SegmentUnreachable
 if TYPE_CHECKING:
     import torch
 
-_DIRECTORY = Path("/dev/shm")
-_NAME = re.compile(r"^tink-[0-9a-f]{32}$")
 _NONCE_BYTES = 64
 """The nonce stands before the packet and keeps its bytes aligned."""
 MAX_SEGMENTS = 4
@@ -32,9 +30,12 @@ MAX_SEGMENTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSpec:
-    """What the trainer tells of a segment: `SegmentSpec(name="tink-3f..", nonce="9a..", num_bytes=4096)`"""
+    """What the trainer tells of a segment: `SegmentSpec(pid=4711, handle=23, nonce="9a..",
+    num_bytes=4096)`"""
 
-    name: str
+    pid: int
+    handle: int
+    """File descriptor in process `pid`."""
     nonce: str
     num_bytes: int
     """Room for a packet, without the nonce."""
@@ -44,17 +45,17 @@ class SegmentSpec:
         """Read and check what came over the wire.
 
         Raises:
-            BadRequest: a field is missing or not of its form; a name is never a path.
+            BadRequest: a field is missing or not of its form.
         """
         try:
-            spec = cls(
-                name=str(data["name"]), nonce=str(data["nonce"]), num_bytes=int(data["num_bytes"])
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            numbers = {name: data[name] for name in ("pid", "handle", "num_bytes")}
+            nonce = data["nonce"]
+        except (KeyError, TypeError) as error:
             raise BadRequest(f"shared memory segment is malformed: {error!r}") from error
-        if not _NAME.match(spec.name) or len(spec.nonce) != _NONCE_BYTES or spec.num_bytes < 1:
-            raise BadRequest(f"shared memory segment {spec.name[:80]!r}: not one of this package")
-        return spec
+        whole = all(type(n) is int and n >= 0 for n in numbers.values())
+        if not whole or not isinstance(nonce, str) or len(nonce) != _NONCE_BYTES:
+            raise BadRequest(f"shared memory segment {str(data)[:120]}: not one of this package")
+        return cls(nonce=nonce, **numbers)
 
 
 class Segment:
@@ -64,78 +65,60 @@ class Segment:
         self.spec = spec
         self.buffer = buffer
         """`[num_bytes] uint8`, shared."""
-        self._named = True
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
-        """A new segment of this process (mode 0600), its memory reserved.
+        """A new segment of this process, its memory reserved; others may open it while it exists.
 
         Raises:
             SegmentUnreachable: there is no shared memory here, or too little of it.
         """
-        spec = SegmentSpec(
-            name=f"tink-{secrets.token_hex(16)}",
-            nonce=secrets.token_hex(_NONCE_BYTES // 2),
-            num_bytes=num_bytes,
-        )
-        size = _NONCE_BYTES + num_bytes
+        nonce, size = secrets.token_hex(_NONCE_BYTES // 2), _NONCE_BYTES + num_bytes
         try:
-            handle = os.open(_DIRECTORY / spec.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
+            handle = os.memfd_create("tink-packet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError) as error:
             raise SegmentUnreachable(f"no shared memory on this machine: {error}") from error
         try:
-            # Reserved now: a page that tmpfs cannot give later would be a SIGBUS, not an error.
+            # Reserved now: a page that the kernel cannot give later would be a SIGBUS, not an error.
             os.posix_fallocate(handle, 0, size)
-            os.pwrite(handle, spec.nonce.encode(), 0)
+            os.pwrite(handle, nonce.encode(), 0)
+            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _seals())
+            buffer = _map(handle, size)
         except OSError as error:
-            (_DIRECTORY / spec.name).unlink()
-            raise SegmentUnreachable(
-                f"{size} bytes of shared memory are not to be had ({error.strerror}); in a container "
-                "raise --shm-size"
-            ) from error
-        finally:
             os.close(handle)
-        return cls(spec, _map(_DIRECTORY / spec.name, size))
+            raise SegmentUnreachable(
+                f"{size} bytes of shared memory are not to be had ({error.strerror})"
+            ) from error
+        spec = SegmentSpec(pid=os.getpid(), handle=handle, nonce=nonce, num_bytes=num_bytes)
+        segment = cls(spec, buffer)
+        weakref.finalize(segment, os.close, handle)
+        return segment
 
     @classmethod
     def attach(cls, spec: SegmentSpec) -> Segment:
         """The segment that another process of this machine and user made.
 
         Raises:
-            SegmentUnreachable: it cannot be opened here, or is another one of the same name.
+            SegmentUnreachable: it cannot be opened here, or is something else.
         """
         size = _NONCE_BYTES + spec.num_bytes
-        path = _DIRECTORY / spec.name
         try:
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(f"/proc/{spec.pid}/fd/{spec.handle}", flags)
         except OSError as error:
             raise SegmentUnreachable(
                 f"the trainer's shared memory cannot be opened here ({error.strerror})"
             ) from error
         try:
-            info = os.fstat(handle)
-            plain = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
-            if (
-                not plain
-                or info.st_size != size
-                or os.pread(handle, _NONCE_BYTES, 0) != (spec.nonce.encode())
+            if not _is_sealed(handle, size) or os.pread(handle, _NONCE_BYTES, 0) != (
+                spec.nonce.encode()
             ):
-                raise SegmentUnreachable(f"{spec.name} here is not the trainer's segment")
-            return cls(spec, _map(Path(f"/proc/self/fd/{handle}"), size))
+                raise SegmentUnreachable(
+                    f"file {spec.handle} of process {spec.pid} here is not the trainer's segment"
+                )
+            return cls(spec, _map(handle, size))
         finally:
             os.close(handle)
-
-    @property
-    def named(self) -> bool:
-        """Whether another process can still open it."""
-        return self._named
-
-    def unlink(self) -> None:
-        """Remove the name; who has the segment mapped keeps it. Idempotent."""
-        if self._named:
-            self._named = False
-            with contextlib.suppress(OSError):
-                (_DIRECTORY / self.spec.name).unlink()
 
 
 class Shelf:
@@ -161,14 +144,24 @@ class Shelf:
                 return segment
         return None
 
-    def unlink(self) -> None:
-        """Remove all names."""
-        for segment in self._segments:
-            segment.unlink()
+
+def _seals() -> int:
+    return fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-def _map(path: Path, size: int) -> torch.Tensor:
+def _is_sealed(handle: int, size: int) -> bool:
+    info = os.fstat(handle)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_size != size:
+        return False
+    try:
+        return fcntl.fcntl(handle, fcntl.F_GET_SEALS) == _seals()
+    except OSError:  # a file on a disk has none
+        return False
+
+
+def _map(handle: int, size: int) -> torch.Tensor:
     import torch
 
-    whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    path = f"/proc/self/fd/{handle}"
+    whole = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     return whole[_NONCE_BYTES:]

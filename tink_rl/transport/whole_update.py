@@ -155,10 +155,9 @@ class WholeUpdate:
         self._bucket, self._filled = {}, 0
         header = header.named(self._policy, self._version, 0)
         digest = in_background(lambda: packet.digest_of(header, buffer))
-        with self._fleet.sharing():
-            self._fleet.each(
-                lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
-            )
+        self._fleet.each(
+            lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
+        )
         self._chain.add(digest())
         self.num_bytes += buffer.numel()
 

@@ -1,0 +1,145 @@
+"""The packets of one API server between their header and their commit. A refused one changes nothing."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tink_rl import errors
+from tink_rl.policy.packet import PacketHeader
+from tink_rl.server.updates import Update
+from tink_rl.types import SyncMode, Transport
+
+if TYPE_CHECKING:
+    from tink_rl.server.policies import Policies
+
+_IDLE_PATIENCE_S = 0.02
+"""An engine without requests may wait this long for a packet instead of being asked again and again."""
+
+
+@dataclass(kw_only=True)
+class Staged:
+    """A packet that the workers are receiving or have checked."""
+
+    stage_id: str
+    name: str
+    header: PacketHeader
+    update: Update | None = None
+    """The full update that this is a bucket of."""
+    checked: bool = False
+    """Every worker holds the bytes and found nothing wrong with them."""
+
+
+class Stages:
+    """What is being received or was checked, by stage id."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies, self._workers = policies, policies.workers
+        self._stages: dict[str, Staged] = {}
+
+    async def stage(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Check a header and start receiving; the bytes may be sent once this has answered.
+
+        Raises:
+            TinkError: whatever is wrong with the packet; nothing has changed then.
+        """
+        header = PacketHeader.from_json(body["header"])
+        self._policies.leases.check(header.policy, header.epoch)
+        if header.mode is SyncMode.FULL:
+            self._policies.updates.check_header(header, body.get("update_id"))
+        else:
+            self._policies.check_mode(header.mode, header.policy)
+        self._policies.check_base(header.base_fingerprint)
+        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
+        name = f"{header.policy}@{header.version}"
+        staged = Staged(
+            stage_id=f"{name}~{uuid.uuid4().hex[:8]}",
+            name=name,
+            header=header,
+            update=self._policies.updates.current if header.mode is SyncMode.FULL else None,
+        )
+        options = {
+            "transport": transport,
+            "src": self._policies.world_size,
+            "timeout_s": timeout_s,
+            "update_id": body.get("update_id"),
+            "segment": body.get("segment"),
+        }
+        await self.all_or_none(
+            staged, self._workers.ask("tink_stage", staged.stage_id, body["header"], options)
+        )
+        self._stages[staged.stage_id] = staged
+        return {"stage_id": staged.stage_id}
+
+    async def all_or_none(self, staged: Staged, work: Any) -> Any:
+        """What `work` gives; if it fails, no worker keeps the stage, and a full update ends."""
+        try:
+            if staged.update is None:
+                return await work
+            with staged.update.busy():
+                return await work
+        except Exception as error:
+            await self._forget(staged)
+            if staged.update is not None:
+                await self._policies.updates.abort(staged.update, str(error))
+            raise
+
+    async def _forget(self, staged: Staged) -> None:
+        self._stages.pop(staged.stage_id, None)
+        await self._workers.tell("tink_discard", staged.stage_id)
+
+    async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
+        staged.header = replace(staged.header, digest=digest)
+        patience_s = 0.0 if self._policies.gate.num_running else _IDLE_PATIENCE_S
+        states = await self._workers.ask("tink_sent", staged.stage_id, digest, patience_s)
+        if any(state != "done" for state in states):
+            await self._workers.until_done(
+                "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
+            )
+        staged.checked = True
+
+    async def chunk(self, stage_id: str, offset: int, data: bytes) -> dict[str, Any]:
+        """One chunk of a packet that travels as HTTP body."""
+        staged = self.find(stage_id)
+        work = self._workers.ask("tink_chunk", stage_id, offset, data)
+        await self.all_or_none(staged, work)
+        return {}
+
+    async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
+        """All bytes were sent, and hash to `digest`: answer when every worker has checked them."""
+        staged = self.find(body["stage_id"])
+        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
+        await self.all_or_none(staged, work)
+        if staged.update is not None:
+            await self.all_or_none(
+                staged, self._policies.updates.write(staged.update, staged.stage_id)
+            )
+            self.took(staged)
+        return {"stage_id": staged.stage_id}
+
+    async def discard(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Forget a stage; unknown ones are fine."""
+        self._stages.pop(body["stage_id"], None)
+        await self._workers.ask("tink_discard", body["stage_id"])
+        return {}
+
+    def find(self, stage_id: str) -> Staged:
+        """The packet of `stage_id`.
+
+        Raises:
+            UnknownVersion: there is none.
+        """
+        staged = self._stages.get(stage_id)
+        if staged is None:
+            raise errors.UnknownVersion(f"nothing is staged as {stage_id!r}; stage it first")
+        return staged
+
+    async def forget_policy(self, policy: str) -> None:
+        """Forget every packet of `policy`."""
+        for staged in [s for s in self._stages.values() if s.header.policy == policy]:
+            await self._forget(staged)
+
+    def took(self, staged: Staged) -> None:
+        """The workers have made use of it."""
+        self._stages.pop(staged.stage_id, None)

@@ -1,0 +1,48 @@
+"""The vLLM workers behind one API server: every one of them is asked, in rank order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from tink_rl import errors
+
+_POLL_S = (0.0005, *([0.001] * 12), 0.002, 0.005, 0.01)
+
+
+class Workers:
+    """The receivers (`receiver.TinkWorkerExtension`) of one engine."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    async def ask(self, method: str, *args: Any) -> list[Any]:
+        """Every worker's value of `method(*args)`, in rank order.
+
+        Raises:
+            TinkError: what the first failing worker raised.
+        """
+        answers = await self._engine.collective_rpc(method, args=args)
+        for answer in answers:
+            if not answer["ok"]:
+                raise errors.from_wire(answer, 500)
+        return [answer["value"] for answer in answers]
+
+    async def tell(self, method: str, *args: Any) -> None:
+        """Let every worker do `method(*args)`; whether it can is not asked."""
+        await self._engine.collective_rpc(method, args=args)
+
+    async def until_done(self, method: str, key: Any, timeout_s: float, what: str) -> None:
+        """Ask `method(key)` again and again until every worker says "done".
+
+        Raises:
+            ChannelLost: `what` did not end within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        for attempt in range(10_000_000):
+            if all(state == "done" for state in await self.ask(method, key)):
+                return
+            if time.monotonic() > deadline:
+                raise errors.ChannelLost(f"{what} did not end within {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S[min(attempt, len(_POLL_S) - 1)])

@@ -1,0 +1,93 @@
+"""The writers of one API server: who holds the lease of a policy, and the channel that its packets take."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from tink_rl.policy.packet import check_protocol
+from tink_rl.server.leases import LEASE_S, Lease
+from tink_rl.types import PolicyVersion, Transport
+
+if TYPE_CHECKING:
+    from tink_rl.server.policies import Policies
+
+
+class Writers:
+    """Joining, staying and leaving."""
+
+    def __init__(self, policies: Policies, *, host: str, port: int) -> None:
+        """Store.
+
+        Args:
+            policies: The server.
+            host: Interface that channels bind.
+            port: Port that channels bind, 0 for any.
+        """
+        self._policies = policies
+        self._workers, self._leases = policies.workers, policies.leases
+        self._host, self._port = host, port
+
+    async def join(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Take the lease of a policy and open a channel; the trainer dials what this answers.
+
+        Raises:
+            ProtocolMismatch, LeaseHeld, ConfigError.
+        """
+        check_protocol(body.get("protocol"))
+        policy = PolicyVersion(policy=body["policy"], version=0).policy
+        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
+        if transport is Transport.SHM:  # before anything changes: can every worker map it?
+            await self._workers.ask("tink_attach", body["segment"])
+        lease, old = self._leases.take(policy, str(body["writer"]))
+        if old is not None:
+            await self._workers.ask("tink_close", old.epoch)
+        await self._policies.stages.forget_policy(policy)  # its writer died before the commit
+        update = self._policies.updates.current
+        if update is not None and update.policy == policy:
+            await self._policies.updates.abort(update, "its writer joined again")
+        answer = {
+            "epoch": lease.epoch,
+            "incarnation": self._policies.incarnation,
+            "lease_s": LEASE_S,
+            "last_version": self._policies.last_version(policy),
+            "transport": transport,
+        }
+        if transport not in (Transport.HTTP, Transport.SHM):
+            answer |= await self._open_channel(lease, transport, timeout_s)
+        return answer
+
+    async def _open_channel(
+        self, lease: Lease, transport: Transport, timeout_s: float
+    ) -> dict[str, Any]:
+        bound = await self._workers.ask("tink_bind", lease.epoch, self._host, self._port, timeout_s)
+        spec = {
+            "transport": transport,
+            "host": self._host,
+            "port": bound[0],
+            "nonce": secrets.token_hex(16),
+            "world_size": self._policies.world_size + 1,
+            "timeout_s": timeout_s,
+        }
+        await self._workers.ask("tink_join", lease.epoch, spec)
+        return {**spec, "rank": self._policies.world_size}
+
+    async def joined(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Wait until every worker is in the channel."""
+        lease = self._leases.check(body["policy"], body["epoch"])
+        await self._workers.until_done(
+            "tink_join_state", lease.epoch, float(body["timeout_s"]), "joining the channel"
+        )
+        return {}
+
+    async def heartbeat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Renew the lease."""
+        self._leases.check(body["policy"], body["epoch"])
+        return {"incarnation": self._policies.incarnation}
+
+    async def leave(self, body: dict[str, Any]) -> dict[str, Any]:
+        """End lease and channel; what is served stays served."""
+        lease = self._leases.check(body["policy"], body["epoch"])
+        await self._workers.ask("tink_close", lease.epoch)
+        self._leases.release(lease.policy, lease.epoch)
+        return {}

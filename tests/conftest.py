@@ -106,12 +106,12 @@ def pytest_collection_modifyitems(
 def _track(item: pytest.Item) -> str:
     """What must run in one process of `pytest -n 2 --dist loadgroup`.
 
-    A process has its own pool of servers, so what uses the pool stays together, and so does what starts
-    servers of its own; beside them the unit tests fill the gaps.
+    A process has its own pool of servers, so what uses the pool stays together. The first track is as
+    long as the other two and the unit tests.
     """
     path = item.path.relative_to(Path(__file__).parent)
-    if path.parts[0] in ("server", "multi", "invariant"):
-        return "pool"
-    if path.parts[0] in ("recipes", "notebooks", "docs"):
+    if path.parts[0] in ("multi", "invariant", "docs"):
+        return "runs"
+    if path.parts[0] in ("recipes", "notebooks"):
         return "launchers"
-    return str(path)
+    return "server" if path.parts[0] == "server" else str(path)

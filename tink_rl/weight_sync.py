@@ -526,11 +526,20 @@ class WeightSync:
         watch: _Watch,
         retire: Sequence[str] = (),
     ) -> float:
-        """Stage on all, then commit on all and drop `retire`; the longest hold in seconds."""
+        """Stage on all, then commit on all and drop `retire`; the longest hold in seconds.
+
+        No replica commits before all have found the packet right. One alone checks it as it commits.
+        """
         stages: dict[str, str] = {}
+        alone = len(self.fleet.replicas) == 1
 
         def stage(replica: Replica) -> None:
-            stages[replica.url] = replica.stage(header, buffer, digest)
+            stages[replica.url] = (
+                replica.send(header, buffer) if alone else replica.stage(header, buffer, digest)
+            )
+
+        def commit(replica: Replica) -> dict[str, Any]:
+            return replica.commit(stages[replica.url], retire, digest() if alone else None)
 
         with watch(Phase.JOIN):
             self.fleet.each(lambda replica: replica.ensure_channel())
@@ -543,7 +552,7 @@ class WeightSync:
                     replica.discard(stages[replica.url])
             raise
         with watch(Phase.COMMIT):
-            answers = self.fleet.each(lambda replica: replica.commit(stages[replica.url], retire))
+            answers = self.fleet.each(commit)
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
                 if answer["digest"] != digest():

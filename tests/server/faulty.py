@@ -56,12 +56,12 @@ class FaultyExtension(TinkWorkerExtension):
         finally:
             writer._model.__dict__.pop("load_weights", None)
 
-    def tink_keep(self, stage_id: Any, path: Any) -> Any:
+    def tink_serve(self, stage_id: Any, name: Any, path: Any, lora_id: Any) -> Any:
         """Serve an adapter of zeros under the right digest: every adapter is dropped."""
         if _fault() == "drop-adapters":
             for tensor in self._tink().inbox.stages[stage_id].tensors.values():
                 tensor.zero_()
-        return super().tink_keep(stage_id, path)
+        return super().tink_serve(stage_id, name, path, lora_id)
 
     def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
         """Damage a byte of a packet that came over HTTP."""

@@ -211,9 +211,9 @@ def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mort
     sync.close()
 
 
-@pytest.mark.parametrize(("phase", "request_name"), [("stage", "staged"), ("commit", "commit")])
+@pytest.mark.parametrize("phase", ["stage", "commit"])
 def test_server_that_dies_in_the_middle_of_a_publish_is_named_and_served_again_after_its_restart(
-    mortal, twin, monkeypatch, caplog, phase, request_name
+    mortal, twin, monkeypatch, caplog, phase
 ):
     sync = _sync(mortal, twin)
     name = sync.publish(random_adapter(twin, 1)).name
@@ -221,7 +221,7 @@ def test_server_that_dies_in_the_middle_of_a_publish_is_named_and_served_again_a
     control = replica._control
 
     def dies_before(action, body, timeout_s):
-        if action == request_name:
+        if action == phase:
             os.killpg(mortal.pid, signal.SIGKILL)
         return control(action, body, timeout_s)
 

@@ -46,9 +46,3 @@ def pop(path: str) -> StagedAdapter | None:
     """Forget `path` and give what it held; None for an unknown path."""
     with _LOCK:
         return _ADAPTERS.pop(path, None)
-
-
-def digests() -> dict[str, str]:
-    """Path -> digest of everything that is held."""
-    with _LOCK:
-        return {path: adapter.header.digest for path, adapter in _ADAPTERS.items()}

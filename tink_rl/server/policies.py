@@ -22,7 +22,7 @@ from tink_rl.server.host_store import SCHEME
 from tink_rl.server.leases import Leases
 from tink_rl.server.stages import Staged, Stages
 from tink_rl.server.updates import FullUpdates
-from tink_rl.server.workers import Workers
+from tink_rl.server.workers import Workers, check_alike
 from tink_rl.server.writers import Writers
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode
 
@@ -178,12 +178,17 @@ class Policies:
     async def commit(self, body: dict[str, Any]) -> dict[str, Any]:
         """Serve a staged version and stop serving those of `retire`; answers what every worker then holds.
 
+        With a `digest` the packet is checked first: a publisher with one replica asks for both at once.
+
         Raises:
+            TinkError: what is wrong with the packet; nothing has changed.
             DrainTimeout: running requests did not end; nothing was written.
             CommitFailed: the server is NOT READY.
         """
         staged = self.stages.find(body["stage_id"])
         self.leases.check(staged.header.policy, staged.header.epoch)
+        if body.get("digest") is not None:
+            await self.stages.check(staged, body)
         if not staged.checked:
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
         if staged.update is not None:
@@ -207,7 +212,7 @@ class Policies:
                 self._retire_slot(name)
         self.stages.took(staged)
         self._count(staged.name)
-        return {"held_seconds": held_s, "digest": await self.read_back(staged.name)}
+        return {"held_seconds": held_s, "digest": self._served[staged.name].digest}
 
     @property
     def world_size(self) -> int:
@@ -223,37 +228,17 @@ class Policies:
         last = self._last_version.get(version.policy, 0)
         self._last_version[version.policy] = max(version.version, last)
 
-    async def read_back(self, name: str) -> str:
-        """The digest that every worker holds for `name`.
-
-        Raises:
-            WorkersDiffer: they do not agree with what was staged.
-        """
-        served = self._served[name]
-        for report in await self.workers.ask("tink_report"):
-            held = (
-                report["adapters"].get(served.path)
-                if served.mode is SyncMode.ADAPTER
-                else report["weights"]
-            )
-            if held != served.digest:
-                raise errors.WorkersDiffer(
-                    f"{name}: a worker holds digest {held!r}, expected {served.digest!r}; restart "
-                    "the server"
-                )
-        return served.digest
-
     async def _commit_adapter(self, staged: Staged) -> float:
         name, digest = staged.name, staged.header.digest
         path = f"{SCHEME}{name}/{digest[:16]}/{staged.stage_id.rpartition('~')[2]}"
         lora_id = self._models.lora_id_counter.inc(1)
         request = self._make_lora_request(lora_name=name, lora_int_id=lora_id, lora_path=path)
-        await self.workers.ask("tink_keep", staged.stage_id, path)
         try:
-            await self._engine.add_lora(request)
-        except Exception as error:  # vLLM's own refusals have many types; the served ones stay
+            held = await self.workers.ask("tink_serve", staged.stage_id, name, path, lora_id)
+            check_alike(name, digest, held)
+        except TinkError:  # some workers may have it; what is served stays
             await self.workers.ask("tink_release", path, lora_id)
-            raise TinkError(f"vLLM refused {name}: {type(error).__name__}: {error}") from error
+            raise
         replaced = self._served.get(name)
         self._served[name] = Served(
             name=name, digest=digest, mode=SyncMode.ADAPTER, path=path, lora_id=lora_id
@@ -301,7 +286,10 @@ class Policies:
         name = self.base_name if staged is None else staged.name
         self.state = ServerState.COMMITTING
         try:
-            await self.workers.ask("tink_fold", None if staged is None else staged.stage_id)
+            stage_id, digest = (
+                (None, None) if staged is None else (staged.stage_id, staged.header.digest)
+            )
+            check_alike(name, digest, await self.workers.ask("tink_fold", stage_id))
             await self.forget_cache()
         except Exception as error:  # whatever it was, half a policy may lie in the weights
             self.not_ready(f"the commit of {name} failed midway: {error}", name)
@@ -309,8 +297,7 @@ class Policies:
                 f"the commit of {name} failed midway ({error}); the server is NOT READY until the "
                 "next publish writes the weights whole, or it is restarted"
             ) from error
-        digest = "" if staged is None else staged.header.digest
-        self.became(name, digest, None if staged is None else SyncMode.MERGED)
+        self.became(name, digest or "", None if staged is None else SyncMode.MERGED)
 
     async def forget_cache(self) -> None:
         """Drop keys and values that the old weights computed.

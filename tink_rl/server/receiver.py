@@ -79,8 +79,6 @@ class _State:
         self.update: _Update | None = None
         self.max_lora_rank = 0
         self.adapter_dtype = "float32"
-        self.weights_digest: str | None = None
-        """Of the merged or full version in the served weights; None for the base."""
 
 
 class TinkWorkerExtension:
@@ -238,8 +236,17 @@ class TinkWorkerExtension:
     # -- commit -----------------------------------------------------------------------------------
 
     @_answers
-    def tink_keep(self, stage_id: str, path: str) -> str:
-        """Adapter mode: let vLLM's LoRA manager find the staged tensors under `path`; the digest."""
+    def tink_serve(self, stage_id: str, name: str, path: str, lora_id: int) -> str:
+        """Adapter mode: put the staged tensors into a slot; the digest.
+
+        vLLM's LoRA manager finds them again under `path` whenever it evicted them.
+
+        Raises:
+            TinkError: vLLM refuses them.
+        """
+        from tink_rl.server.vllm_names import LoRARequest
+
+        worker: Any = self
         inbox = self._tink().inbox
         stage = inbox.get(stage_id)
         host_store.put(
@@ -249,6 +256,11 @@ class TinkWorkerExtension:
             ),
         )
         inbox.discard(stage_id)
+        request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
+        try:
+            worker.model_runner.add_lora(request)
+        except Exception as error:  # vLLM's own refusals have many types
+            raise TinkError(f"vLLM refused {name}: {type(error).__name__}: {error}") from error
         return stage.header.digest
 
     @_answers
@@ -264,17 +276,15 @@ class TinkWorkerExtension:
                 "the server was not started for merged mode; use --mode merged or both"
             )
         stage = state.inbox.get(stage_id) if stage_id is not None else None
-        state.weights_digest = "undefined"
         if state.writer is not None and state.writer.touched:
             state.writer.restore()
             self._tink_reset_lora()
         if state.folder is not None:
             state.folder.fold(stage.tensors if stage is not None else {})
-        state.weights_digest = stage.header.digest if stage is not None else None
         if stage is not None:
             state.inbox.discard(str(stage_id))
             state.inbox.give_back(stage.buffer)
-        return state.weights_digest
+        return stage.header.digest if stage is not None else None
 
     # -- full -------------------------------------------------------------------------------------
 
@@ -327,10 +337,7 @@ class TinkWorkerExtension:
             raise IncompleteGroup(
                 f"{min(names - state.update.missing)!r} was not announced, or came twice"
             )
-        before, state.weights_digest = state.weights_digest, "undefined"
         num_groups = self._tink_writer().write(stage.tensors)
-        if not num_groups:
-            state.weights_digest = before
         state.update.missing -= names
         state.update.chain.add(stage.header.digest)
         state.inbox.discard(stage_id)
@@ -360,7 +367,6 @@ class TinkWorkerExtension:
             state.folder.forget()
         self._tink_reset_lora()
         self._tink_end_update()
-        state.weights_digest = digest
         return digest
 
     @_answers
@@ -390,11 +396,6 @@ class TinkWorkerExtension:
         released = host_store.pop(path)
         if released is not None:
             self._tink().inbox.give_back(released.buffer)
-
-    @_answers
-    def tink_report(self) -> dict[str, Any]:
-        """What this worker holds: digest of the version in its weights, and of every adapter by path."""
-        return {"weights": self._tink().weights_digest, "adapters": host_store.digests()}
 
 
 def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:

@@ -89,6 +89,15 @@ class Stages:
         self._stages.pop(staged.stage_id, None)
         await self._workers.tell("tink_discard", staged.stage_id)
 
+    async def check(self, staged: Staged, body: dict[str, Any]) -> None:
+        """Wait until every worker has found the packet right, which hashes to `body["digest"]`.
+
+        Raises:
+            TinkError: what is wrong; the packet is forgotten.
+        """
+        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
+        await self.all_or_none(staged, work)
+
     async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
         staged.header = replace(staged.header, digest=digest)
         patience_s = 0.0 if self._policies.gate.num_running else _IDLE_PATIENCE_S
@@ -109,8 +118,7 @@ class Stages:
     async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
         """All bytes were sent, and hash to `digest`: answer when every worker has checked them."""
         staged = self.find(body["stage_id"])
-        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
-        await self.all_or_none(staged, work)
+        await self.check(staged, body)
         if staged.update is not None:
             await self.all_or_none(
                 staged, self._policies.updates.write(staged.update, staged.stage_id)

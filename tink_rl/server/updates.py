@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader, specs_from_plan
+from tink_rl.server.workers import check_alike
 from tink_rl.types import PolicyVersion, SyncMode
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class FullUpdates:
             with update.busy():
                 policies.leases.check(update.policy, update.epoch)
                 update.written = True  # finishing writes too: what is not sent is restored
-                await policies.workers.ask("tink_finish", update.update_id, digest)
+                held = await policies.workers.ask("tink_finish", update.update_id, digest)
+                check_alike(update.name, digest, held)
                 await policies.forget_cache()
         except (errors.IncompleteGroup, errors.DigestMismatch, errors.StaleEpoch) as error:
             update.written = before  # found before anything was written
@@ -174,7 +176,7 @@ class FullUpdates:
         policies.became(update.name, digest, SyncMode.FULL)
         held_s = time.monotonic() - update.start
         self._end()
-        return {"held_seconds": held_s, "digest": await policies.read_back(update.name)}
+        return {"held_seconds": held_s, "digest": digest}
 
     async def abort(self, update: Update, reason: str) -> None:
         """End `update` without serving it; an update that has ended is fine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from tink_rl import errors
@@ -46,3 +47,16 @@ class Workers:
             if time.monotonic() > deadline:
                 raise errors.ChannelLost(f"{what} did not end within {timeout_s:g} s")
             await asyncio.sleep(_POLL_S[min(attempt, len(_POLL_S) - 1)])
+
+
+def check_alike(name: str, digest: str | None, held: Iterable[str | None]) -> None:
+    """Raise unless every worker holds what hashes to `digest` (None: the base).
+
+    Raises:
+        WorkersDiffer: one does not.
+    """
+    for found in held:
+        if found != digest:
+            raise errors.WorkersDiffer(
+                f"{name}: a worker holds digest {found!r}, expected {digest!r}; restart the server"
+            )

@@ -46,7 +46,9 @@ class AsyncSampler:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
                 # The queue bounds what is under way; a limit here would only hide requests from it.
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(
+                    limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S
+                ),
                 read_bufsize=_MAX_LINE_BYTES,
             )
         return self._session

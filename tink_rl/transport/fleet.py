@@ -197,16 +197,16 @@ class Replica:
         Raises:
             TinkError: what is wrong; the server serves what it served before.
         """
-        return self._stage(header, buffer, digest, {}, self._config.stage_timeout_s)
+        stage_id = self.send(header, buffer)
+        self._check(stage_id, digest(), self._config.stage_timeout_s)
+        return stage_id
 
-    def _stage(
-        self,
-        header: PacketHeader,
-        buffer: torch.Tensor,
-        digest: Callable[[], str],
-        extra: dict[str, Any],
-        check_timeout_s: float,
-    ) -> str:
+    def send(self, header: PacketHeader, buffer: torch.Tensor, update_id: str | None = None) -> str:
+        """Send header and bytes; the stage's id. They are checked when the digest follows.
+
+        Raises:
+            TinkError: what is wrong with the header; the server serves what it served before.
+        """
         timeout_s = self._config.stage_timeout_s
         header = header.named(header.policy, header.version, self.epoch)
         assert self._joined is not None
@@ -215,7 +215,7 @@ class Replica:
             "header": header.to_json(),
             "transport": transport,
             "timeout_s": timeout_s,
-            **extra,
+            "update_id": update_id,
         }
         if transport is Transport.SHM:
             body["segment"] = vars(self._segment_with(buffer).spec)
@@ -225,9 +225,15 @@ class Replica:
             self._send_chunks(stage_id, buffer, timeout_s)
         elif transport is not Transport.SHM:
             self._broadcast(stage_id, buffer, timeout_s)
-        body = {"stage_id": stage_id, "digest": digest(), "timeout_s": timeout_s}
-        self._control("staged", body, check_timeout_s)
         return stage_id
+
+    def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
+        body = {
+            "stage_id": stage_id,
+            "digest": digest,
+            "timeout_s": self._config.stage_timeout_s,
+        }
+        self._control("staged", body, timeout_s)
 
     @property
     def shares_memory(self) -> bool:
@@ -287,23 +293,34 @@ class Replica:
         with contextlib.suppress(TinkError):
             self._control("discard", {"stage_id": stage_id}, 5.0)
 
-    def commit(self, stage_id: str, retire: Sequence[str] = ()) -> dict[str, Any]:
+    def commit(
+        self, stage_id: str, retire: Sequence[str] = (), digest: str | None = None
+    ) -> dict[str, Any]:
         """Serve a stage, and stop serving the slot versions `retire` of the same policy.
+
+        Args:
+            stage_id: What `stage` gave; with `digest`, what `send` gave.
+            retire: Names of versions.
+            digest: Check the packet first; for a replica that nobody has to wait for.
 
         Returns:
             `{"digest", "held_seconds"}` as the workers hold it then.
 
         Raises:
+            TinkError: the packet is refused; the server serves what it served before.
             DrainTimeout, CommitFailed, WorkersDiffer.
         """
         config = self._config
         body = {
             "stage_id": stage_id,
             "retire": list(retire),
+            "digest": digest,
+            "timeout_s": config.stage_timeout_s,
             "drain_timeout_s": config.drain_timeout_s,
             "on_running": config.on_running,
         }
-        return self._control("commit", body, config.commit_timeout_s + config.drain_timeout_s)
+        timeout_s = config.commit_timeout_s + config.drain_timeout_s
+        return self._control("commit", body, timeout_s + config.stage_timeout_s)
 
     def drop(self, name: str) -> None:
         """Stop serving `name`; a version that is not served is fine."""
@@ -363,8 +380,8 @@ class Replica:
             TinkError: what is wrong; the update has ended.
         """
         config = self._config
-        timeout_s = config.stage_timeout_s + config.commit_timeout_s
-        self._stage(header, buffer, digest, {"update_id": update_id}, timeout_s)
+        stage_id = self.send(header, buffer, update_id)
+        self._check(stage_id, digest(), config.stage_timeout_s + config.commit_timeout_s)
 
     def finish_update(self, update_id: str, digest: str) -> dict[str, Any]:
         """Serve what was sent; `{"digest", "held_seconds"}` as the workers hold it then.

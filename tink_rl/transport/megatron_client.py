@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 
 from tink_rl import errors
+from tink_rl.transport import payloads
 from tink_rl.transport.megatron_contract import (
     Generated,
     Kind,
@@ -81,7 +82,8 @@ class MegatronClient:
         if self._session is None:
             # `total` off: the deadline is the caller's, and cancelling closes the connection.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-            self._session = aiohttp.ClientSession(timeout=timeout)
+            connector = aiohttp.TCPConnector(keepalive_timeout=payloads.IDLE_CONNECTION_S)
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
         url = f"{self.base_url}{path}"
         try:
             async with self._session.request(

@@ -74,7 +74,11 @@ class VLLMClient:
             headers=headers,
             transport=transport,
             trust_env=False,
-            limits=httpx.Limits(max_connections=256, max_keepalive_connections=256),
+            limits=httpx.Limits(
+                max_connections=256,
+                max_keepalive_connections=256,
+                keepalive_expiry=payloads.IDLE_CONNECTION_S,
+            ),
         )
         self.policy = policy
         self._fleet: Fleet | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tink_rl.policy.shapes import BaseShapes
+from tink_rl.policy.store import AdapterStore
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (24, 16),
@@ -65,3 +67,8 @@ def write_adapter(
     (directory / CONFIG).write_text(text)
     save_file(tensors_of(seed=seed) if tensors is None else tensors, directory / WEIGHTS)
     return directory
+
+
+def names_in(store: AdapterStore) -> list[str]:
+    """What lies in the store's directory."""
+    return sorted(os.listdir(store.root)) if store.root.is_dir() else []

@@ -126,7 +126,7 @@ def measure_bf16_gap() -> dict[str, float]:
         for mode in ("merged", "adapter"):
             with _sync(server, directory, mode) as sync, collector.swapped(collector.random_like()):
                 record = sync.publish(collector.collect)
-                gaps[mode] = sync.probe_gap(prober.probe(), record.name)
+                gaps[mode] = sync.probes.gap(prober.probe(), record.name)
                 sync.drop_current()
     return gaps
 

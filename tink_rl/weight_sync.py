@@ -8,13 +8,10 @@ every replica holds it and its digest was read back.
 from __future__ import annotations
 
 import logging
-import math
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +22,15 @@ from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.modes import choose_mode
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
+from tink_rl.transport.probes import Probe, ProbeCheck
+from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate, in_background
-from tink_rl.types import Phase, PolicyVersion, PublishRecord, ServerStatus, SyncMode
+from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
     import torch
@@ -49,19 +49,7 @@ _TRIED_AGAIN = (
     errors.CommitFailed,
     errors.UnknownVersion,
 )
-_NOISE_FACTOR = 3.0
-"""An adapter may be served this many times less exactly than the base."""
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 _PUBLISHED_MODELS: weakref.WeakValueDictionary[int, WeightSync] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A prompt and the trainer's own logprobs of it under the policy that is being published."""
-
-    prompt_ids: list[int]
-    logprobs: list[float]
-    """Of every token but the first, `[T - 1]`."""
 
 
 class WeightSync:
@@ -99,7 +87,7 @@ class WeightSync:
         self._mode: SyncMode | None = None
         self._status: ServerStatus | None = None
         self._version = 0
-        self._noise = 0.0
+        self.probes = ProbeCheck(self.fleet, self.config)
         self._kept: list[str] = []
         self.pinned: str | None = None
         """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
@@ -246,7 +234,7 @@ class WeightSync:
             PublishFailed: it failed twice; details name phase and replica.
             TinkError: the packet was refused (with the reason); what was served stays served.
         """
-        watch = _Watch()
+        watch = Stopwatch()
         with watch(Phase.JOIN):
             self.open()
         with watch(Phase.COLLECT):
@@ -280,7 +268,7 @@ class WeightSync:
     def _room(self, num_bytes: int) -> torch.Tensor:
         return self.fleet.room(num_bytes, self._spare)[:num_bytes]
 
-    def _unchanged(self, current: PublishRecord, watch: _Watch) -> PublishRecord:
+    def _unchanged(self, current: PublishRecord, watch: Stopwatch) -> PublishRecord:
         return replace(
             current,
             published=False,
@@ -314,7 +302,7 @@ class WeightSync:
                 stream can be found wrong midway, and the servers are then NOT READY.
             PublishFailed: it failed twice (a stream: once); details name phase and replica.
         """
-        watch = _Watch()
+        watch = Stopwatch()
         with watch(Phase.JOIN):
             self.open()
         once = isinstance(source, Iterator)
@@ -346,7 +334,7 @@ class WeightSync:
         return taken
 
     def _publish_live(
-        self, live: LiveModel, watch: _Watch, probe: Probe | None, *, synthetic: bool
+        self, live: LiveModel, watch: Stopwatch, probe: Probe | None, *, synthetic: bool
     ) -> PublishRecord:
         digest = live.digest()
         if self.current is not None and digest == self._live_digest:
@@ -375,7 +363,7 @@ class WeightSync:
         self,
         make: Callable[[], WholeSource],
         version: int,
-        watch: _Watch,
+        watch: Stopwatch,
         probe: Probe | None,
         *,
         once: bool = False,
@@ -406,7 +394,9 @@ class WeightSync:
         )
         if probe is not None:
             with watch(Phase.VERIFY):
-                record = replace(record, probe_gap=self.check_probe(probe, name))
+                record = replace(
+                    record, probe_gap=self.probes.check(probe, name, self.status.dtype)
+                )
         self._version = max(self._version, version)
         self.current, self._last, self._resend = record, None, make
         self._live_digest = ""
@@ -423,7 +413,7 @@ class WeightSync:
             bucket_bytes=int(self.config.bucket_mib * 2**20),
         )
 
-    def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: _Watch) -> float:
+    def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: Stopwatch) -> float:
         """Begin, every tensor, finish; the longest hold in seconds."""
         with watch(Phase.STAGE):
             update.begin(source.plan(self.status.dtype))
@@ -446,7 +436,7 @@ class WeightSync:
         header: packet.PacketHeader,
         buffer: torch.Tensor,
         version: int,
-        watch: _Watch,
+        watch: Stopwatch,
         probe: Probe | None,
     ) -> PublishRecord:
         name = f"{self.config.policy}@{version}"
@@ -459,7 +449,7 @@ class WeightSync:
         gap = None
         if probe is not None:
             with watch(Phase.VERIFY):
-                gap = self.check_probe(probe, name)
+                gap = self.probes.check(probe, name, self.status.dtype)
         record = PublishRecord(
             policy=self.config.policy,
             version=version,
@@ -491,7 +481,7 @@ class WeightSync:
         return dtype
 
     def _twice(
-        self, name: str, watch: _Watch, work: Callable[[], float], *, tries: int = 2
+        self, name: str, watch: Stopwatch, work: Callable[[], float], *, tries: int = 2
     ) -> float:
         try:
             return work()
@@ -509,7 +499,7 @@ class WeightSync:
         except TinkError as error:
             raise self._failed(name, watch, error) from error
 
-    def _failed(self, name: str, watch: _Watch, error: TinkError) -> errors.PublishFailed:
+    def _failed(self, name: str, watch: Stopwatch, error: TinkError) -> errors.PublishFailed:
         return errors.PublishFailed(
             f"{name} could not be published: phase {watch.phase!r}, replica "
             f"{error.details.get('replica')}: {error.message}",
@@ -523,7 +513,7 @@ class WeightSync:
         header: packet.PacketHeader,
         buffer: torch.Tensor,
         digest: Callable[[], str],
-        watch: _Watch,
+        watch: Stopwatch,
         retire: Sequence[str] = (),
     ) -> float:
         """Stage on all, then commit on all and drop `retire`; the longest hold in seconds.
@@ -594,41 +584,6 @@ class WeightSync:
 
     # -- trust ------------------------------------------------------------------------------------
 
-    def tolerance(self) -> float:
-        """Largest |logprob difference| that a probe may show."""
-        if self.config.probe_tolerance is not None:
-            return self.config.probe_tolerance
-        return max(_TOLERANCES.get(self.status.dtype, 0.15), _NOISE_FACTOR * self._noise)
-
-    def set_noise(self, noise: float) -> None:
-        """Say by how much trainer and server differ on the base; `tolerance` allows for it."""
-        self._noise = noise
-
-    def probe_gap(self, probe: Probe, name: str) -> float:
-        """Largest |trainer - server| logprob of the probe prompt over all replicas and tokens."""
-        gaps = self.fleet.each(
-            lambda replica: largest_gap(
-                probe.logprobs, replica.client.prompt_logprobs(probe.prompt_ids, name)
-            )
-        )
-        return max(gaps)
-
-    def check_probe(self, probe: Probe, name: str) -> float:
-        """The gap of `probe`.
-
-        Raises:
-            ProbeFailed: it exceeds the tolerance: the server does not serve what was trained.
-        """
-        gap = self.probe_gap(probe, name)
-        if not gap <= self.tolerance():
-            raise errors.ProbeFailed(
-                f"{name}: trainer and server differ by {gap:.3g} in a logprob of the probe prompt, "
-                f"allowed is {self.tolerance():.3g}; the server does not serve the policy that is "
-                "trained. Check its dtype and flags, or set SyncConfig(probe_tolerance=...)",
-                gap=gap,
-            )
-        return gap
-
     def recover(self) -> bool:
         """Publish the current version again to replicas that lost it (a restart); True if any did.
 
@@ -650,109 +605,19 @@ class WeightSync:
         assert self._last is not None
         header, buffer = self._last
         self._twice(
-            name, _Watch(), lambda: self._send(header, buffer, lambda: header.digest, _Watch())
+            name,
+            Stopwatch(),
+            lambda: self._send(header, buffer, lambda: header.digest, Stopwatch()),
         )
         return True
 
     def _resend_whole(self, make: Callable[[], WholeSource]) -> None:
         assert self.current is not None
         record, last = self.current, self._last
-        again = self._publish_whole(make, record.version, _Watch(), None)
+        again = self._publish_whole(make, record.version, Stopwatch(), None)
         self._last = last
         if again.digest != record.digest:
             raise errors.DigestMismatch(
                 f"{record.name} was lost by a server and is not what the model holds now; publish the "
                 "model again"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A sync mode and, in a few words, why it was taken."""
-
-    mode: SyncMode
-    reason: str
-
-
-def choose_mode(
-    wanted: str, status: ServerStatus, needed: Needs | None = None, *, policy: str = ""
-) -> Choice:
-    """The sync mode for `wanted`, from what the adapter needs, the server offers and others use.
-
-    Raises:
-        UnsupportedAdapter: `wanted` cannot express the adapter.
-        ModeUnavailable: the server was not started for it.
-    """
-    needed = needed or Needs()
-    check_fits(wanted, needed)
-    if wanted != "auto":
-        if wanted not in status.modes:
-            raise _not_offered(f"mode {wanted!r}", wanted, status)
-        return Choice(mode=SyncMode(wanted), reason="asked for")
-    fitting = [mode for mode in needed.modes if mode in status.modes]
-    if not fitting:
-        because = ", ".join(needed.because) or "the adapter"
-        raise _not_offered(
-            f"{because} needs mode {' or '.join(needed.modes)}", needed.modes[0], status
-        )
-    others = {PolicyVersion.parse(name).policy for name in status.served if "@" in name} - {policy}
-    slots = sorted(set(status.served) - {status.merged, status.full})
-    if len(needed.modes) == 1:
-        return Choice(mode=fitting[0], reason=f"{', '.join(needed.because)} needs it")
-    if slots and SyncMode.ADAPTER in fitting:
-        shared = f"{len(others)} other policies" if others else f"{len(slots)} versions"
-        return Choice(mode=SyncMode.ADAPTER, reason=f"{shared} in slots share the server")
-    if SyncMode.MERGED in fitting and not slots:
-        return Choice(mode=SyncMode.MERGED, reason="one policy, at the base model's decode speed")
-    mode = next(m for m in (SyncMode.ADAPTER, SyncMode.FULL, SyncMode.MERGED) if m in fitting)
-    return Choice(mode=mode, reason=f"the server offers {', '.join(status.modes)}")
-
-
-def check_fits(wanted: str, needed: Needs) -> None:
-    """Raise unless mode `wanted` ("auto": any) can express an adapter that needs `needed`.
-
-    Raises:
-        UnsupportedAdapter: names the feature and the modes that can.
-    """
-    if wanted != "auto" and wanted not in needed.modes:
-        raise errors.UnsupportedAdapter(
-            f"mode {wanted!r} cannot express {', '.join(needed.because) or 'this adapter'}; set "
-            f"SyncConfig(mode={' or '.join(repr(m.value) for m in needed.modes)}), or leave it on 'auto'"
-        )
-
-
-def _not_offered(what: str, mode: str, status: ServerStatus) -> errors.ModeUnavailable:
-    return errors.ModeUnavailable(
-        f"{what}: the server offers {', '.join(status.modes)}; restart it with "
-        f"`tink-rl serve --mode {mode}`"
-    )
-
-
-def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Largest |difference| of two rows of logprobs; NaN if any is."""
-    gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    # max() would drop a NaN, and a NaN must fail the probe.
-    return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps)
-
-
-class _Watch:
-    """Seconds per phase, and which phase is under way."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.phase = ""
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-    @contextmanager
-    def __call__(self, phase: Phase) -> Iterator[None]:
-        self.phase = phase.value
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - begin
-            self.seconds[phase.value] = self.seconds.get(phase.value, 0.0) + took

@@ -11,11 +11,12 @@ import pytest
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.policy.modes import choose_mode
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
+from tink_rl.transport.probes import largest_gap
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
-from tink_rl.weight_sync import choose_mode, largest_gap
 
 
 def status(modes=("adapter", "merged"), **changes):

@@ -19,13 +19,14 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy.collect import collector_for
+from tink_rl.policy.modes import check_fits
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
-from tink_rl.weight_sync import WeightSync, check_fits
+from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
 

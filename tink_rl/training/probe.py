@@ -20,8 +20,9 @@ import torch
 from tink_rl.errors import ProbeFailed
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.collect import Collector, LiveModel
+from tink_rl.transport.probes import Probe, largest_gap
 from tink_rl.types import SyncMode
-from tink_rl.weight_sync import Probe, WeightSync, largest_gap
+from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
 _SMALLEST_EFFECT = 4.0
@@ -85,7 +86,9 @@ class Prober:
         """
         probe_with = probe_with or partial(self.probe_with, collector)
         base = self._measure_noise(sync, collector, probe_with)
-        synthetic, wanted = self._telling_adapter(collector, base, sync.tolerance(), probe_with)
+        synthetic, wanted = self._telling_adapter(
+            collector, base, sync.probes.tolerance(sync.status.dtype), probe_with
+        )
         gap = self._publish_and_drop(sync, synthetic, wanted)
         if sync.config.mode == "auto":
             self._weigh(sync, collector, synthetic, wanted, gap)
@@ -101,7 +104,7 @@ class Prober:
         base = probe_with(0, 0.0)
         record = sync.publish(nothing, synthetic=True)
         try:
-            noise = sync.probe_gap(base, record.name)
+            noise = sync.probes.gap(base, record.name)
         finally:
             sync.drop_current()
         quantized = bool(getattr(self._model.get_base_model(), "is_quantized", False))
@@ -118,7 +121,7 @@ class Prober:
                 "loads, without quantisation, in the trainer's dtype",
                 gap=noise,
             )
-        if noise > sync.tolerance() and not quantized:
+        if noise > sync.probes.tolerance(sync.status.dtype) and not quantized:
             logger.warning(
                 "trainer and server differ by %.2g nats in a logprob of the probe prompt on the base "
                 "itself (the server computes in %s); the importance ratio carries that noise: load "
@@ -126,7 +129,7 @@ class Prober:
                 noise,
                 sync.status.dtype,
             )
-        sync.set_noise(noise)
+        sync.probes.noise = noise
         return base
 
     def _telling_adapter(
@@ -152,7 +155,7 @@ class Prober:
     def _publish_and_drop(self, sync: WeightSync, synthetic: Any, wanted: Probe) -> float:
         record = sync.publish(synthetic, synthetic=True)
         try:
-            return sync.check_probe(wanted, record.name)
+            return sync.probes.check(wanted, record.name, sync.status.dtype)
         finally:
             sync.drop_current()
 

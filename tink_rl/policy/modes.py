@@ -1,0 +1,71 @@
+"""Which sync mode a run takes: from what was asked for, what the adapter needs and what the server offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tink_rl import errors
+from tink_rl.policy.support import Needs
+from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A sync mode and, in a few words, why it was taken."""
+
+    mode: SyncMode
+    reason: str
+
+
+def choose_mode(
+    wanted: str, status: ServerStatus, needed: Needs | None = None, *, policy: str = ""
+) -> Choice:
+    """The sync mode for `wanted`, from what the adapter needs, the server offers and others use.
+
+    Raises:
+        UnsupportedAdapter: `wanted` cannot express the adapter.
+        ModeUnavailable: the server was not started for it.
+    """
+    needed = needed or Needs()
+    check_fits(wanted, needed)
+    if wanted != "auto":
+        if wanted not in status.modes:
+            raise _not_offered(f"mode {wanted!r}", wanted, status)
+        return Choice(mode=SyncMode(wanted), reason="asked for")
+    fitting = [mode for mode in needed.modes if mode in status.modes]
+    if not fitting:
+        because = ", ".join(needed.because) or "the adapter"
+        raise _not_offered(
+            f"{because} needs mode {' or '.join(needed.modes)}", needed.modes[0], status
+        )
+    others = {PolicyVersion.parse(name).policy for name in status.served if "@" in name} - {policy}
+    slots = sorted(set(status.served) - {status.merged, status.full})
+    if len(needed.modes) == 1:
+        return Choice(mode=fitting[0], reason=f"{', '.join(needed.because)} needs it")
+    if slots and SyncMode.ADAPTER in fitting:
+        shared = f"{len(others)} other policies" if others else f"{len(slots)} versions"
+        return Choice(mode=SyncMode.ADAPTER, reason=f"{shared} in slots share the server")
+    if SyncMode.MERGED in fitting and not slots:
+        return Choice(mode=SyncMode.MERGED, reason="one policy, at the base model's decode speed")
+    mode = next(m for m in (SyncMode.ADAPTER, SyncMode.FULL, SyncMode.MERGED) if m in fitting)
+    return Choice(mode=mode, reason=f"the server offers {', '.join(status.modes)}")
+
+
+def check_fits(wanted: str, needed: Needs) -> None:
+    """Raise unless mode `wanted` ("auto": any) can express an adapter that needs `needed`.
+
+    Raises:
+        UnsupportedAdapter: names the feature and the modes that can.
+    """
+    if wanted != "auto" and wanted not in needed.modes:
+        raise errors.UnsupportedAdapter(
+            f"mode {wanted!r} cannot express {', '.join(needed.because) or 'this adapter'}; set "
+            f"SyncConfig(mode={' or '.join(repr(m.value) for m in needed.modes)}), or leave it on 'auto'"
+        )
+
+
+def _not_offered(what: str, mode: str, status: ServerStatus) -> errors.ModeUnavailable:
+    return errors.ModeUnavailable(
+        f"{what}: the server offers {', '.join(status.modes)}; restart it with "
+        f"`tink-rl serve --mode {mode}`"
+    )

@@ -172,6 +172,7 @@ def test_quickstart_trains_against_a_server_in_another_terminal(servers, tmp_pat
         assert any("Ctrl-C stops" in line for line in server.stderr), "the server did not start"
         words = shlex.split(train.replace(URL, f"http://127.0.0.1:{port}"))
         words[words.index("--output_dir") + 1] = str(tmp_path / "mine")
+        words += ["--max_steps", "12"]  # the demo's test and the recipes' ask whether it learns
         done = subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *words[2:]],
             cwd=ROOT,

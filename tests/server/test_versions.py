@@ -15,8 +15,10 @@ from tests.policies import (
     served_greedy,
     sync_to,
 )
+from tests.tiny_models import VOCAB
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
 from tink_rl.transport.fleet import Replica
 from tink_rl.weight_sync import WeightSync
@@ -112,6 +114,23 @@ def test_requests_that_run_during_a_commit_end_whole_on_one_version(server, twin
             record = sync.publish(random_adapter(twin, 2))
         assert request.completions == expected * len(request.completions) != []
         assert record.name != name and (record.held_seconds > 0) == (mode == "merged")
+
+
+def test_prompt_logprobs_beside_requests_on_other_adapters_are_right_and_end_nothing(server, twin):
+    """vLLM's own LoRA of the head would end the engine here."""
+    with (
+        sync_to(server, twin.directory, "adapter", policy="other") as other,
+        sync_to(server, twin.directory, "adapter") as sync,
+        server.client() as client,
+    ):
+        busy = other.publish(random_adapter(twin, 2)).name
+        name = sync.publish(random_adapter(twin, 1)).name
+        probe = Prober(twin.model, vocab_size=VOCAB).probe()
+        with long_request_under_way(server, busy) as request:
+            gaps = [sync.probes.gap(probe, name) for _ in range(5)]
+            assert client.status().served.keys() == {busy, name}
+        assert max(gaps) <= 1e-3
+        assert set(request.finish_reasons) == {"length"}
 
 
 def test_abort_ends_running_requests_early(server, twin):

@@ -21,6 +21,8 @@ def test_names_of_vllm_are_where_they_were():
         assert getattr(names, name) is not None
     load = names.LRUCacheWorkerLoRAManager._load_adapter
     assert parameters(load) == ["self", "lora_request"]
+    create = names.LRUCacheWorkerLoRAManager.create_lora_manager
+    assert parameters(create) == ["self", "model", "vllm_config"]
     wanted = ["lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size"]
     assert parameters(names.LoRAModel.from_lora_tensors)[:6] == wanted
     assert parameters(names.initialize_layerwise_reload) == ["model"]

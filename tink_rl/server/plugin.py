@@ -27,9 +27,14 @@ def _with_tink_paths(base: Any) -> Any:
     from tink_rl.server import host_store
 
     class TinkLoRAManager(base):  # type: ignore[misc]
-        """vLLM's manager; only where the tensors of a `tink://` path come from differs."""
+        """vLLM's manager; only where the tensors of a `tink://` path come from differs, and the head."""
 
         resolves_tink_paths = True
+
+        def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+            found = super().create_lora_manager(model, vllm_config)
+            _leave_head_alone(self._adapter_manager)
+            return found
 
         def _load_adapter(self, lora_request: Any) -> Any:
             if not lora_request.lora_path.startswith(host_store.SCHEME):
@@ -37,6 +42,27 @@ def _with_tink_paths(base: Any) -> Any:
             return _load_staged(self, lora_request)
 
     return TinkLoRAManager
+
+
+def _leave_head_alone(manager: Any) -> None:
+    """Compute logits as the base does: no adapter that is served here has LoRA on the head.
+
+    vLLM's wrapper adds LoRA to any rows by the slots of the rows that are *sampled*. One request for
+    prompt logprobs, as a probe is, beside another one on an adapter ends the whole engine (0.31.0).
+    """
+    from tink_rl.server.vllm_names import LogitsProcessorWithLoRA
+
+    for name, module in list(manager.model.named_modules()):
+        if isinstance(module, LogitsProcessorWithLoRA):
+            parent, _, short = name.rpartition(".")
+            setattr(manager.model.get_submodule(parent), short, module.base_layer)
+    for name, module in list(manager.modules.items()):
+        if isinstance(module, LogitsProcessorWithLoRA):
+            del manager.modules[name]
+            # So that an adapter with LoRA on the head is refused, not served without it.
+            leaf = name.rpartition(".")[2]
+            supported = manager.supported_lora_modules
+            manager.supported_lora_modules = [n for n in supported if n != leaf]
 
 
 def _load_staged(manager: Any, lora_request: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm.config import set_current_vllm_config
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
@@ -37,6 +38,7 @@ __all__ = [
     "LinearBase",
     "LoRAAdapterNotFoundError",
     "LoRAModel",
+    "LogitsProcessorWithLoRA",
     "LoRARequest",
     "MergedColumnParallelLinear",
     "PEFTHelper",

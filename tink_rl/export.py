@@ -90,7 +90,12 @@ def export(
         if merged:
             base_dir = local_model_dir(base_name)
             trained_on = policy.get("base_fingerprint")
-            check_trained_on(trained_on, base_fingerprint(base_dir), where=str(directory))
+            check_trained_on(
+                trained_on,
+                base_fingerprint(base_dir),
+                where=str(directory),
+                remedy="give the one that it was trained on with --base",
+            )
             _write_merged(from_peft_dir(directory), base_dir, partial)
             _copy(base_dir, partial, _TOKENIZER_FILES)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Version of the control routes and the packet header; both sides state it at join."""
 
 _POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
@@ -104,7 +104,7 @@ class PublishRecord:
     policy: str
     version: int
     digest: str
-    """blake3 of the packet, as read back from every replica."""
+    """blake3 of the packet, as every replica says that it serves it."""
     mode: SyncMode
     num_bytes: int
     """Bytes of the flat buffer that each replica received; 0 if nothing had to be sent."""

@@ -2,7 +2,7 @@
 
 collect -> normalise -> pack -> (join) -> stage on all -> commit on all -> verify -> point.
 A refused or failed stage leaves the served policy untouched; a version becomes current only after
-every replica holds it and its digest was read back.
+every replica has answered that it serves it, with its digest.
 """
 
 from __future__ import annotations
@@ -266,7 +266,9 @@ class WeightSync:
         return self._publish_packet(header, buffer, version, watch, probe)
 
     def _room(self, num_bytes: int) -> torch.Tensor:
-        return self.fleet.room(num_bytes, self._spare)[:num_bytes]
+        # Kept at once: a publish that fails, or has nothing new, leaves it to the next one.
+        self._spare = self.fleet.room(num_bytes, self._spare)
+        return self._spare[:num_bytes]
 
     def _unchanged(self, current: PublishRecord, watch: Stopwatch) -> PublishRecord:
         return replace(
@@ -579,6 +581,8 @@ class WeightSync:
         name = self.current.name
         self._drop(name)
         self._kept = [kept for kept in self._kept if kept != name]
+        if self._last is not None:
+            self._spare = self._last[1]
         self.current = self._last = self._resend = None
         self._live_digest = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tink_rl.errors import TinkError
 from tink_rl.server.receiver import TinkWorkerExtension
 
 SWITCH = "TINK_TEST_SWITCH"
@@ -19,7 +20,8 @@ def _fault() -> str:
 
 
 class FaultyExtension(TinkWorkerExtension):
-    """Fails as the switch file says: `fold` or `write` midway, `drop-adapters`, `damage` on arrival."""
+    """Fails as the switch file says: `fold` or `write` midway, `drop-adapters`, `damage` on arrival,
+    `serve` on rank 1."""
 
     def tink_fold(self, stage_id: Any) -> Any:
         """Fail after the first layer was written."""
@@ -57,7 +59,10 @@ class FaultyExtension(TinkWorkerExtension):
             writer._model.__dict__.pop("load_weights", None)
 
     def tink_serve(self, stage_id: Any, name: Any, path: Any, lora_id: Any) -> Any:
-        """Serve an adapter of zeros under the right digest: every adapter is dropped."""
+        """Serve an adapter of zeros under the right digest (`drop-adapters`); or refuse (`serve`)."""
+        worker: Any = self
+        if _fault() == "serve" and worker.rank == 1:
+            return {"ok": False, **TinkError("injected: no slot on rank 1").to_wire()}
         if _fault() == "drop-adapters":
             for tensor in self._tink().inbox.stages[stage_id].tensors.values():
                 tensor.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.policies import (
     served_greedy,
     sync_to,
 )
+from tests.server.faulty import SWITCH
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
@@ -23,16 +25,34 @@ from tink_rl.weight_sync import WeightSync
 pytestmark = pytest.mark.server
 
 
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory):
+    return tmp_path_factory.mktemp("switch") / "fault"
+
+
+@pytest.fixture
+def tensor_parallel(servers, switch):
+    """Two workers; what the switch says fails in them."""
+    yield servers.get(
+        "qwen3",
+        mode="both",
+        tensor_parallel_size=2,
+        worker_extension_cls="tests.server.faulty.FaultyExtension",
+        env={SWITCH: str(switch), "PYTHONPATH": os.getcwd()},
+    )
+    switch.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["up_proj"]])
 def test_every_worker_of_a_tensor_parallel_server_joins_and_slices(
-    servers, model_dir, mode, targets
+    tensor_parallel, model_dir, mode, targets
 ):
-    server = servers.get("qwen3", mode="both", tensor_parallel_size=2)
+    server = tensor_parallel
     twin = PeftTwin(model_dir("qwen3"), target_modules=targets)
     assert server.client().status().world_size == 2
     with sync_to(server, twin.directory, mode) as sync:
-        for seed in range(2):
+        for seed in range(3):  # the third is packed where the first was
             twin.randomise(seed)
             assert_served(server, sync.publish(twin.model).name, twin.clear_cases())
         sync.drop_current()
@@ -40,8 +60,8 @@ def test_every_worker_of_a_tensor_parallel_server_joins_and_slices(
     assert_served(server, base, twin.clear_cases(adapter=False))
 
 
-def test_whole_model_is_sliced_for_every_worker(servers, model_dir):
-    server = servers.get("qwen3", mode="both", tensor_parallel_size=2)
+def test_whole_model_is_sliced_for_every_worker(tensor_parallel, model_dir):
+    server = tensor_parallel
     twin = WholeTwin(model_dir("qwen3"))
     with sync_to(server, twin.directory, "full", bucket_mib=0.1) as sync:
         for seed in range(2):
@@ -51,6 +71,20 @@ def test_whole_model_is_sliced_for_every_worker(servers, model_dir):
         sync.drop_current()
     base = server.client().status().base_model
     assert_served(server, base, PeftTwin(twin.directory).clear_cases(adapter=False))
+
+
+def test_adapter_that_one_worker_refuses_is_served_by_none(tensor_parallel, switch, model_dir):
+    server, twin = tensor_parallel, PeftTwin(model_dir("qwen3"))
+    with sync_to(server, twin.directory, "adapter") as sync:
+        name, cases = sync.publish(random_adapter(twin, 1)).name, twin.clear_cases()
+        switch.write_text("serve")
+        with pytest.raises(errors.TinkError, match="injected: no slot on rank 1"):
+            sync.publish(random_adapter(twin, 2))
+        switch.unlink()
+        assert set(server.client().status().served) == {name} and sync.current.name == name
+        assert_served(server, name, cases)
+        twin.randomise(3)
+        assert_served(server, sync.publish(twin.model).name, twin.clear_cases())
 
 
 def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir, caplog):

@@ -15,6 +15,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
 from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import PROTOCOL_VERSION
 from tink_rl.weight_sync import WeightSync
 
 pytestmark = pytest.mark.server
@@ -182,14 +183,20 @@ def test_wrong_token_is_refused_on_every_route(server, token):
 
 
 def test_other_protocol_version_is_told_at_join(server):
-    body = {"protocol": 2, "policy": "p", "writer": "w", "transport": "http", "timeout_s": 5}
+    body = {
+        "protocol": PROTOCOL_VERSION + 1,
+        "policy": "p",
+        "writer": "w",
+        "transport": "http",
+        "timeout_s": 5,
+    }
     with pytest.raises(errors.ProtocolMismatch, match="same tink-rl release"):
         server.client().control("join", body, timeout_s=5)
 
 
 def test_malformed_control_requests_are_answered_not_crashed(server):
     headers = {"authorization": f"Bearer {server.token}"}
-    for body in (b"", b"[]", b"{", b'{"protocol": 1}', b"\xff"):
+    for body in (b"", b"[]", b"{", b'{"protocol": %d}' % PROTOCOL_VERSION, b"\xff"):
         for action in ("join", "stage", "commit", "drop"):
             response = httpx.post(f"{server.url}/tink/v1/{action}", content=body, headers=headers)
             assert response.status_code == 400, (action, body, response.text)

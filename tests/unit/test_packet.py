@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tink_rl import errors
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import check_packed
-from tink_rl.types import SyncMode
+from tink_rl.types import PROTOCOL_VERSION, SyncMode
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 TENSORS = st.dictionaries(
@@ -77,7 +77,7 @@ def _broken(**changes):
     "data",
     [
         [],
-        {"protocol": 1},
+        {"protocol": PROTOCOL_VERSION},
         _broken(tensors=[]),
         _broken(mode="both"),
         _broken(rank=-1),
@@ -96,7 +96,7 @@ def test_malformed_header_is_refused(data):
 
 def test_other_protocol_version_says_so():
     with pytest.raises(errors.ProtocolMismatch, match="same tink-rl release"):
-        packet.PacketHeader.from_json(_broken(protocol=2))
+        packet.PacketHeader.from_json(_broken(protocol=PROTOCOL_VERSION + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,13 +15,22 @@ from tink_rl.policy.modes import choose_mode
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.transport.probes import largest_gap
+from tink_rl.transport.shared_memory import Segment
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
+from tink_rl.transport.whole_update import WholeUpdate
+from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerStatus, SyncMode, Transport
+from tink_rl.weight_sync import WeightSync
 
 
 def status(modes=("adapter", "merged"), **changes):
     base = {
-        **{"protocol": 1, "incarnation": "i", "state": "ready", "modes": modes, "world_size": 1},
+        **{
+            "protocol": PROTOCOL_VERSION,
+            "incarnation": "i",
+            "state": "ready",
+            "modes": modes,
+            "world_size": 1,
+        },
         **{"base_model": "b", "base_fingerprint": "f", "dtype": "float32"},
         **{"adapter_dtype": "float32", "max_lora_rank": 16, "max_loras": 2, "max_model_len": 256},
         **{"logprobs_mode": "processed_logprobs", "device": "cpu", "served": {}},
@@ -168,6 +177,51 @@ def test_deadline_and_missing_server_are_errors_with_a_remedy():
         _client(slow).status()
     with pytest.raises(ConnectionError, match="The vLLM server can't be reached at http://127"):
         VLLMClient("http://127.0.0.1:9", token="t").status()
+
+
+@pytest.fixture
+def sharing():
+    """A publisher whose one server reads its memory."""
+    sync = WeightSync("http://127.0.0.1:9", base_model="nowhere")
+    [replica] = sync.fleet.replicas
+    replica._joined = {"transport": Transport.SHM, "incarnation": "i", "epoch": 1}
+    yield sync
+    replica.forget_channel()
+
+
+def test_memory_of_a_publish_that_came_to_nothing_is_packed_into_again(sharing):
+    room, shelf = sharing._room(1000), sharing.fleet._shelf
+    assert {sharing._room(size).data_ptr() for size in (1000, 500, 1000)} == {room.data_ptr()}
+    sharing._last, sharing._spare = (None, room), None
+    other = sharing._room(1000)
+    assert other.data_ptr() != room.data_ptr() and len(shelf._segments) == 2
+    assert shelf.holding(room) is not None
+
+
+def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):
+    settings = {"policy": "p", "version": 1, "base_fingerprint": "f", "dtype": "float32"}
+    for _ in range(3):
+        update = WholeUpdate(sharing.fleet, bucket_bytes=1000, **settings)
+        update._room = sharing.fleet.room(1000)
+        update._room_for(2000)
+        assert len(sharing.fleet._shelf._segments) == 1
+        update.abort("enough")
+        assert sharing.fleet._shelf._segments == []
+
+
+def test_memory_that_cannot_be_shared_gives_way_to_gloo_or_is_an_error(sharing, monkeypatch):
+    def full(_):
+        raise errors.SegmentUnreachable("no memory")
+
+    monkeypatch.setattr(Segment, "create", full)
+    [replica] = sharing.fleet.replicas
+    monkeypatch.setattr(replica, "_control", lambda *_: {})
+    assert sharing._room(1000).numel() == 1000
+    assert not replica.shares_memory and replica._transport is Transport.GLOO
+    replica._joined, replica._transport = {"transport": Transport.SHM, "epoch": 1}, Transport.SHM
+    sharing._spare = None
+    with pytest.raises(errors.SegmentUnreachable):
+        sharing._room(1000)
 
 
 def test_closed_client_says_that_it_is_closed():

@@ -34,8 +34,15 @@ def test_engine_client_has_the_methods_that_a_commit_needs():
 
     assert "mode" in parameters(AsyncLLM.pause_generation)
     assert "args" in parameters(AsyncLLM.collective_rpc)
-    for name in ("add_lora", "remove_lora", "reset_prefix_cache", "resume_generation"):
+    for name in ("reset_prefix_cache", "resume_generation"):
         assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+
+
+def test_workers_have_the_methods_that_put_adapters_into_slots():
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    assert parameters(WorkerBase.add_lora) == ["self", "lora_request"]
+    assert parameters(WorkerBase.remove_lora) == ["self", "lora_id"]
 
 
 def test_api_server_finds_adapters_and_base_names_where_we_write_them():

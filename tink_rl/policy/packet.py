@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -191,8 +191,8 @@ def pack(
     ordered = sorted(tensors.items())
     specs, num_bytes = _plan(ordered)
     buffer = room(num_bytes) if room else torch.empty(num_bytes, dtype=torch.uint8)
-    for spec, (_, tensor) in zip(specs, ordered, strict=True):
-        view(buffer, spec).copy_(tensor.detach())
+    for spec, target, (_, tensor) in zip(specs, _views(buffer, specs), ordered, strict=True):
+        target.copy_(tensor.detach())
         end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
         if end < aligned:
             buffer[end:aligned] = 0  # padding is hashed too
@@ -221,7 +221,28 @@ def view(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 def unpack(header: PacketHeader, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     """All tensors by name, as views into `buffer`, which must have been checked."""
-    return {spec.name: view(buffer, spec) for spec in header.tensors}
+    views = _views(buffer, header.tensors)
+    return {spec.name: view for spec, view in zip(header.tensors, views, strict=True)}
+
+
+def _views(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    """`view` of every spec. At once where all have one dtype: an adapter has hundreds of tensors."""
+    import torch
+
+    dtypes = {spec.dtype for spec in specs}
+    if len(dtypes) > 1:
+        return [view(buffer, spec) for spec in specs]
+    item = _ITEM_BYTES[specs[0].dtype]
+    end = specs[-1].offset + specs[-1].num_bytes
+    ends = [*(spec.offset for spec in specs[1:]), end]
+    sizes = [(after - spec.offset) // item for spec, after in zip(specs, ends, strict=True)]
+    flat = buffer[specs[0].offset : end].view(getattr(torch, specs[0].dtype))
+    return [
+        (piece if size * item == spec.num_bytes else piece[: spec.num_bytes // item]).view(
+            spec.shape
+        )
+        for spec, piece, size in zip(specs, torch.split(flat, sizes), sizes, strict=True)
+    ]
 
 
 def digest_of(header: PacketHeader, buffer: torch.Tensor) -> str:

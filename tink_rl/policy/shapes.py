@@ -18,7 +18,13 @@ _PLAIN = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SAVED_TEXT, _LIVE_TEXT = "language_model.model.", "model.language_model."
 
 
-def check_trained_on(trained_on: str | None, served: str, *, where: str) -> None:
+def check_trained_on(
+    trained_on: str | None,
+    served: str,
+    *,
+    where: str,
+    remedy: str = "serve the base that it was trained on",
+) -> None:
     """Raise if the adapter `where` says that it was trained on another base than `served`.
 
     Raises:
@@ -27,7 +33,7 @@ def check_trained_on(trained_on: str | None, served: str, *, where: str) -> None
     if trained_on not in (None, served):
         raise BaseMismatch(
             f"{where}: the adapter was trained on base {str(trained_on)[:12]}, the base here is "
-            f"{served[:12]}; serve the base that it was trained on",
+            f"{served[:12]}; {remedy}",
             given=str(trained_on)[:64],
             expected=served,
         )

@@ -200,6 +200,7 @@ class Policies:
                     f"{name} is no version of {staged.header.policy!r}, whose lease this is"
                 )
         async with self.lock:
+            self.leases.check(staged.header.policy, staged.header.epoch)
             self.check_mode(staged.header.mode, staged.header.policy)
             if staged.header.mode is SyncMode.ADAPTER:
                 work = self._commit_adapter(staged)
@@ -237,7 +238,7 @@ class Policies:
             held = await self.workers.ask("tink_serve", staged.stage_id, name, path, lora_id)
             check_alike(name, digest, held)
         except TinkError:  # some workers may have it; what is served stays
-            await self.workers.ask("tink_release", path, lora_id)
+            await self.workers.tell("tink_release", path, lora_id)
             raise
         replaced = self._served.get(name)
         self._served[name] = Served(
@@ -254,6 +255,8 @@ class Policies:
         start = time.monotonic()
         try:
             await self.hold(drain_timeout_s, on_running)
+            if staged is not None:  # nobody joined meanwhile, which forgets the packet
+                self.leases.check(staged.header.policy, staged.header.epoch)
             await self._fold(staged)
         finally:
             self.gate.open()

@@ -1,7 +1,8 @@
-"""The receiver in every vLLM worker (`--worker-extension-cls`): join, receive, check, commit, report.
+"""The receiver in every vLLM worker (`--worker-extension-cls`): join, receive, check, commit.
 
-vLLM's engine loop calls these methods between steps, so none may block: joining and receiving run in
-threads of the worker, and the routes ask for their state. Every method answers `{"ok": True, ...}` or
+vLLM's engine loop calls these methods between steps, so none may block: joining (`channels.py`) and
+receiving (`inbox.py`) run in threads of the worker, and the routes ask for their state. Only an engine
+without requests waits for a packet, for milliseconds. Every method answers `{"ok": True, ...}` or
 `{"ok": False, "error": ...}`; an exception that escaped would end the engine for everybody.
 """
 
@@ -258,7 +259,7 @@ class TinkWorkerExtension:
         inbox.discard(stage_id)
         request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
         try:
-            worker.model_runner.add_lora(request)
+            worker.add_lora(request)
         except Exception as error:  # vLLM's own refusals have many types
             raise TinkError(f"vLLM refused {name}: {type(error).__name__}: {error}") from error
         return stage.header.digest
@@ -392,9 +393,9 @@ class TinkWorkerExtension:
     def tink_release(self, path: str, lora_id: int) -> None:
         """Forget an adapter that no request can name any more, in vLLM's cache and in ours."""
         worker: Any = self
-        worker.model_runner.remove_lora(lora_id)
         released = host_store.pop(path)
-        if released is not None:
+        worker.remove_lora(lora_id)
+        if released is not None:  # and nobody reads its bytes any more
             self._tink().inbox.give_back(released.buffer)
 
 

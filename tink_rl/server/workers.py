@@ -50,7 +50,10 @@ class Workers:
 
 
 def check_alike(name: str, digest: str | None, held: Iterable[str | None]) -> None:
-    """Raise unless every worker holds what hashes to `digest` (None: the base).
+    """Raise unless every worker made the packet of `digest` its own (None: the base).
+
+    A worker answers with the digest that it computed and checked on arrival, so this finds workers that
+    were given different packets.
 
     Raises:
         WorkersDiffer: one does not.
@@ -58,5 +61,5 @@ def check_alike(name: str, digest: str | None, held: Iterable[str | None]) -> No
     for found in held:
         if found != digest:
             raise errors.WorkersDiffer(
-                f"{name}: a worker holds digest {found!r}, expected {digest!r}; restart the server"
+                f"{name}: a worker holds digest {found!r}, expected {digest!r}; publish again"
             )

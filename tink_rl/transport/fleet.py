@@ -241,10 +241,9 @@ class Replica:
         return self._joined is not None and self._joined["transport"] == Transport.SHM
 
     def do_without_shared_memory(self, error: TinkError) -> None:
-        """Open a channel that needs none; raises `error` if shared memory was asked for."""
+        """Let the next channel be one that needs none; raises `error` if it was asked for."""
         self._take_gloo(error)
         self.close()
-        self.ensure_channel()
 
     def _segment_with(self, buffer: torch.Tensor) -> Segment:
         """The packet in shared memory: where it was packed, else copied to a segment of our own.
@@ -259,8 +258,7 @@ class Replica:
             try:
                 self._segment = Segment.create(buffer.numel())
             except errors.SegmentUnreachable as error:
-                self._take_gloo(error)
-                self.close()
+                self.do_without_shared_memory(error)
                 raise
         self._segment.buffer[: buffer.numel()].copy_(buffer)
         return self._segment
@@ -390,12 +388,10 @@ class Replica:
             IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
         """
         body = {"update_id": update_id, "digest": digest}
-        self._segment = None  # of the size of a bucket
         return self._control("finish", body, self._config.commit_timeout_s)
 
     def abort_update(self, update_id: str, reason: str) -> None:
         """End a full update early; never raises."""
-        self._segment = None
         with contextlib.suppress(TinkError):
             self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)
 
@@ -435,6 +431,7 @@ class Fleet:
         """Memory for a packet, `[>= num_bytes] uint8`: `spare` where it still serves, else new memory.
 
         Shared with the servers on this machine, so that what is packed into it needs no further copy.
+        Where there is none a sharing replica's channel is closed, and its next one is another.
 
         Raises:
             SegmentUnreachable: there is none, and `transport="shm"` was asked for.
@@ -452,6 +449,10 @@ class Fleet:
             for replica in sharing:
                 replica.do_without_shared_memory(error)
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def drop_room(self, room: torch.Tensor) -> None:
+        """Let go of memory that `room` gave and that nobody packs into again."""
+        self._shelf.drop(room)
 
     def statuses(self) -> list[ServerStatus]:
         """Status of every replica; raises if one is NOT READY only when it is published to."""

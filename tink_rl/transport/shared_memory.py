@@ -84,10 +84,10 @@ class Segment:
             os.pwrite(handle, nonce.encode(), 0)
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _seals())
             buffer = _map(handle, size)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own word for a mapping that fails
             os.close(handle)
             raise SegmentUnreachable(
-                f"{size} bytes of shared memory are not to be had ({error.strerror})"
+                f"{size} bytes of shared memory are not to be had ({error})"
             ) from error
         spec = SegmentSpec(pid=os.getpid(), handle=handle, nonce=nonce, num_bytes=num_bytes)
         segment = cls(spec, buffer)
@@ -117,6 +117,10 @@ class Segment:
                     f"file {spec.handle} of process {spec.pid} here is not the trainer's segment"
                 )
             return cls(spec, _map(handle, size))
+        except RuntimeError as error:
+            raise SegmentUnreachable(
+                f"{size} bytes of the trainer's memory cannot be mapped here ({error})"
+            ) from error
         finally:
             os.close(handle)
 
@@ -136,6 +140,11 @@ class Shelf:
         segment = Segment.create(num_bytes)
         self._segments = [*self._segments, segment][-MAX_SEGMENTS:]
         return segment.buffer
+
+    def drop(self, buffer: torch.Tensor) -> None:
+        """Forget the segment of `buffer`; memory that is not shared is fine."""
+        found = self.holding(buffer)
+        self._segments = [segment for segment in self._segments if segment is not found]
 
     def holding(self, buffer: torch.Tensor) -> Segment | None:
         """The segment whose memory `buffer` is the beginning of; None if that is not shared."""

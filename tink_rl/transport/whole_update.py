@@ -71,6 +71,7 @@ class WholeUpdate:
         with self._ended_on_failure():
             # Before anything begins: a stream of tensors cannot be read again on another transport.
             self._room = self._fleet.room(self._bucket_bytes)
+            self._fleet.each(lambda replica: replica.ensure_channel())
             self._fleet.each(begin)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -124,6 +125,7 @@ class WholeUpdate:
                         f"{replica.url} holds {answer['digest']}, sent was {digest}",
                         replica=replica.url,
                     )
+        self._drop_room()
         return max(float(answer["held_seconds"]) for answer in answers)
 
     def abort(self, reason: str) -> None:
@@ -133,6 +135,13 @@ class WholeUpdate:
             if update_id is not None:
                 replica.abort_update(update_id, reason)
         self._bucket = {}
+        self._drop_room()
+
+    def _drop_room(self) -> None:
+        # A bucket is far larger than an adapter; the next update makes its own.
+        if self._room is not None:
+            self._fleet.drop_room(self._room)
+        self._room = None
 
     @contextlib.contextmanager
     def _ended_on_failure(self) -> Any:
@@ -162,7 +171,9 @@ class WholeUpdate:
         self.num_bytes += buffer.numel()
 
     def _room_for(self, num_bytes: int) -> torch.Tensor:
-        self._room = self._fleet.room(num_bytes, self._room)
+        old, self._room = self._room, self._fleet.room(num_bytes, self._room)
+        if old is not None and old is not self._room:
+            self._fleet.drop_room(old)
         return self._room[:num_bytes]
 
 

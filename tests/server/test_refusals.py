@@ -97,7 +97,7 @@ BAD_PACKETS = {
     "inf in B": (_repacked(lambda a: _with(a, "lora_B", float("inf"))), errors.NonFiniteWeights),
     "1e19 in B": (_repacked(lambda a: _with(a, "lora_B", 1e19)), errors.WeightOutOfRange),
     "wrong base": (_reheader(base_fingerprint="0" * 32), errors.BaseMismatch),
-    "protocol": (_reheader(protocol=2), errors.ProtocolMismatch),
+    "protocol": (_reheader(protocol=PROTOCOL_VERSION + 1), errors.ProtocolMismatch),
     "unknown names": (_repacked(lambda a: _rename(a, "model.", "wrong.")), errors.UnknownModules),
     "A without B": (
         _repacked(

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import time
 
 import httpx
 import pytest
@@ -147,20 +146,23 @@ def test_a_hundred_clients_that_leave_leave_nothing_running(command, server, gol
     register(command, golden_adapters[0].path, "math")
     url = httpx.URL(command.url)
 
-    def ask_and_leave(i):
+    def ask(i):
         body = body_for([[5 + i % 40, 6]], "math" if i % 2 else None, LONG, stream=i % 4 < 2)
         content = json.dumps(body).encode()
-        with socket.create_connection((url.host, url.port), timeout=10) as connection:
-            connection.sendall(
-                b"POST /api/v1/sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
-            )
-            time.sleep(0.3)
+        connection = socket.create_connection((url.host, url.port), timeout=10)
+        connection.sendall(
+            b"POST /api/v1/sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+        )
+        return connection
 
-    in_threads(100, ask_and_leave)
-    wait_until(lambda: figures(server)["running"] + figures(server)["waiting"] == 0, 5.0)
     with command.http() as http:
-        wait_until(lambda: _ended(http, command, "cancelled") >= 50, 5.0)
+        connections = in_threads(100, ask)
+        wait_until(lambda: _now(http, command, "queued") + _now(http, command, "running") >= 60, 30)
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: figures(server)["running"] + figures(server)["waiting"] == 0, 30.0)
+        wait_until(lambda: _ended(http, command, "cancelled") >= 50, 30.0)
         text = http.get("/metrics", headers=command.admin).text
         assert 'tink_worker_now{what="running"} 0.0' in text
         golden = golden_adapters[0]
@@ -169,8 +171,15 @@ def test_a_hundred_clients_that_leave_leave_nothing_running(command, server, gol
 
 
 def _ended(http, command, state):
+    return _metric(http, command, f'tink_worker_ended_total{{state="{state}"}} ')
+
+
+def _now(http, command, what):
+    return _metric(http, command, f'tink_worker_now{{what="{what}"}} ')
+
+
+def _metric(http, command, mark):
     text = http.get("/metrics", headers=command.admin).text
-    mark = f'tink_worker_ended_total{{state="{state}"}} '
     return float(next(line for line in text.splitlines() if line.startswith(mark)).split()[-1])
 
 

@@ -17,7 +17,7 @@ import sys
 import pytest
 
 from tests.docs.commands import PAGES, ROOT, blocks, check
-from tests.policies import PeftTwin
+from tests.policies import PeftTwin, sync_to
 from tink_rl.cli import main
 
 BLOCKS = blocks()
@@ -134,6 +134,32 @@ def test_python_in_the_pages_compiles_and_imports_what_exists(page):
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.server
+def test_whole_script_of_the_quickstart_trains(servers, model_dir, tmp_path):
+    page = (ROOT / "docs/quickstart.md").read_text()
+    [code] = [c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if ".train()" in c]
+    server = servers.get("qwen3", mode="both")
+    for old, new in (
+        ("path/to/base", str(model_dir("qwen3"))),
+        (URL, server.url),
+        ("max_steps=50", "max_steps=2"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TINK_TOKEN_FILE": str(server.token_file),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "reward" in done.stdout
+    with sync_to(server, model_dir("qwen3"), "merged"):
+        pass  # drops what the script published
 
 
 @pytest.mark.server

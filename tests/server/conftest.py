@@ -41,3 +41,17 @@ def server(servers):
     """The tiny Qwen3 in both modes; afterwards nothing of the test stays served."""
     with left_clean(servers.get("qwen3", mode="both")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def switch_file(tmp_path_factory):
+    """What the servers of `faulty_options` read; one path, because a server keeps it for its life."""
+    return tmp_path_factory.mktemp("switch") / "fault"
+
+
+@pytest.fixture
+def switch(switch_file):
+    """The same, off before and after the test."""
+    switch_file.unlink(missing_ok=True)
+    yield switch_file
+    switch_file.unlink(missing_ok=True)

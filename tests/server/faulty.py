@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ SWITCH = "TINK_TEST_SWITCH"
 """Environment variable: a file; its text says which fault is on."""
 
 
-def _fault() -> str:
-    import os
+def faulty_options(switch: Path) -> dict[str, Any]:
+    """`ServerOptions` of a server whose workers fail as the file `switch` says."""
+    return {
+        "worker_extension_cls": "tests.server.faulty.FaultyExtension",
+        "env": {SWITCH: str(switch), "PYTHONPATH": os.getcwd()},
+    }
 
+
+def _fault() -> str:
     path = Path(os.environ[SWITCH])
     return path.read_text().strip() if path.exists() else ""
 

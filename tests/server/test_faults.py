@@ -16,7 +16,7 @@ from tests.policies import (
     served_greedy,
     sync_to,
 )
-from tests.server.faulty import SWITCH
+from tests.server.faulty import faulty_options
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer, group_members
@@ -33,21 +33,9 @@ def twin(model_dir):
     return PeftTwin(model_dir("qwen3"))
 
 
-@pytest.fixture(scope="module")
-def switch(tmp_path_factory):
-    return tmp_path_factory.mktemp("switch") / "fault"
-
-
 @pytest.fixture
 def faulty(servers, switch):
-    switch.unlink(missing_ok=True)
-    yield servers.get(
-        "qwen3",
-        mode="both",
-        worker_extension_cls="tests.server.faulty.FaultyExtension",
-        env={SWITCH: str(switch), "PYTHONPATH": os.getcwd()},
-    )
-    switch.unlink(missing_ok=True)
+    return servers.get("qwen3", mode="both", **faulty_options(switch))
 
 
 def test_commit_that_fails_midway_leaves_not_ready_and_the_next_publish_heals(faulty, twin, switch):

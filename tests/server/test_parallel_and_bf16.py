@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 
@@ -15,7 +14,7 @@ from tests.policies import (
     served_greedy,
     sync_to,
 )
-from tests.server.faulty import SWITCH
+from tests.server.faulty import faulty_options
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
@@ -25,22 +24,10 @@ from tink_rl.weight_sync import WeightSync
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="module")
-def switch(tmp_path_factory):
-    return tmp_path_factory.mktemp("switch") / "fault"
-
-
 @pytest.fixture
 def tensor_parallel(servers, switch):
     """Two workers; what the switch says fails in them."""
-    yield servers.get(
-        "qwen3",
-        mode="both",
-        tensor_parallel_size=2,
-        worker_extension_cls="tests.server.faulty.FaultyExtension",
-        env={SWITCH: str(switch), "PYTHONPATH": os.getcwd()},
-    )
-    switch.unlink(missing_ok=True)
+    return servers.get("qwen3", mode="both", tensor_parallel_size=2, **faulty_options(switch))
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merged", "full"])

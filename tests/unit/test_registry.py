@@ -257,9 +257,9 @@ def test_lock_held_by_another_process_ends_in_an_error(registry, tmp_path, monke
 
 def test_full_disk_leaves_the_current_version_and_a_later_try_works(registry):
     registry.register("a", A, "/a")
-    connection = registry._writer._opened()
-    pages = connection.execute("PRAGMA page_count").fetchone()[0]
-    connection.execute(f"PRAGMA max_page_count = {pages}")
+    with registry._connections.lent() as connection:  # this thread gets the same one again
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(errors.StorageFull, match="full"):
         for i in range(1000):
             registry.register(f"b{i}", B, "/long" * 200)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from tink_rl.errors import (
 FILE_NAME = "registry.sqlite3"
 _ADAPTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BUSY_S = 10.0
+_MAX_IDLE_CONNECTIONS = 8
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS versions (
     adapter_id TEXT NOT NULL,
@@ -103,30 +104,30 @@ class AdapterRegistry:
         """Keep `path`: the file, or the directory of the store, beside whose adapters it lies."""
         given = Path(path).expanduser().absolute()
         self.path = given if given.suffix == ".sqlite3" else given / FILE_NAME
-        self._reader = _Connection(self.path)
-        self._writer = _Connection(self.path)
+        self._connections = _Connections(self.path)
 
     def current(self, adapter_id: str) -> Registration | None:
         """What `adapter_id` means now, or None. Cheap: one look-up by key."""
         if not _is_id(adapter_id):
             return None
-        return _one(self._reader.select(_CURRENT, (adapter_id,)))
+        return _one(self._connections.select(_CURRENT, (adapter_id,)))
 
     def get(self, adapter_id: str, version: int) -> Registration | None:
         """That version, current or not, or None if it was never given."""
         if not _is_id(adapter_id) or not 0 < version < 2**63:
             return None
-        return _one(self._reader.select(_GET, (adapter_id, version)))
+        return _one(self._connections.select(_GET, (adapter_id, version)))
 
     def list(self) -> list[Registration]:
         """The current version of every registered id, by id."""
-        return [_registration(row) for row in self._reader.select(_LIST)]
+        return [_registration(row) for row in self._connections.select(_LIST)]
 
     def digests(self, *, active_only: bool = True) -> set[str]:
         """Digests that current versions name, or, if not `active_only`, any version ever."""
         where = "WHERE active" if active_only else ""
         return {
-            row[0] for row in self._reader.select(f"SELECT DISTINCT digest FROM versions {where}")
+            row[0]
+            for row in self._connections.select(f"SELECT DISTINCT digest FROM versions {where}")
         }
 
     def register(
@@ -151,7 +152,7 @@ class AdapterRegistry:
             StorageFull, StoreDamaged, DeadlineExceeded: the file.
         """
         check_adapter_id(adapter_id)
-        with self._writer.transaction() as connection:
+        with self._connections.transaction() as connection:
             current = _one(connection.execute(_CURRENT, (adapter_id,)).fetchall())
             if current is not None and current.digest == stored.digest:
                 return current
@@ -173,7 +174,7 @@ class AdapterRegistry:
         """
         if not _is_id(adapter_id):
             raise _unknown(adapter_id)
-        with self._writer.transaction() as connection:
+        with self._connections.transaction() as connection:
             current = _one(connection.execute(_CURRENT, (adapter_id,)).fetchall())
             if current is None:
                 raise _unknown(adapter_id)
@@ -182,8 +183,7 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""
-        self._reader.close()
-        self._writer.close()
+        self._connections.close()
 
 
 def _unknown(adapter_id: Any) -> UnknownAdapter:
@@ -233,25 +233,32 @@ def _one(rows: list[tuple[Any, ...]]) -> Registration | None:
     return _registration(rows[0]) if rows else None
 
 
-class _Connection:
-    """One SQLite connection for all threads of this process, opened on first use."""
+class _Connections:
+    """SQLite connections that the threads of this process lend each other, opened as they are needed.
+
+    One connection behind a lock would hand every request of the worker through one door: SQLite lets
+    go of the GIL inside, and whoever holds the lock then waits for it while all others wait for him.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._pid = 0
+        self._idle: deque[sqlite3.Connection] = deque()
+        self._pid = os.getpid()
 
-    def select(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """All rows."""
-        with self._lock, _readable(self._path):
-            return self._opened().execute(query, values).fetchall()
+    @contextmanager
+    def lent(self) -> Iterator[sqlite3.Connection]:
+        """A connection of one's own for as long as the block lasts."""
+        with _readable(self._path):
+            connection = self._take()
+            try:
+                yield connection
+            finally:
+                self._give_back(connection)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Committed at the end of the block, rolled back by an exception; one writer at a time."""
-        with self._lock, _readable(self._path):
-            connection = self._opened()
+        with self.lent() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -261,17 +268,33 @@ class _Connection:
                     connection.execute("ROLLBACK")
                 raise
 
-    def close(self) -> None:
-        with self._lock:
-            if self._connection is not None and self._pid == os.getpid():
-                self._connection.close()
-            self._connection = None
+    def select(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """All rows."""
+        with self.lent() as connection:
+            return connection.execute(query, values).fetchall()
 
-    def _opened(self) -> sqlite3.Connection:
-        if self._connection is None or self._pid != os.getpid():
-            # After a fork the parent's connection is left alone: SQLite must not carry it over.
-            self._connection, self._pid = _connect(self._path), os.getpid()
-        return self._connection
+    def close(self) -> None:
+        """Close those that nobody holds; the next call opens one again."""
+        while self._idle:
+            with suppress(IndexError):  # another thread took the last one
+                connection = self._idle.pop()
+                if self._pid == os.getpid():
+                    connection.close()
+
+    def _take(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():
+            # After a fork the parent's connections are left alone: SQLite must not carry them over.
+            self._idle, self._pid = deque(), os.getpid()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _connect(self._path)
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        if len(self._idle) < _MAX_IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

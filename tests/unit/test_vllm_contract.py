@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 
 import pytest
 import trl
@@ -27,6 +28,7 @@ def test_names_of_vllm_are_where_they_were():
     assert parameters(names.LoRAModel.from_lora_tensors)[:6] == wanted
     assert parameters(names.initialize_layerwise_reload) == ["model"]
     assert hasattr(names.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager")
+    assert "sched_yield()" in inspect.getsource(names.shm_broadcast.SpinCondition.wait)
 
 
 def test_engine_client_has_the_methods_that_a_commit_needs():
@@ -65,6 +67,34 @@ def test_plugin_replaces_the_manager_once():
         assert issubclass(first, LRUCacheWorkerLoRAManager) and first.resolves_tink_paths
     finally:
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LRUCacheWorkerLoRAManager
+
+
+@pytest.mark.parametrize(
+    "process, cores, sleeps",
+    [
+        ("EngineCore", (0, 1), True),
+        ("EngineCore_DP0", (0, 1), True),
+        ("VllmWorker-0", (0, 1), False),
+        ("MainProcess", (0, 1), False),
+        ("EngineCore", tuple(range(16)), False),
+    ],
+)
+def test_only_the_engine_core_of_a_small_machine_waits_asleep(monkeypatch, process, cores, sleeps):
+    from tink_rl import placement
+    from tink_rl.server import plugin
+    from tink_rl.server.vllm_names import shm_broadcast
+
+    spins = shm_broadcast.sched_yield
+    monkeypatch.setattr(shm_broadcast, "sched_yield", spins)  # put back at the end
+    monkeypatch.setattr(placement, "CORES", cores)
+    monkeypatch.setattr(placement, "has_gpu", lambda: False)
+    monkeypatch.setattr(multiprocessing.current_process(), "name", process)
+    slept = []
+    monkeypatch.setattr(plugin.time, "sleep", slept.append)
+    plugin._let_engine_core_sleep()
+    assert (shm_broadcast.sched_yield is not spins) == sleeps
+    shm_broadcast.sched_yield()
+    assert slept == [plugin._ENGINE_PAUSE_S] * sleeps
 
 
 def test_trl_reads_only_sync_weights_and_generate_of_its_vllm_object():

@@ -1,4 +1,5 @@
-"""`vllm.general_plugins` entry: lets vLLM's LoRA manager load adapters that were staged in memory.
+"""`vllm.general_plugins` entry: lets vLLM's LoRA manager load adapters that were staged in memory, and
+its engine core share a small machine.
 
 vLLM calls `register` in every process it starts, possibly more than once.
 """
@@ -6,13 +7,20 @@ vLLM calls `register` in every process it starts, possibly more than once.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import time
 from typing import Any
 
+from tink_rl import placement
+
 logger = logging.getLogger("tink_rl.server")
+_ENGINE_PAUSE_S = 0.0002
+"""Between two looks of a waiting engine core; a step of the smallest model takes 10 ms."""
 
 
 def register() -> None:
     """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager."""
+    _let_engine_core_sleep()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 
     current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
@@ -21,6 +29,22 @@ def register() -> None:
     if current is not LRUCacheWorkerLoRAManager:
         logger.warning("another plugin replaced vLLM's LoRA manager; tink_rl builds on %r", current)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _with_tink_paths(current)
+
+
+def _let_engine_core_sleep() -> None:
+    """On a small CPU machine, wait for the workers' answers asleep.
+
+    vLLM's engine core spins until they come: on two cores it takes 80 % of the one that its API server,
+    the Tink worker and a trainer run on, and batches of 64 fell apart into batches of 20 because the
+    requests came late. The workers still spin: their cores are theirs.
+    """
+    if "EngineCore" not in multiprocessing.current_process().name:
+        return
+    if placement.plan_here().server_binding is None:
+        return
+    from tink_rl.server.vllm_names import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(_ENGINE_PAUSE_S)
 
 
 def _with_tink_paths(base: Any) -> Any:

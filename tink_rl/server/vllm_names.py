@@ -7,6 +7,7 @@ Imported only inside vLLM's processes.
 from __future__ import annotations
 
 from vllm.config import set_current_vllm_config
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -50,5 +51,6 @@ __all__ = [
     "lora_model_runner_mixin",
     "place_kernel_tensors",
     "set_current_vllm_config",
+    "shm_broadcast",
     "to_meta_tensor",
 ]

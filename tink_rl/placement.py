@@ -1,7 +1,8 @@
 """Which cores the server and the trainer take where both share one small machine. Pure, but `apply`.
 
-vLLM pins its worker to a core; trainer threads that wait for that core made a demo step take 1.4 s
-instead of 0.54 s. So on a machine without a GPU they get different cores.
+vLLM pins its worker to a core, and every thread that lands there delays its step: trainer threads made a
+demo step take 1.4 s instead of 0.54 s. So on a machine without a GPU they get different cores. The Tink
+worker, if its vLLM runs on this machine, takes the trainer's.
 """
 
 from __future__ import annotations
@@ -63,5 +64,11 @@ def apply_to_trainer(placement: Placement) -> None:
     """
     if placement.trainer_cores is None:
         return
-    os.sched_setaffinity(0, placement.trainer_cores)
+    apply_to_worker(placement)
     os.environ["OMP_NUM_THREADS"] = str(len(placement.trainer_cores))
+
+
+def apply_to_worker(placement: Placement) -> None:
+    """Pin this process, a Tink worker, to the cores beside the server's; call it before threads start."""
+    if placement.trainer_cores is not None:
+        os.sched_setaffinity(0, placement.trainer_cores)

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.errors import ConfigError
+from tink_rl.loopback import is_local
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM 0.31 has kernels."""
@@ -204,6 +205,11 @@ class Settings(BaseSettings):
             )
         use_vllm = not self.use_megatron if self.use_vllm is None else self.use_vllm
         return "vllm" if use_vllm else "megatron"
+
+    @property
+    def shares_machine(self) -> bool:
+        """Whether the vLLM server that samples is dialled by a loopback address."""
+        return self.samples_with == "vllm" and is_local(self.url)
 
     @property
     def adapter_roots(self) -> tuple[Path, ...]:

@@ -18,6 +18,7 @@ from flask import Flask
 
 from tests.stub_vllm import BASE, StubVLLM
 from tests.worker_rig import WorkerCommand, in_threads, wait_until
+from tink_rl import placement
 from tink_rl.errors import BadToken, ConfigError, NotSupportedByBackend
 from tink_rl.settings import Settings
 from tink_rl.worker import build
@@ -39,6 +40,22 @@ def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_
         assert token not in command.text and token not in " ".join(command.argv)
         assert str(command.token_file) in command.text
         assert command.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("vllm", "env", "shares"),
+    [
+        ("http://127.0.0.1:9", {}, True),
+        ("http://127.0.0.1:9", {"TINK_PLACEMENT": "off"}, False),
+        ("http://192.0.2.1:9", {}, False),
+    ],
+)
+def test_a_worker_beside_its_server_leaves_it_the_cores_that_it_computes_on(
+    tmp_path, vllm, env, shares
+):
+    beside = placement.plan_here().trainer_cores if shares else None
+    with WorkerCommand(tmp_path, vllm=vllm, **env) as command:
+        assert os.sched_getaffinity(command.process.pid) == set(beside or placement.CORES)
 
 
 def test_sigterm_refuses_new_requests_finishes_those_under_way_and_exits_0(tmp_path):

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from tink_rl.cli.console import say, show_wait
 from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
+from tink_rl.loopback import is_loopback
 from tink_rl.settings import Settings
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     # Before the start: a signal that arrives while vLLM loads must end it too.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    if options.host not in _LOOPBACK:
+    if not is_loopback(options.host):
         say(
             f"warning: --host {options.host}: port {options.port} and the channel port are reachable "
             "from other machines, without encryption; put a TLS proxy in front and set vLLM's --api-key"

@@ -7,6 +7,7 @@ import signal
 import threading
 from typing import Any
 
+from tink_rl import placement
 from tink_rl.cli.console import say
 
 
@@ -76,6 +77,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     }
     settings = Settings.load({k: v for k, v in given.items() if v is not None})
     raise_file_limit()
+    if settings.shares_machine:
+        placement.apply_to_worker(placement.plan_here())
     service = build_service(settings, options).start()
     server = HttpServer(create_app(service), taken, num_threads=options.num_threads)
     stop = threading.Event()

@@ -6,12 +6,12 @@ from urllib.parse import urlsplit
 
 from tink_rl import __version__, errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
+from tink_rl.loopback import is_local
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
 
 _MAX_CLOCK_S = 5.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REMEDIES: dict[type[errors.TinkError], str] = {
     errors.ServerUnreachable: "tink-rl serve MODEL, or correct the URL",
     errors.RequestTimeout: "look into the server's log; restart it if it hangs",
@@ -98,10 +98,9 @@ def _logprobs(status: ServerStatus) -> Finding:
 
 
 def _transport(url: str) -> Finding:
-    parts = urlsplit(url)
-    if parts.hostname in _LOOPBACK:
+    if is_local(url):
         return ok("network", "loopback only")
-    if parts.scheme == "https":
+    if urlsplit(url).scheme == "https":
         return ok(
             "network", "TLS; use SyncConfig(transport='http'), the channel has no TLS of its own"
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
+from tink_rl.loopback import is_local
 from tink_rl.policy.packet import PacketHeader
 from tink_rl.transport.shared_memory import Segment, Shelf
 from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tink_rl")
 T = TypeVar("T")
-_LOOPBACK = ("localhost", "127.", "[::1]")
 _PROBE_BYTES = 64
 _HTTP_SLACK_S = 5.0
 
@@ -83,7 +83,7 @@ class Replica:
         self._start_heartbeat(joined)
 
     def _join(self, status: ServerStatus) -> dict[str, Any]:
-        local = self.client.base_url.partition("://")[2].startswith(_LOOPBACK)
+        local = is_local(self.client.base_url)
         transport = _transport(self._transport, _device_type(), status.device, local)
         if transport is not Transport.SHM:
             return self._take_lease(transport)

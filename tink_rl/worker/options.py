@@ -8,8 +8,8 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.errors import ConfigError
+from tink_rl.loopback import is_loopback
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "TINK_WORKER_"
 
 
@@ -47,7 +47,7 @@ class WorkerOptions(BaseSettings):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        return self.host in LOOPBACK
+        return is_loopback(self.host)
 
     @property
     def max_waiting(self) -> int:

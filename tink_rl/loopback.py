@@ -1,0 +1,21 @@
+"""Which addresses only this machine can reach. A leaf."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether `host` (a name or an address, no port) is this machine by the loopback device."""
+    if host == "localhost":
+        return True
+    try:
+        return host is not None and ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` names a loopback address. A forwarded port looks like one, and is another machine."""
+    return is_loopback(urlsplit(url).hostname)

@@ -87,7 +87,9 @@ async def _measure(server: str, worker: str, names: list[str]) -> dict[str, Any]
         "worker": (f"{worker}/api/v1/sample", lambda i, n: _through(names[i % len(names)], i, n)),
     }
     speeds: dict[str, list[float]] = {route: [] for route in routes}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+    ) as http:
         for round_ in range(NUM_ROUNDS + 1):
             for route, (url, body) in routes.items():
                 speed = await _load(http, url, body)

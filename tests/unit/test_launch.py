@@ -17,6 +17,7 @@ from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
 from tink_rl.placement import plan
 from tink_rl.tokens import ensure_token_file
+from tink_rl.transport import payloads
 
 
 def _options(model_dir, **changes):
@@ -86,6 +87,7 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
     assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
     assert env["PATH"] == "p" and env["VLLM_PLUGINS"] == "mine,tink_rl"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert float(env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 10 * payloads.IDLE_CONNECTION_S
     assert env["TINK_SERVER_MODES"] == "adapter,merged,full"
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
 

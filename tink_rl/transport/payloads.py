@@ -21,7 +21,8 @@ NEVER_FORWARDED = ("chat_template", "chat_template_kwargs", "extra_args")
 """vLLM 0.31 can be stopped by a template, and `extra_args` reaches the engine unchecked."""
 IDLE_CONNECTION_S = 2.0
 """A connection that was not used for so long is not used again. uvicorn, and so vLLM, closes idle ones
-after 5 s; a request that is written at that moment is lost without an answer."""
+after 5 s (`tink-rl serve` lets it keep them for 60 s); a request that is written at that moment is lost
+without an answer."""
 _SAME_NAME = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "ignore_eos"),

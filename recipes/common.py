@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
@@ -30,6 +31,10 @@ class RecipeArguments:
     )
     dtype: str = field(
         default="auto", metadata={"help": "Of the trainer's base; tiny base: float32."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the trainer's base in 4 bits (nf4), the server's as it is."},
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
@@ -69,7 +74,11 @@ def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
     logging.getLogger("tink_rl").setLevel(logging.INFO)
     model = recipe.model_name_or_path or _tiny_base(config)
     dtype = "float32" if recipe.model_name_or_path is None else recipe.dtype
-    config.model_init_kwargs = {"dtype": dtype, **(config.model_init_kwargs or {})}
+    config.model_init_kwargs = {
+        "dtype": dtype,
+        **(_in_4bit(dtype) if recipe.load_in_4bit else {}),
+        **(config.model_init_kwargs or {}),
+    }
     return Setup(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(model),
@@ -108,6 +117,19 @@ def train_and_save(trainer: Any) -> None:
     if trainer.accelerator.is_main_process:
         trainer.policy_link.save(config.output_dir)
         print(f"adapter, log and version of the last policy: {config.output_dir}")
+
+
+def _in_4bit(dtype: str) -> dict[str, Any]:
+    """What `from_pretrained` needs for QLoRA (https://arxiv.org/abs/2305.14314, section 3)."""
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+    )
+    # One device per process: accelerate cannot move a quantised model afterwards.
+    return {"quantization_config": settings, "device_map": {"": str(PartialState().device)}}
 
 
 def _lora(recipe: RecipeArguments) -> LoraConfig:

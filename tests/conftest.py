@@ -32,9 +32,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 class ServerPool:
-    """Real servers by flags: the one that most tests ask for, and one other."""
+    """Real servers by flags: the one that most tests ask for, and the others that were used last."""
 
     HOME = ("qwen3", (("mode", "both"),))
+    NUM_OTHERS = 2
+    """An idle server takes no time, and 2 GiB."""
 
     def __init__(self, root: Path, model_dir: Callable[[str], Path]) -> None:
         self._root, self._model_dir = root, model_dir
@@ -43,12 +45,15 @@ class ServerPool:
     def get(self, shape: str = "qwen3", **options: object) -> VLLMServer:
         """A running server of `shape` with these `ServerOptions`."""
         key = (shape, tuple(sorted((k, str(v)) for k, v in options.items())))
+        here = os.environ.get("PYTEST_CURRENT_TEST", "")
+        assert key != self.HOME or "@" not in here or "@home" in here, (
+            "this process would start the shared server once more; mark the test pytest.mark.home"
+        )
         found = self._running.get(key)
         if found is not None and found.alive:
+            self._running[key] = self._running.pop(key)  # used last
             return found
-        # An idle server costs memory and no time; more than one other would be too much memory.
-        for other in [k for k in self._running if k == key or self.HOME not in (k, key)]:
-            self._running.pop(other).stop()
+        self._make_room(key)
         settings: dict[str, object] = {
             "dtype": "float32",
             "max_model_len": 256,
@@ -58,6 +63,13 @@ class ServerPool:
         }
         self._running[key] = VLLMServer(self._model_dir(shape), **settings).start()
         return self._running[key]
+
+    def _make_room(self, key: object) -> None:
+        if key in self._running:
+            self._running.pop(key).stop()
+        others = [k for k in self._running if k != self.HOME]
+        while key != self.HOME and len(others) >= self.NUM_OTHERS:
+            self._running.pop(others.pop(0)).stop()
 
     def stop(self) -> None:
         """Stop all."""
@@ -80,12 +92,12 @@ def servers(
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Iterator[None]:
-    """Unit tests first; then by file and, inside a file, by shape, so that servers are reused."""
+    """Unit tests first; then by file, the files about shapes by shape, so that servers are reused."""
 
-    def key(item: pytest.Item) -> tuple[bool, str, str]:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        shape = str(parameters.get("shape", ""))
-        return "tests/unit" not in str(item.path), str(item.path), shape
+    def key(item: pytest.Item) -> tuple[bool, str, str, str]:
+        path = str(item.path)
+        together, _, rest = path.partition("test_shapes_")
+        return "tests/unit" not in path, together, _shape(item), rest
 
     items.sort(key=key)
     for item in items:
@@ -106,12 +118,18 @@ def pytest_collection_modifyitems(
 def _track(item: pytest.Item) -> str:
     """What must run in one process of `pytest -n 2 --dist loadgroup`.
 
-    A process has its own pool of servers, so what uses the pool stays together. The first track is as
-    long as the other two and the unit tests.
+    A process has its own pool of servers, so what asks for the same one stays together: no server is
+    started twice for the same flags.
     """
     path = item.path.relative_to(Path(__file__).parent)
-    if path.parts[0] in ("multi", "invariant", "docs"):
-        return "runs"
-    if path.parts[0] in ("recipes", "notebooks"):
-        return "launchers"
-    return "server" if path.parts[0] == "server" else str(path)
+    if path.parts[0] == "unit":
+        return str(path)
+    is_home = item.get_closest_marker("home") is not None
+    if path.parts[0] == "server" and _shape(item):
+        is_home = _shape(item) == ServerPool.HOME[0]
+    return "home" if is_home else "others"
+
+
+def _shape(item: pytest.Item) -> str:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return str(parameters.get("shape", ""))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from tests.tiny_models import VOCAB
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
 from tink_rl.policy.adapter import Adapter
@@ -80,7 +79,9 @@ class PeftTwin:
         generator = torch.Generator().manual_seed(5)
         cases: dict[tuple[int, ...], list[int]] = {}
         for length in (4, 11):
-            prompts = torch.randint(3, VOCAB, (32, length), generator=generator).tolist()
+            prompts = torch.randint(
+                3, self.model.config.vocab_size, (32, length), generator=generator
+            ).tolist()
             answers = self.greedy(prompts, adapter)
             if adapter and length not in self._base_answers:
                 base = self.greedy(prompts, adapter=False)

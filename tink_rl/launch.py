@@ -245,6 +245,7 @@ def environment(
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if server_binding is not None:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
+            env["TINK_SERVER_ENGINE_SLEEPS"] = "1"
     return {**env, **options.env}
 
 

@@ -18,4 +18,7 @@ def is_loopback(host: str | None) -> bool:
 
 def is_local(url: str) -> bool:
     """Whether `url` names a loopback address. A forwarded port looks like one, and is another machine."""
-    return is_loopback(urlsplit(url).hostname)
+    try:
+        return is_loopback(urlsplit(url).hostname)
+    except ValueError:  # no URL, as whoever dials it will say
+        return False

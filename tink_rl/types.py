@@ -159,6 +159,10 @@ class ServerStatus:
     """Versions of vllm, torch and tink_rl in the server."""
     draining: dict[str, int] = field(default_factory=dict)
     """Dropped names whose host copy waits for running requests."""
+    running: int = 0
+    """Requests that were admitted and have not ended."""
+    holding: bool = False
+    """Whether new requests are held, because a commit waits for the running ones or writes."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ServerStatus:

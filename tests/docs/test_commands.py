@@ -71,6 +71,7 @@ def test_commands_that_are_marked_run(block, folder):
 
 
 @pytest.mark.server
+@pytest.mark.home
 @pytest.mark.parametrize("block", once(marked("run with a server")), ids=ids)
 def test_commands_that_are_marked_run_against_a_server(block, servers, monkeypatch):
     server = servers.get("qwen3", mode="both")
@@ -137,6 +138,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 @pytest.mark.server
+@pytest.mark.home
 def test_whole_script_of_the_quickstart_trains(servers, model_dir, tmp_path):
     page = (ROOT / "docs/quickstart.md").read_text()
     [code] = [c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if ".train()" in c]

@@ -20,7 +20,7 @@ from tests.invariant.running import (
 from tests.multi.launching import launch
 from tests.policies import drop_all, sync_to
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.server, pytest.mark.home, pytest.mark.timeout(420)]
 
 
 class Runs:

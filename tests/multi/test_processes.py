@@ -11,7 +11,7 @@ from tests.multi.launching import launch
 from tests.policies import PeftTwin, assert_served, drop_all, sync_to
 from tink_rl.policy.adapter import Adapter
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.server, pytest.mark.home, pytest.mark.timeout(420)]
 KINDS = {
     "ddp": "accelerate_configs/cpu_2proc.yaml",
     "fsdp2": "tests/multi/cpu_fsdp2.yaml",

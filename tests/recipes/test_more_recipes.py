@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from recipes.tiny_base import ensure_tiny_base
+from tests.policies import PeftTwin, assert_served, sync_to
 from tink_rl import VLLMServer
 from tink_rl.training.rollouts import read_rollouts
 
@@ -94,6 +96,30 @@ def test_two_policies_learn_on_one_server_what_each_learns_alone(tiny, tmp_path)
     }
     # They begin with the same (fresh) adapter; nothing after it is shared.
     assert len(digests["right"] & digests["wrong"]) == 1
+    for policy in together:
+        with sync_to(tiny, ensure_tiny_base(), "adapter", policy=policy):
+            pass  # drops what the run left served
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+def test_qlora_run_learns_and_its_adapter_is_served_on_the_servers_own_base(tiny, tmp_path, mode):
+    output = tmp_path / "qlora"
+    small = ("--max_steps", "16", "--per_device_train_batch_size", "64")
+    given = ("--load_in_4bit", "true", "--sync_mode", mode, *small)
+    history = finish(start(tiny, output, "recipes.grpo", *given, policy=f"q-{mode}"), output)
+    assert re.search(
+        r"base is quantised .* differ by [0-9.e-]+ nats", (output / "train.log").read_text()
+    )
+    rewards = [row["reward"] for row in history]
+    assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4])
+    # What was trained on 4 bits is what the server adds to its own base.
+    twin = PeftTwin(ensure_tiny_base(), r=16, lora_alpha=32)
+    twin.model.load_adapter(output, "trained")
+    twin.model.set_adapter("trained")
+    version = json.loads((output / "tink_policy.json").read_text())["version"]
+    with sync_to(tiny, ensure_tiny_base(), mode, policy=f"q-{mode}"):  # drops it afterwards
+        assert_served(tiny, f"q-{mode}@{version}", twin.clear_cases())
 
 
 @pytest.mark.timeout(300)

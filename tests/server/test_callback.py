@@ -13,7 +13,7 @@ from tests.policies import PeftTwin, assert_served
 from tests.trainers import SHORT_RUN, lora, make_trainer, settings
 from tink_rl import errors
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 PAIRS = [(f"{i}+{j}=", f"{i + j}") for i in range(4) for j in range(4)]
 SHARED = {
     name: SHORT_RUN[name]

@@ -11,7 +11,7 @@ from tink_rl.doctor.memory import ServePlan, plan_memory, read_shape
 from tink_rl.doctor.server import check_server
 from tink_rl.transport.vllm_client import VLLMClient
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Full updates beside everything else: refusals, failures midway, slots, merged versions, TRL's client.
 
-That the tokens are the updated model's, shape by shape, is in `test_publish_modes.py`; tensor parallel in
+That the tokens are the updated model's, shape by shape, is in `test_shapes_publish.py`; tensor parallel in
 `test_parallel_and_bf16.py`; a write that fails in `test_faults.py`.
 """
 
@@ -25,7 +25,7 @@ from tink_rl import errors
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 SMALL = 0.05
 """MiB of a bucket: the tiny model takes about twenty."""

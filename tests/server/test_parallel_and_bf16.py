@@ -103,6 +103,7 @@ def second(model_dir, tmp_path_factory, servers):
         yield server
 
 
+@pytest.mark.home
 @pytest.mark.parametrize("mode", ["adapter", "merged"])
 def test_version_is_current_only_after_every_replica_holds_it(servers, second, model_dir, mode):
     first = servers.get("qwen3", mode="both")

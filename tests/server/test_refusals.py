@@ -18,7 +18,7 @@ from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION
 from tink_rl.weight_sync import WeightSync
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])
 
 

@@ -11,7 +11,7 @@ from tests.policies import sync_to
 from tests.trainers import make_trainer, reward_noise, rows, settings
 from tink_rl.training.rollouts import read_rollouts, requests_of
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 
 
 def sampled_again(client, row, **changes):

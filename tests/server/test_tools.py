@@ -19,7 +19,7 @@ from tests import calculator
 from tests.trainers import config, lora, rows, settings
 from tink_rl.training.rollouts import read_rollouts, requests_of
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -15,7 +15,7 @@ from tink_rl.training import checks
 from tink_rl.training.rollouts import read_rollouts
 from tink_rl.training.trainer import SUPPORTED
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 
 
 @pytest.fixture(scope="module")

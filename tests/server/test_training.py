@@ -16,7 +16,7 @@ from tests.trainers import PROMPTS, make_trainer, rows, settings
 from tink_rl import errors
 from tink_rl.training import checks
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merged", "full"])

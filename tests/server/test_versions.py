@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,9 +22,10 @@ from tink_rl.config import SyncConfig
 from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
 from tink_rl.transport.fleet import Replica
+from tink_rl.types import Transport
 from tink_rl.weight_sync import WeightSync
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.home]
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])
 
 
@@ -144,6 +146,8 @@ def test_abort_ends_running_requests_early(server, twin):
 
 def test_drain_timeout_writes_nothing(server, twin):
     with sync_to(server, twin.directory, "merged", drain_timeout_s=0.05) as sync:
+        while sync.fleet.replicas[0].status().running:
+            pass  # what an earlier test asked has its answer, and ends in a moment
         name, cases = sync.publish(random_adapter(twin, 1)).name, twin.clear_cases()
         refused = pytest.raises(errors.DrainTimeout, match="nothing was written")
         with long_request_under_way(server, name), refused:
@@ -227,6 +231,39 @@ def test_newer_channel_of_the_same_writer_makes_the_older_one_stale(server, twin
         old.drop("epochs@1")
     old.forget_channel()
     new.close()
+
+
+def test_commit_that_is_fenced_off_while_requests_drain_writes_nothing_and_is_tried_again(
+    server, twin, monkeypatch
+):
+    with sync_to(server, twin.directory, "merged", policy="fenced") as sync:
+        twin.randomise(1)
+        name, cases = sync.publish(twin.model).name, twin.clear_cases()
+        replica, fenced = sync.fleet.replicas[0], []
+        control = replica._control
+
+        def commit_while_the_writer_joins_again(action, body, timeout_s):
+            if action != "commit" or fenced:
+                return control(action, body, timeout_s)
+            with ThreadPoolExecutor(1) as pool:
+                commit = pool.submit(control, action, body, timeout_s)
+                while not replica.status().holding:
+                    assert not commit.done()
+                assert replica.status().running == 1  # and so it drains
+                replica._take_lease(Transport.HTTP)
+                fenced.append((type(commit.exception()), replica.status()))
+                assert_served(server, name, cases)
+                return commit.result()
+
+        monkeypatch.setattr(replica, "_control", commit_while_the_writer_joins_again)
+        with long_request_under_way(server, name) as request:
+            record = sync.publish(random_adapter(twin, 2))
+        ((error, status),) = fenced
+        assert error is errors.StaleEpoch
+        assert (status.state, status.merged) == ("ready", name)
+        assert set(request.finish_reasons) == {"length"}
+        assert_served(server, record.name, twin.clear_cases())
+        assert served_greedy(server, record.name, cases) != list(cases.values())
 
 
 def test_next_version_is_above_checkpoint_and_server(server, twin):

@@ -86,10 +86,21 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
     )
     assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
     assert env["PATH"] == "p" and env["VLLM_PLUGINS"] == "mine,tink_rl"
-    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["TINK_SERVER_ENGINE_SLEEPS"] == "1"
     assert float(env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 10 * payloads.IDLE_CONNECTION_S
     assert env["TINK_SERVER_MODES"] == "adapter,merged,full"
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
+
+
+def test_engine_core_spins_as_ever_where_nobody_shares_its_cores(model_dir, tmp_path):
+    env = launch.environment(
+        _options(model_dir),
+        {},
+        token_file=tmp_path / "token",
+        server_binding=None,
+        has_gpu=False,
+    )
+    assert not {"TINK_SERVER_ENGINE_SLEEPS", "VLLM_CPU_OMP_THREADS_BIND"} & set(env)
 
 
 def test_two_cores_are_split_between_server_and_trainer():

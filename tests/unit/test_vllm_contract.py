@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -70,27 +71,24 @@ def test_plugin_replaces_the_manager_once():
 
 
 @pytest.mark.parametrize(
-    "process, cores, sleeps",
+    ("process", "asked", "sleeps"),
     [
-        ("EngineCore", (0, 1), True),
-        ("EngineCore_DP0", (0, 1), True),
-        ("VllmWorker-0", (0, 1), False),
-        ("MainProcess", (0, 1), False),
-        ("EngineCore", tuple(range(16)), False),
+        ("EngineCore", "1", True),
+        ("EngineCore_DP0", "1", True),
+        ("VllmWorker-0", "1", False),
+        ("MainProcess", "1", False),
+        ("EngineCore", "", False),
     ],
 )
-def test_only_the_engine_core_of_a_small_machine_waits_asleep(monkeypatch, process, cores, sleeps):
-    from tink_rl import placement
+def test_only_an_engine_core_that_was_told_to_waits_asleep(monkeypatch, process, asked, sleeps):
     from tink_rl.server import plugin
     from tink_rl.server.vllm_names import shm_broadcast
 
-    spins = shm_broadcast.sched_yield
+    spins, slept = shm_broadcast.sched_yield, []
     monkeypatch.setattr(shm_broadcast, "sched_yield", spins)  # put back at the end
-    monkeypatch.setattr(placement, "CORES", cores)
-    monkeypatch.setattr(placement, "has_gpu", lambda: False)
+    monkeypatch.setenv("TINK_SERVER_ENGINE_SLEEPS", asked)
     monkeypatch.setattr(multiprocessing.current_process(), "name", process)
-    slept = []
-    monkeypatch.setattr(plugin.time, "sleep", slept.append)
+    monkeypatch.setattr(plugin, "time", SimpleNamespace(sleep=slept.append))
     plugin._let_engine_core_sleep()
     assert (shm_broadcast.sched_yield is not spins) == sleeps
     shm_broadcast.sched_yield()

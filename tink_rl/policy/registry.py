@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -182,7 +183,7 @@ class AdapterRegistry:
             return current
 
     def close(self) -> None:
-        """Close the file; the next call opens it again."""
+        """Close the file; a call that is under way keeps its connection, the next one opens its own."""
         self._connections.close()
 
 
@@ -243,6 +244,7 @@ class _Connections:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._idle: deque[sqlite3.Connection] = deque()
+        self._writing = threading.Lock()
         self._pid = os.getpid()
 
     @contextmanager
@@ -257,8 +259,12 @@ class _Connections:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Committed at the end of the block, rolled back by an exception; one writer at a time."""
-        with self.lent() as connection:
+        """Committed at the end of the block, rolled back by an exception; one writer at a time.
+
+        Threads of this process take turns by a lock, which is fair; SQLite's own waiting is not.
+        """
+        self._forget_parents()
+        with self._writing, self.lent() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -275,26 +281,28 @@ class _Connections:
 
     def close(self) -> None:
         """Close those that nobody holds; the next call opens one again."""
-        while self._idle:
+        while self._idle and self._pid == os.getpid():
             with suppress(IndexError):  # another thread took the last one
-                connection = self._idle.pop()
-                if self._pid == os.getpid():
-                    connection.close()
+                self._idle.pop().close()
+
+    def _forget_parents(self) -> None:
+        """After a fork: leave the parent's connections open, which SQLite must neither use nor close."""
+        if self._pid != os.getpid():
+            self._inherited = self._idle
+            self._idle, self._writing, self._pid = deque(), threading.Lock(), os.getpid()
 
     def _take(self) -> sqlite3.Connection:
-        if self._pid != os.getpid():
-            # After a fork the parent's connections are left alone: SQLite must not carry them over.
-            self._idle, self._pid = deque(), os.getpid()
+        self._forget_parents()
         try:
             return self._idle.pop()
         except IndexError:
             return _connect(self._path)
 
     def _give_back(self, connection: sqlite3.Connection) -> None:
-        if len(self._idle) < _MAX_IDLE_CONNECTIONS:
-            self._idle.append(connection)
-        else:
+        if connection.in_transaction or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
             connection.close()
+        else:
+            self._idle.append(connection)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

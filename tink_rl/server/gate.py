@@ -35,6 +35,11 @@ class Gate:
         """Requests that were admitted and have not ended."""
         return len(self._running)
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether new requests are held."""
+        return not self._open.is_set()
+
     async def enter(self) -> int:
         """Wait until the gate is open; the ticket must be given back to `leave`.
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import time
 from typing import Any
-
-from tink_rl import placement
 
 logger = logging.getLogger("tink_rl.server")
 _ENGINE_PAUSE_S = 0.0002
@@ -32,15 +31,15 @@ def register() -> None:
 
 
 def _let_engine_core_sleep() -> None:
-    """On a small CPU machine, wait for the workers' answers asleep.
+    """Where `launch.py` gave the workers cores of their own, wait for their answers asleep.
 
     vLLM's engine core spins until they come: on two cores it takes 80 % of the one that its API server,
     the Tink worker and a trainer run on, and batches of 64 fell apart into batches of 20 because the
     requests came late. The workers still spin: their cores are theirs.
     """
-    if "EngineCore" not in multiprocessing.current_process().name:
+    if os.environ.get("TINK_SERVER_ENGINE_SLEEPS") != "1":
         return
-    if placement.plan_here().server_binding is None:
+    if "EngineCore" not in multiprocessing.current_process().name:
         return
     from tink_rl.server.vllm_names import shm_broadcast
 

@@ -119,6 +119,7 @@ class Policies:
             "full": held.get(SyncMode.FULL),
             "draining": dict.fromkeys(self._draining, 1),
             "running": self.gate.num_running,
+            "holding": self.gate.is_holding,
         }
 
     def check_base(self, fingerprint: str) -> None:

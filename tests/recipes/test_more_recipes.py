@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from recipes.tiny_base import ensure_tiny_base
-from tests.policies import PeftTwin, assert_served, sync_to
+from tests.policies import PeftTwin, assert_served
+from tests.trainers import left_clean
 from tink_rl import VLLMServer
 from tink_rl.training.rollouts import read_rollouts
 
@@ -23,7 +24,7 @@ NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def tiny(servers, tmp_path_factory):
+def tiny_server(servers, tmp_path_factory):
     """A server of the tiny base with slots for two runs."""
     servers.stop()
     token = tmp_path_factory.mktemp("tiny") / "token"
@@ -36,6 +37,13 @@ def tiny(servers, tmp_path_factory):
         shared_with_trainer=True,
         token_file=str(token),
     ) as server:
+        yield server
+
+
+@pytest.fixture
+def tiny(tiny_server):
+    """The same; nothing that a run left is served for the next one, whose mode it would decide."""
+    with left_clean(tiny_server) as server:
         yield server
 
 
@@ -96,9 +104,6 @@ def test_two_policies_learn_on_one_server_what_each_learns_alone(tiny, tmp_path)
     }
     # They begin with the same (fresh) adapter; nothing after it is shared.
     assert len(digests["right"] & digests["wrong"]) == 1
-    for policy in together:
-        with sync_to(tiny, ensure_tiny_base(), "adapter", policy=policy):
-            pass  # drops what the run left served
 
 
 @pytest.mark.timeout(300)
@@ -118,8 +123,7 @@ def test_qlora_run_learns_and_its_adapter_is_served_on_the_servers_own_base(tiny
     twin.model.load_adapter(output, "trained")
     twin.model.set_adapter("trained")
     version = json.loads((output / "tink_policy.json").read_text())["version"]
-    with sync_to(tiny, ensure_tiny_base(), mode, policy=f"q-{mode}"):  # drops it afterwards
-        assert_served(tiny, f"q-{mode}@{version}", twin.clear_cases())
+    assert_served(tiny, f"q-{mode}@{version}", twin.clear_cases())
 
 
 @pytest.mark.timeout(300)

@@ -356,15 +356,16 @@ def test_updated_weights_answer_as_the_base_and_adapters_add_to_them(
     backend.init_communicator("cpu")
     try:
         record = backend.update_model_weights(updated)
-        assert record.name == "weights@1" and backend.server.view(fresh=True).base == record.name
-        for adapter_id, cases in ((None, base_cases), ("mine", beside.clear_cases(2))):
+        assert backend.server.view(fresh=True).base == record.name == f"weights@{record.version}"
+        answers = ((None, base_cases, record.version), ("mine", beside.clear_cases(2), 1))
+        for adapter_id, cases, version in answers:
             for prompt, expected in cases.items():
                 found = ask(backend, adapter_id, prompt)
                 assert found.token_ids == expected, adapter_id
-                assert found.version == 1
+                assert found.version == version
         assert ask(backend, None, prompt).digest == record.digest
         pairs = iter(WholeTwin(model_dir("qwen3")).tensors().items())
-        assert backend.update_model_weights(pairs).name == "weights@2"
+        assert backend.update_model_weights(pairs).name == f"weights@{record.version + 1}"
         for prompt, expected in golden.cases.items():
             assert ask(backend, "mine", prompt).token_ids == expected
     finally:

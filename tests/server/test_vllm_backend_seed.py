@@ -236,7 +236,9 @@ def test_updating_weights_from_a_transformers_model(run, servers, model_dir):
     backend = ours.default_backend()
     try:
         [[found]] = backend.generate("12=", **GREEDY)
-        assert found.version == 1 and len(found.digest) == 64
+        # Which number that is depends on who published to this server before.
+        assert backend.server.view(fresh=True).base == f"weights@{found.version}"
+        assert len(found.digest) == 64
         ids = torch.tensor([found.prompt_token_ids])
         expected = names["model"].generate(
             ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0

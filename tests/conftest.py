@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
-# Two servers and a trainer on two cores: more threads than cores only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests import cores
+
+cores.share()
 
 from tests import tiny_models
 from tink_rl.launch import VLLMServer
@@ -42,7 +44,7 @@ class ServerPool:
         self._root, self._model_dir = root, model_dir
         self._running: dict[object, VLLMServer] = {}
 
-    def get(self, shape: str = "qwen3", **options: object) -> VLLMServer:
+    def get(self, shape: str = "qwen3", **options: Any) -> VLLMServer:
         """A running server of `shape` with these `ServerOptions`."""
         key = (shape, tuple(sorted((k, str(v)) for k, v in options.items())))
         here = os.environ.get("PYTEST_CURRENT_TEST", "")
@@ -61,6 +63,8 @@ class ServerPool:
             "token_file": str(self._root / "token"),
             **options,
         }
+        if num_workers := options.get("tensor_parallel_size"):
+            settings["env"] = {**cores.for_workers(num_workers), **options.get("env", {})}
         self._running[key] = VLLMServer(self._model_dir(shape), **settings).start()
         return self._running[key]
 

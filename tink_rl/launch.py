@@ -222,6 +222,7 @@ def environment(
     *,
     token_file: Path,
     server_binding: str | None,
+    engine_sleeps: bool,
     has_gpu: bool,
 ) -> dict[str, str]:
     """The server's environment: the current one without what is not for it, plus ours."""
@@ -245,7 +246,8 @@ def environment(
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if server_binding is not None:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
-            env["TINK_SERVER_ENGINE_SLEEPS"] = "1"
+    if engine_sleeps:
+        env["TINK_SERVER_ENGINE_SLEEPS"] = "1"
     return {**env, **options.env}
 
 
@@ -363,6 +365,7 @@ class VLLMServer:
             os.environ,
             token_file=self.token_file,
             server_binding=binding,
+            engine_sleeps=placement.is_small(),
             has_gpu=gpu,
         )
         self.log_path = Path(

@@ -43,6 +43,11 @@ def plan(*, cores: tuple[int, ...], num_workers: int, has_gpu: bool) -> Placemen
     return Placement(server_binding=binding, trainer_cores=tuple(cores[num_workers * per_worker :]))
 
 
+def is_small(*, cores: tuple[int, ...] = CORES) -> bool:
+    """Whether a vLLM on `cores` shares them with its trainer, its API server and their like."""
+    return not has_gpu() and len(cores) <= _SMALL_MACHINE_CORES
+
+
 def plan_here(num_workers: int = 1) -> Placement:
     """The plan for this machine; `TINK_PLACEMENT=off` pins nothing."""
     if os.environ.get("TINK_PLACEMENT", "").lower() == "off":

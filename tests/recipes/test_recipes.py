@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cores import as_users_have_it
 from tink_rl.launch import group_members
 
 pytestmark = [pytest.mark.recipe, pytest.mark.server]
@@ -27,7 +28,7 @@ KEYS = {
 def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
     servers.stop()
     command = [sys.executable, "-m", "recipes.demo", "--max_steps", "12", "--output", str(tmp_path)]
-    environment = {**os.environ, "TINK_TOKEN_FILE": str(tmp_path / "token")}
+    environment = {**as_users_have_it(os.environ), "TINK_TOKEN_FILE": str(tmp_path / "token")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tink_rl import errors, launch
+from tink_rl import errors, launch, placement
 from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
 from tink_rl.placement import plan
@@ -82,6 +82,7 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
         current,
         token_file=tmp_path / "token",
         server_binding="0",
+        engine_sleeps=True,
         has_gpu=False,
     )
     assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
@@ -92,15 +93,25 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
 
 
-def test_engine_core_spins_as_ever_where_nobody_shares_its_cores(model_dir, tmp_path):
+def test_engine_core_spins_as_ever_where_it_has_a_core_to_spin_on(model_dir, tmp_path):
     env = launch.environment(
         _options(model_dir),
         {},
         token_file=tmp_path / "token",
         server_binding=None,
+        engine_sleeps=False,
         has_gpu=False,
     )
     assert not {"TINK_SERVER_ENGINE_SLEEPS", "VLLM_CPU_OMP_THREADS_BIND"} & set(env)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "gpu", "small"),
+    [(2, False, True), (8, False, True), (9, False, False), (2, True, False)],
+)
+def test_a_machine_is_small_where_a_vllm_shares_its_cores(monkeypatch, num_cores, gpu, small):
+    monkeypatch.setattr(placement, "has_gpu", lambda: gpu)
+    assert placement.is_small(cores=tuple(range(num_cores))) == small
 
 
 def test_two_cores_are_split_between_server_and_trainer():

@@ -51,8 +51,9 @@ def test_the_worker_starts_without_its_server_and_says_that_it_is_not_ready(tmp_
     ],
 )
 def test_a_worker_beside_its_server_leaves_it_the_cores_that_it_computes_on(
-    tmp_path, vllm, env, shares
+    tmp_path, monkeypatch, vllm, env, shares
 ):
+    monkeypatch.delenv("TINK_PLACEMENT", raising=False)
     beside = placement.plan_here().trainer_cores if shares else None
     with WorkerCommand(tmp_path, vllm=vllm, **env) as command:
         assert os.sched_getaffinity(command.process.pid) == set(beside or placement.CORES)

@@ -31,11 +31,11 @@ def register() -> None:
 
 
 def _let_engine_core_sleep() -> None:
-    """Where `launch.py` gave the workers cores of their own, wait for their answers asleep.
+    """On a small machine without a GPU (`placement.is_small`), wait for the workers' answers asleep.
 
     vLLM's engine core spins until they come: on two cores it takes 80 % of the one that its API server,
     the Tink worker and a trainer run on, and batches of 64 fell apart into batches of 20 because the
-    requests came late. The workers still spin: their cores are theirs.
+    requests came late. The workers still spin: vLLM binds them to cores of their own.
     """
     if os.environ.get("TINK_SERVER_ENGINE_SLEEPS") != "1":
         return

@@ -78,11 +78,12 @@ def export(
         raise ConfigError(f"{directory} does not name its base; give --base DIRECTORY_OR_HUB_ID")
     target = _free(Path(output))
     policy = _read(directory / POLICY_FILE) or _read(run / POLICY_FILE)
+    published = policy.get("digest") is not None
     exported = Exported(
         path=target,
         merged=merged,
         base=base_name,
-        policy=f"{policy['policy']}@{policy['version']}" if policy else None,
+        policy=f"{policy['policy']}@{policy['version']}" if published else None,
         digest=policy.get("digest"),
         figures=_figures(run, directory),
     )

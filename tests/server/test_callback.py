@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from datasets import Dataset
 from peft import get_peft_model
@@ -72,14 +74,21 @@ def test_sft_policy_is_published_at_begin_and_after_each_step(server, model_dir,
 
 
 def test_every_kth_step_is_published_and_so_is_the_last(server, model_dir, tmp_path):
-    trainer = sft(model_dir, tmp_path, max_steps=5, logging_steps=5)
+    trainer = sft(
+        model_dir, tmp_path, max_steps=5, logging_steps=5, save_strategy="steps", save_steps=3
+    )
     callback = tink_rl.PolicySyncCallback(trainer, server.url, sync=settings(server), every=2)
     trainer.add_callback(callback)
     trainer.train()
-    assert len(trainer.policy_link.records) == 4  # begin, step 2, step 4, end
+    # Begin, step 2, step 4, end; and step 3, for its checkpoint to name what it holds.
+    records = trainer.policy_link.records
+    assert len(records) == 5
+    for folder, record in (("checkpoint-3", records[2]), (".", records[4])):
+        named = json.loads((tmp_path / folder / "tink_policy.json").read_text())
+        assert (named["version"], named["digest"]) == (record.version, record.digest)
     (row,) = synced(trainer)
-    # The row of step 5 was written before the end's publish: it has the first three.
-    assert row["sync/policy_version"] == trainer.policy_link.records[2].version
+    # The row of step 5 was written before the end's publish.
+    assert row["sync/policy_version"] == records[3].version
     assert_last_is_served(server, model_dir, trainer)
 
 

@@ -145,7 +145,12 @@ def test_publish_that_fails_twice_ends_the_run_with_a_checkpoint(server, model_d
         trainer.train()
     assert caught.value.details["replica"] == server.url
     step = trainer.state.global_step
-    assert (tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    # No version holds these weights; the numbers go on after the last that there is.
+    saved = json.loads((checkpoint / "tink_policy.json").read_text())
+    last = trainer.policy_link.records[-1]
+    assert (saved["version"], saved["digest"]) == (last.version, None)
 
 
 def test_second_publisher_of_one_model_is_refused(server, model_dir, tmp_path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,6 @@ class AdapterCollector:
         if moved and base is not None:
             facts = {**facts, "init_lora_weights": True}
         check_supported(facts, where=f"adapter {self._name!r}")
-        self.needs = needs(facts)
         self._modules = list(_find_modules(model, self._name))
         if not self._modules:
             raise UnsupportedAdapter(
@@ -176,6 +175,7 @@ class AdapterCollector:
             module.shape[1] + (self._moved[module.name][0].shape[0] if self._moved else 0)
             for module in self._modules
         )
+        self.needs = replace(needs(facts), rank=self.rank)
         self.dropout = float(config.lora_dropout or 0.0)
 
     @property

@@ -32,7 +32,7 @@ def choose_mode(
         if wanted not in status.modes:
             raise _not_offered(f"mode {wanted!r}", wanted, status)
         return Choice(mode=SyncMode(wanted), reason="asked for")
-    fitting = [mode for mode in needed.modes if mode in status.modes]
+    fitting = fitting_modes(status, needed)
     if not fitting:
         because = ", ".join(needed.because) or "the adapter"
         raise _not_offered(
@@ -40,6 +40,10 @@ def choose_mode(
         )
     others = {PolicyVersion.parse(name).policy for name in status.served if "@" in name} - {policy}
     slots = sorted(set(status.served) - {status.merged, status.full})
+    too_large = needed.rank > status.max_lora_rank and SyncMode.ADAPTER in status.modes
+    if too_large and SyncMode.ADAPTER not in fitting:
+        reason = f"rank {needed.rank} is above the server's slots ({status.max_lora_rank})"
+        return Choice(mode=_first(fitting, SyncMode.MERGED, SyncMode.FULL), reason=reason)
     if len(needed.modes) == 1:
         return Choice(mode=fitting[0], reason=f"{', '.join(needed.because)} needs it")
     if slots and SyncMode.ADAPTER in fitting:
@@ -47,8 +51,23 @@ def choose_mode(
         return Choice(mode=SyncMode.ADAPTER, reason=f"{shared} in slots share the server")
     if SyncMode.MERGED in fitting and not slots:
         return Choice(mode=SyncMode.MERGED, reason="one policy, at the base model's decode speed")
-    mode = next(m for m in (SyncMode.ADAPTER, SyncMode.FULL, SyncMode.MERGED) if m in fitting)
+    mode = _first(fitting, SyncMode.ADAPTER, SyncMode.FULL, SyncMode.MERGED)
     return Choice(mode=mode, reason=f"the server offers {', '.join(status.modes)}")
+
+
+def fitting_modes(status: ServerStatus, needed: Needs) -> list[SyncMode]:
+    """Modes that express the adapter and that the server offers; a slot only if it holds the rank.
+
+    A server that offers nothing but slots keeps them: it refuses the rank itself, with the remedy.
+    """
+    offered = [mode for mode in needed.modes if mode in status.modes]
+    if needed.rank <= status.max_lora_rank:
+        return offered
+    return [mode for mode in offered if mode is not SyncMode.ADAPTER] or offered
+
+
+def _first(fitting: list[SyncMode], *wanted: SyncMode) -> SyncMode:
+    return next(mode for mode in wanted if mode in fitting)
 
 
 def check_fits(wanted: str, needed: Needs) -> None:

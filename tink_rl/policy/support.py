@@ -48,6 +48,8 @@ class Needs:
     """Features that leave out a mode, with what is done about them."""
     refused: tuple[str, ...] = ()
     """Why nothing can express it, with remedies; empty if something can."""
+    rank: int = 0
+    """The largest rank that travels, which a slot must hold; 0: not known."""
 
 
 def _set(field: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,19 +231,28 @@ def _bytes(axis: Any, run: Run) -> bool:
     steps, values = run.series("sync/bytes", 2**-20)
     if not steps:
         return False
-    total, sums = 0.0, []
-    for value in values:
-        total += value
-        sums.append(total)
     axis.bar(steps, values, color=BLUE, width=0.9, label="one publish")
     axis.set_ylabel("MiB, one publish")
     axis.set_ylim(0, 1.25 * max(values) or 1)
+    total_steps, totals = run.series("sync/bytes_total", 2**-20)
+    if not totals:  # a log of an earlier release, with a row a step
+        total_steps, totals = steps, list(itertools.accumulate(values))
     other = axis.twinx()
-    other.plot(steps, sums, color=AMBER, linewidth=1.6)
+    other.plot(total_steps, _over_restarts(totals), color=AMBER, linewidth=1.6)
     other.set_ylabel("MiB, all so far", color=AMBER)
     other.set_ylim(bottom=0)
     other.grid(visible=False)
     return True
+
+
+def _over_restarts(totals: list[float]) -> list[float]:
+    """Running totals that a resumed run began again at zero, as one."""
+    before, last, found = 0.0, 0.0, []
+    for total in totals:
+        before += last if total < last else 0.0
+        last = total
+        found.append(before + total)
+    return found
 
 
 def _tokens(axis: Any, run: Run) -> bool:

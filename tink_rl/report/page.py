@@ -79,7 +79,7 @@ def _subtitle(run: Run) -> str:
     if not run.policy:
         return ""
     name, mode = f"{run.policy['policy']}@{run.policy['version']}", run.policy["mode"]
-    return f"last policy {name}, {mode} mode, digest {run.policy['digest'][:12]}"
+    return f"last policy {name}, {mode} mode, digest {str(run.policy['digest'])[:12]}"
 
 
 def _status(run: Run, now: float) -> str:

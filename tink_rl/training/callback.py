@@ -13,7 +13,7 @@ from typing import Any
 
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError, UnknownVersion
-from tink_rl.training import live
+from tink_rl.training import live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.publishing import PublishCallback, metrics_of
 from tink_rl.types import ServerStatus
@@ -73,7 +73,7 @@ class PolicySyncCallback(PublishCallback):
         super().__init__(trainer, link_to(trainer, self._clients, sync), self._publish, every=every)
         self._prompts, self._sample_every = list(sample_prompts), sample_every
         self._max_tokens, self._temperature = max_tokens, temperature
-        self._pending: list[dict[str, float]] = []
+        self._pending: dict[str, list[float]] = {}
         self.samples: list[dict[str, Any]] = []
         """Everything that was shown: `step`, `policy`, `version`, `prompt`, `completion`."""
         self._log = trainer.log
@@ -83,9 +83,7 @@ class PolicySyncCallback(PublishCallback):
 
     def _publish(self) -> None:
         self._link.start(self._check)
-        metrics = metrics_of(self._link.publish())
-        if metrics:
-            self._pending.append(metrics)
+        metrics.add(self._pending, metrics_of(self._link.publish(), self._link))
 
     def _check(self, status: ServerStatus) -> None:
         if self._prompts and self._max_tokens >= status.max_model_len:
@@ -95,15 +93,10 @@ class PolicySyncCallback(PublishCallback):
             )
 
     def _log_with_metrics(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """`trainer.log` with the means of the publishes since the last row of training."""
-        if "loss" in logs and self._pending:
-            keys = dict.fromkeys(key for metrics in self._pending for key in metrics)
-            for key in keys:
-                values = [metrics[key] for metrics in self._pending if key in metrics]
-                logs[key] = sum(values) / len(values)
-            # A version is no quantity to average.
-            logs["sync/policy_version"] = self._pending[-1]["sync/policy_version"]
-            self._pending = []
+        """`trainer.log` with what the publishes since the last row of training took."""
+        if "loss" in logs:
+            logs.update({key: sum(found) / len(found) for key, found in self._pending.items()})
+            self._pending = {}
         self._log(logs, *args, **kwargs)
 
     # -- events -----------------------------------------------------------------------------------

@@ -169,15 +169,19 @@ class PolicyLink:
 
     # -- checkpoints ------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write which version a checkpoint holds (rank 0)."""
+    def save(self, directory: str | os.PathLike[str], *, published: bool = True) -> None:
+        """Write which version a checkpoint holds (rank 0).
+
+        Not `published`: what it holds could not be published; it names the last version that was, for
+        the numbers to go on from, and no digest.
+        """
         record = self.sync.current
         if record is None or not self._accelerator.is_main_process:
             return
         data = {
             "policy": record.policy,
             "version": record.version,
-            "digest": record.digest,
+            "digest": record.digest if published else None,
             "mode": record.mode.value,
             "base_fingerprint": self.sync.status.base_fingerprint,
         }

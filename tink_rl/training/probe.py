@@ -20,6 +20,7 @@ import torch
 from tink_rl.errors import ProbeFailed
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.collect import Collector, LiveModel
+from tink_rl.policy.modes import fitting_modes
 from tink_rl.transport.probes import Probe, largest_gap
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import WeightSync
@@ -169,7 +170,7 @@ class Prober:
     ) -> None:
         """Say which mode `auto` took; below fp32, measure the slot's gap too where there is one."""
         reason = f"logprob gap {merged_gap:.2g}"
-        slots = SyncMode.ADAPTER in sync.status.modes and SyncMode.ADAPTER in collector.needs.modes
+        slots = SyncMode.ADAPTER in fitting_modes(sync.status, collector.needs)
         both = slots and sync.mode is SyncMode.MERGED
         if both and sync.status.dtype != "float32":
             sync.use_mode(SyncMode.ADAPTER)

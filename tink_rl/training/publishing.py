@@ -48,6 +48,7 @@ class PublishCallback(TrainerCallback):
         except PublishFailed as error:
             self._trainer._save_checkpoint(self._trainer.model, trial=None)
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._link.save(checkpoint, published=False)
             raise PublishFailed(
                 f"{error.message}; the state of step {state.global_step} was saved: resume with "
                 f"--resume_from_checkpoint {checkpoint}",
@@ -55,24 +56,29 @@ class PublishCallback(TrainerCallback):
             ) from error
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write version and digest beside the checkpoint."""
+        """Write version and digest beside the checkpoint, published first if this step was not."""
+        if state.global_step % self._every:
+            self._sync()
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if checkpoint.is_dir():
             self._link.save(checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give the lease back; the last version stays served."""
+        """Write which version the run ended with; give the lease back, it stays served."""
+        if Path(args.output_dir).is_dir():
+            self._link.save(args.output_dir)
         self._link.close()
 
 
-def metrics_of(record: PublishRecord) -> dict[str, float]:
-    """The `sync/*` metrics of one publish; none if nothing had to be sent."""
+def metrics_of(record: PublishRecord, link: PolicyLink) -> dict[str, float]:
+    """The `sync/*` metrics of one publish through `link`; none if nothing had to be sent."""
     if not record.published:
         return {}
     metrics = {
         "sync/seconds": record.seconds,
         "sync/held_seconds": record.held_seconds,
         "sync/bytes": float(record.num_bytes),
+        "sync/bytes_total": float(sum(record.num_bytes for record in link.records)),
         "sync/policy_version": float(record.version),
     }
     metrics |= {f"sync/phase/{phase}": s for phase, s in record.phase_seconds.items()}

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tink_rl.training import metrics
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -70,13 +72,15 @@ class RunLog(TrainerCallback):
         total = time.perf_counter() - self._step_start
         sampling = generation.total_seconds - self._sampling_s
         syncing = sum(record.seconds for record in records[self._num_records :])
-        metrics = self._trainer._metrics["train"]
-        metrics["share/sampling"].append(sampling / total)
-        metrics["share/syncing"].append(syncing / total)
-        metrics["share/training"].append(max(0.0, total - sampling - syncing) / total)
+        found = {
+            "share/sampling": sampling / total,
+            "share/syncing": syncing / total,
+            "share/training": max(0.0, total - sampling - syncing) / total,
+        }
         sampled = generation.last_model.rpartition("@")[2]
         if sampled:
-            metrics["rollout/staleness"].append(float(self._version - int(sampled)))
+            found["rollout/staleness"] = float(self._version - int(sampled))
+        metrics.add(self._trainer._metrics["train"], found)
         self._mark_step()
 
     def _mark_step(self) -> None:

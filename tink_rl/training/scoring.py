@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.rollouts import RolloutBatch, RolloutLog, scores_of
@@ -106,5 +107,4 @@ def _note_sequence_gap(trainer: Any, batch: RolloutBatch, output: dict[str, Any]
         if any(mask) and turns[0].logprobs is not None
     ]
     if gaps:
-        metrics = trainer._metrics[batch.phase]
-        metrics["rollout/sequence_logprob_gap"].append(max(gaps))
+        metrics.add(trainer._metrics[batch.phase], {"rollout/sequence_logprob_gap": max(gaps)})

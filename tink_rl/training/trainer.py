@@ -15,7 +15,7 @@ import trl
 from transformers import TrainingArguments
 
 from tink_rl.config import SyncConfig
-from tink_rl.training import checks, live
+from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
@@ -50,7 +50,7 @@ class _RolloutCallback(PublishCallback):
         super().on_step_end(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         now = time.perf_counter()
-        self._trainer._metrics["train"]["step_seconds"].append(now - self._last_step_end)
+        metrics.add(self._trainer._metrics["train"], {"step_seconds": now - self._last_step_end})
         self._last_step_end = now
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -63,7 +63,7 @@ class _RolloutCallback(PublishCallback):
 def _copy_logprob_gap(trainer: Any) -> None:
     found = trainer._metrics["train"].get("sampling/sampling_logp_difference/max")
     if found:
-        trainer._metrics["train"]["rollout/logprob_gap"].append(found[-1])
+        metrics.add(trainer._metrics["train"], {"rollout/logprob_gap": max(found)})
 
 
 def attach(
@@ -126,8 +126,7 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
 
     def sync() -> None:
         link.start(check)
-        for key, value in metrics_of(link.publish()).items():
-            trainer._metrics["train"][key].append(value)
+        metrics.add(trainer._metrics["train"], metrics_of(link.publish(), link))
 
     return _MeasuredGeneration(
         clients,
@@ -150,10 +149,13 @@ class _MeasuredGeneration(PolicyGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See `PolicyGeneration.generate`."""
         rows = super().generate(*args, **kwargs)
-        metrics = self._trainer._metrics["train" if self._trainer.model.training else "eval"]
-        metrics["rollout/tokens_per_second"].append(self.last_num_tokens / self.last_seconds)
-        metrics["rollout/seconds"].append(self.last_seconds)
-        metrics["rollout/policy_version"].append(float(self.last_model.rpartition("@")[2]))
+        found = {
+            "rollout/tokens_per_second": self.last_num_tokens / self.last_seconds,
+            "rollout/seconds": self.last_seconds,
+            "rollout/policy_version": float(self.last_model.rpartition("@")[2]),
+        }
+        phase = "train" if self._trainer.model.training else "eval"
+        metrics.add(self._trainer._metrics[phase], found)
         return rows
 
 

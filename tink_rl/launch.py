@@ -104,6 +104,15 @@ class ServerOptions:
         return _MODES[self.mode]
 
     @property
+    def api_key(self) -> str | None:
+        """vLLM's own key, if `extra_args` or the environment give the server one."""
+        for i, word in enumerate(self.extra_args):
+            name, given, value = word.partition("=")
+            if name in ("--api-key", "--api_key"):
+                return value if given else next(iter(self.extra_args[i + 1 :]), None)
+        return self.env.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY") or None
+
+    @property
     def url(self) -> str:
         """Where a client on this machine reaches the server."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
@@ -145,7 +154,9 @@ def _check_model(model: str) -> None:
                 f"model directory {model!r} has no config.json; expected a saved transformers model"
             )
         return
+    # `models/base` may be either; beside a folder `models` it is a path with a slip.
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    looks_like_path = looks_like_path or path.parent.is_dir()
     offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True", "yes")
     if not looks_like_path and not offline:
         return  # a hub id: vLLM downloads it
@@ -331,7 +342,7 @@ class VLLMServer:
 
     def client(self) -> VLLMClient:
         """A client with this server's token."""
-        return VLLMClient(self.url, token=self.token)
+        return VLLMClient(self.url, token=self.token, api_key=self.options.api_key)
 
     def start(self) -> VLLMServer:
         """Start and wait until a first completion was sampled; nothing is left behind on failure.
@@ -509,6 +520,7 @@ def _end_group(group: int, number: signal.Signals, timeout_s: float) -> None:
 def explain_failure(what: str, log: str, log_path: str) -> TinkError:
     """The one line that a user needs of a failed start."""
     lines = [line for line in log.splitlines() if re.search(r"Error|error:|Exception", line)]
+    lines = [line for line in lines if "See root cause above" not in line] or lines
     last = re.sub(r"^\(.*?\)\s*|ERROR [\d\- :.]+\[.*?\]\s*", "", lines[-1]).strip() if lines else ""
     _, golden, reason = log.partition(_GOLDEN_MARK)
     if golden:

@@ -7,6 +7,7 @@ worker, if its vLLM runs on this machine, takes the trainer's.
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 
@@ -58,7 +59,9 @@ def plan_here(num_workers: int = 1) -> Placement:
 def has_gpu() -> bool:
     """Whether a CUDA device is there; does not load torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return os.path.exists("/dev/nvidia0") and visible not in ("", "-1")
+    # A container may hold any one of a machine's GPUs; WSL2 shows them all as one device.
+    nodes = [*glob.glob("/dev/nvidia[0-9]*"), *glob.glob("/dev/dxg")]
+    return bool(nodes) and visible not in ("", "-1")
 
 
 def apply_to_trainer(placement: Placement) -> None:

@@ -44,7 +44,6 @@ _TRIED_AGAIN = (
     errors.RequestTimeout,
     errors.StaleEpoch,
     errors.ServerUnreachable,
-    errors.ServerRestarted,
     errors.DigestMismatch,
     errors.TruncatedPacket,
     errors.CommitFailed,
@@ -109,7 +108,7 @@ class WeightSync:
         return VLLMClient(
             url,
             token=self.config.read_token(),
-            api_key=self.config.api_key,
+            api_key=self.config.read_api_key(),
             request_timeout_s=self.config.request_timeout_s,
         )
 
@@ -233,9 +232,19 @@ class WeightSync:
 
         Raises:
             PublishFailed: it failed twice; details name phase and replica.
-            TinkError: the packet was refused (with the reason); what was served stays served.
+            TinkError: the packet was refused (with the reason), or another phase, which its details
+                name, failed; what was served stays served.
         """
         watch = Stopwatch()
+        try:
+            return self._publish(source, watch, probe, synthetic=synthetic)
+        except TinkError as error:
+            error.details.setdefault("phase", watch.phase)
+            raise
+
+    def _publish(
+        self, source: Any, watch: Stopwatch, probe: Probe | None, *, synthetic: bool
+    ) -> PublishRecord:
         with watch(Phase.JOIN):
             self.open()
         with watch(Phase.COLLECT):
@@ -380,7 +389,7 @@ class WeightSync:
                 self.fleet.each(lambda replica: replica.ensure_channel())
             with watch(Phase.COLLECT):
                 source = make()
-            update = self._new_update(version)
+            update = self._begin(version, source, watch)
             return self._send_whole(update, source, watch)
 
         held_s = self._twice(name, watch, send, tries=1 if once else 2)
@@ -406,6 +415,20 @@ class WeightSync:
         self._kept = []  # slots of this policy ended with the full version
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
 
+    def _begin(self, version: int, source: WholeSource, watch: Stopwatch) -> WholeUpdate:
+        """An update that every replica has begun; no tensor was read yet, so lost channels are mended."""
+        update = self._new_update(version)
+        try:
+            with watch(Phase.STAGE):
+                update.begin(source.plan(self.status.dtype))
+        except _TRIED_AGAIN as error:
+            logger.warning("%s could not begin, joining again: %s", update.name, error)
+            self._close_channels()
+            update = self._new_update(version)
+            with watch(Phase.STAGE):
+                update.begin(source.plan(self.status.dtype))
+        return update
+
     def _new_update(self, version: int) -> WholeUpdate:
         return WholeUpdate(
             self.fleet,
@@ -417,9 +440,8 @@ class WeightSync:
         )
 
     def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: Stopwatch) -> float:
-        """Begin, every tensor, finish; the longest hold in seconds."""
+        """Every tensor, finish; the longest hold in seconds."""
         with watch(Phase.STAGE):
-            update.begin(source.plan(self.status.dtype))
             update.add_all(source.pairs())
         with watch(Phase.COMMIT):
             return update.finish()
@@ -451,6 +473,7 @@ class WeightSync:
         digest = in_background(lambda: packet.digest_of(named, buffer))
         retire = self._superseded()
         held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch, retire))
+        self._version = max(self._version, version)  # taken, whatever the probe says of it
         self._kept = [kept for kept in self._kept if kept not in retire]
         named = replace(named, digest=digest())
         gap = None
@@ -469,7 +492,6 @@ class WeightSync:
             probe_gap=gap,
         )
         with watch(Phase.POINT):
-            self._version = max(self._version, version)
             self.current = record
             self._spare = self._last[1] if self._last is not None else None
             self._last = (named, buffer)
@@ -494,17 +516,18 @@ class WeightSync:
             return work()
         except _TRIED_AGAIN as error:
             if tries == 1:
+                self._close_channels()  # the next publish joins again
                 raise self._failed(name, watch, error) from error
             logger.warning("publish of %s failed in %s, trying again: %s", name, watch.phase, error)
-        except TinkError as error:
-            error.details.setdefault("phase", watch.phase)
-            raise
-        for replica in self.fleet.replicas:
-            replica.close()
+        self._close_channels()
         try:
             return work()
         except TinkError as error:
             raise self._failed(name, watch, error) from error
+
+    def _close_channels(self) -> None:
+        for replica in self.fleet.replicas:
+            replica.close()
 
     def _failed(self, name: str, watch: Stopwatch, error: TinkError) -> errors.PublishFailed:
         return errors.PublishFailed(

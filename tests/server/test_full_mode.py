@@ -139,6 +139,34 @@ def test_stream_that_is_found_wrong_midway_leaves_not_ready_and_is_healed(
     assert server.client().status().state == "ready"
 
 
+def forget_writer(server, sync):
+    """The server knows of no channel of `sync` any more, as after a restart."""
+    [replica] = sync.fleet.replicas
+    known = {"policy": sync.config.policy, "epoch": replica.epoch}
+    server.client().control("leave", known, timeout_s=5.0)
+
+
+def test_stream_begins_again_on_a_server_that_forgot_its_writer(server, twin, sync):
+    sync.publish_full(twin.tensors())
+    forget_writer(server, sync)
+    twin.shake_base(2)
+    record = sync.publish_full(iter(twin.tensors().items()))
+    assert_served(server, record.name, twin.base_cases())
+
+
+def test_stream_that_loses_its_server_midway_fails_and_the_next_one_joins_again(server, twin, sync):
+    def stream():
+        for number, pair in enumerate(twin.tensors().items()):
+            if number == 4:
+                forget_writer(server, sync)
+            yield pair
+
+    twin.shake_base(3)
+    with pytest.raises(errors.PublishFailed):
+        sync.publish_full(stream())
+    assert_served(server, sync.publish_full(iter(twin.tensors().items())).name, twin.base_cases())
+
+
 def test_stream_with_an_incomplete_group_is_refused_before_that_group_is_touched(
     server, twin, sync
 ):
@@ -309,6 +337,8 @@ def test_trls_weight_interface_serves_whole_tensors(server, twin):
         )
         assert output["model"] == "trl@1" and output["completion_ids"] == list(cases.values())
         twin.randomise(3)
+        known = {"policy": "trl", "epoch": client._replica().epoch}
+        client.control("leave", known, timeout_s=5.0)  # the server forgets, as after a restart
         client.update_model_params(twin.model)  # merged on the fly
         fresh = PeftTwin(twin.directory)
         assert client.models() == ["trl@2"]

@@ -132,6 +132,42 @@ def test_nccl_without_a_gpu_is_refused_with_the_remedy():
         )
 
 
+class _Work:
+    """Of a broadcast whose peer is gone: it never ends."""
+
+    def is_completed(self):
+        return False
+
+
+class _Group:
+    aborted = False
+
+    def broadcast(self, tensors, options):
+        return _Work()
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_nccl_gives_a_lost_peer_up_at_the_deadline():
+    channel, group = object.__new__(communicator.NcclChannel), _Group()
+    channel._group, channel._store = group, None
+    with pytest.raises(ChannelLost, match=r"within 0\.05 s"):
+        channel.broadcast(torch.zeros(8, dtype=torch.uint8), src=0, timeout_s=0.05)
+    assert group.aborted
+    with pytest.raises(ChannelLost, match="was closed"):
+        channel.broadcast(torch.zeros(8, dtype=torch.uint8), src=0, timeout_s=0.05)
+
+
+def test_ranks_meet_before_nccl_begins_or_say_that_they_did_not():
+    store, port = communicator.bind_store("127.0.0.1", 0, 5.0)
+    with pytest.raises(RuntimeError):
+        communicator._meet(store, "x", 0, 2, 0.2)
+    other = communicator.dial_store("127.0.0.1", port, 5.0)
+    communicator._meet(other, "x", 1, 2, 5.0)
+    communicator._meet(store, "x", 0, 2, 5.0)
+
+
 @pytest.mark.gpu
 def test_nccl_moves_bytes_on_a_gpu():
     store, _ = communicator.bind_store("127.0.0.1", 0, 10.0)

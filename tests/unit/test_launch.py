@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from fnmatch import fnmatch
 
 import pytest
 
 from tink_rl import errors, launch, placement
+from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
 from tink_rl.placement import plan
@@ -103,6 +105,54 @@ def test_engine_core_spins_as_ever_where_it_has_a_core_to_spin_on(model_dir, tmp
         has_gpu=False,
     )
     assert not {"TINK_SERVER_ENGINE_SLEEPS", "VLLM_CPU_OMP_THREADS_BIND"} & set(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "visible", "found"),
+    [
+        (["/dev/nvidia0"], None, True),
+        (["/dev/nvidia3"], None, True),
+        (["/dev/dxg"], None, True),
+        (["/dev/nvidiactl"], None, False),
+        (["/dev/nvidia0"], "", False),
+        ([], None, False),
+    ],
+)
+def test_a_gpu_is_found_whatever_its_number(monkeypatch, nodes, visible, found):
+    monkeypatch.setattr(
+        placement.glob, "glob", lambda pattern: [n for n in nodes if fnmatch(n, pattern)]
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert placement.has_gpu() == found
+
+
+def test_the_key_of_vllm_itself_is_the_one_that_the_server_is_given(model_dir, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert _options(model_dir).api_key is None
+    assert _options(model_dir, extra_args=("--api-key", "k", "--seed", "1")).api_key == "k"
+    assert _options(model_dir, extra_args=("--seed", "1", "--api-key=k")).api_key == "k"
+    assert _options(model_dir, env={"VLLM_API_KEY": "e"}).api_key == "e"
+    monkeypatch.setenv("VLLM_API_KEY", "o")
+    assert _options(model_dir).api_key == "o" and SyncConfig().read_api_key() == "o"
+
+
+def test_path_with_a_slip_in_its_last_part_is_no_hub_id(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(errors.ModelNotFound, match="models/bsae"):
+        launch.check_options(ServerOptions(model="models/bsae"))
+    launch.check_options(ServerOptions(model="org/model"))  # nothing of that name here
+
+
+def test_failure_of_the_engine_is_told_by_its_cause():
+    log = (
+        "(EngineCore pid=1) ValueError: rope_scaling has no factor\n"
+        "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert "rope_scaling" in str(launch.explain_failure("vLLM ended", log, "server.log"))
 
 
 @pytest.mark.parametrize(

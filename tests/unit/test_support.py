@@ -65,6 +65,10 @@ def test_needs_are_the_modes_that_express_everything(facts, modes):
         ("auto", {"modes": ("full",)}, Needs(), SyncMode.FULL, "offers full"),
         ("auto", {"modes": ("merged", "full")}, DORA, SyncMode.FULL, "DoRA"),
         ("full", {"modes": ("merged", "full")}, Needs(), SyncMode.FULL, "asked for"),
+        ("auto", {}, Needs(rank=999), SyncMode.MERGED, "rank 999 is above"),
+        ("auto", {"modes": ("adapter", "full")}, Needs(rank=999), SyncMode.FULL, "rank 999"),
+        # It refuses the rank itself, with the remedy.
+        ("auto", {"modes": ("adapter",)}, Needs(rank=999), SyncMode.ADAPTER, "offers adapter"),
     ],
 )
 def test_auto_says_what_it_took_and_why(wanted, server, needed, mode, why):

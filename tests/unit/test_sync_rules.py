@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.policy.modes import choose_mode
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
+from tink_rl.server.policies import Policies
 from tink_rl.transport.probes import largest_gap
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.transport.vllm_client import VLLMClient
@@ -246,3 +248,43 @@ def test_what_the_client_cannot_do_is_refused_before_a_request(call):
 
     with pytest.raises(errors.TinkError):
         call(_client(never))
+
+
+def test_epochs_of_a_restarted_server_are_above_those_of_its_earlier_life():
+    before, _ = Leases().take("policy", "one")
+    time.sleep(0.002)
+    after, _ = Leases().take("policy", "two")
+    assert after.epoch > before.epoch
+
+
+class _Engine:
+    """Aborts what is in it; what comes while it is paused waits until it is resumed."""
+
+    def __init__(self, gate):
+        self._gate = gate
+        self._inside, self._waiting = [gate.enter()], [gate.enter()]
+
+    async def arrive(self):
+        self._inside = [await ticket for ticket in self._inside]
+        self._waiting = [await ticket for ticket in self._waiting]
+
+    async def pause_generation(self, *, mode, clear_cache):
+        assert mode == "abort"
+        for ticket in self._inside:
+            self._gate.leave(ticket)
+        self._inside = []
+
+    async def resume_generation(self):
+        self._inside, self._waiting = self._waiting, []
+
+
+def test_abort_ends_requests_that_reach_the_engine_after_it():
+    async def run():
+        policies = object.__new__(Policies)
+        policies.gate = Gate()
+        policies._engine = engine = _Engine(policies.gate)
+        await engine.arrive()
+        await policies.hold(5.0, "abort")
+        assert policies.gate.num_running == 0
+
+    asyncio.run(run())

@@ -27,7 +27,8 @@ class Leases:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._epochs = itertools.count(1)
+        # Above those of an earlier life of the server, whose writers may still be there.
+        self._epochs = itertools.count(time.time_ns() // 1_000_000)
         self._leases: dict[str, Lease] = {}
 
     def take(self, policy: str, writer: str) -> tuple[Lease, Lease | None]:

@@ -27,6 +27,8 @@ from tink_rl.server.writers import Writers
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl.server")
+_ABORT_AGAIN_S = 0.1
+"""How long what was aborted may take to end before what came after it is aborted too."""
 
 
 @dataclass(kw_only=True)
@@ -270,20 +272,32 @@ class Policies:
             DrainTimeout: they did not end.
         """
         self.gate.close()
-        aborted = False
-        try:
-            if on_running == "abort" and self.gate.num_running:
-                aborted = True
+        ended = self._aborted if on_running == "abort" else self.gate.drained
+        if not await ended(drain_timeout_s):
+            raise errors.DrainTimeout(
+                f"{self.gate.num_running} requests still run after {drain_timeout_s:g} s; "
+                "nothing was written. Raise SyncConfig(drain_timeout_s=...) or set "
+                "on_running='abort'"
+            )
+
+    async def _aborted(self, timeout_s: float) -> bool:
+        """Abort what runs until nothing does; whether that was so within `timeout_s`.
+
+        vLLM aborts what is in the engine, and a paused one keeps what comes after: a request that had
+        passed the gate and was not there yet is let in, and aborted the next time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.gate.num_running:
+            try:
                 await self._engine.pause_generation(mode="abort", clear_cache=False)
-            if not await self.gate.drained(drain_timeout_s):
-                raise errors.DrainTimeout(
-                    f"{self.gate.num_running} requests still run after {drain_timeout_s:g} s; "
-                    "nothing was written. Raise SyncConfig(drain_timeout_s=...) or set "
-                    "on_running='abort'"
-                )
-        finally:
-            if aborted:
+            finally:
                 await self._engine.resume_generation()
+            left = deadline - time.monotonic()
+            if await self.gate.drained(max(0.0, min(_ABORT_AGAIN_S, left))):
+                return True
+            if left <= 0:
+                return False
+        return True
 
     async def _fold(self, staged: Staged | None) -> None:
         """Write, forget the old weights' cache, change the name. Nothing runs meanwhile."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tink_rl.config import SyncConfig
@@ -31,7 +33,7 @@ def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient
         else VLLMClient(
             server,
             token=sync.read_token(),
-            api_key=sync.api_key,
+            api_key=sync.read_api_key(),
             request_timeout_s=sync.request_timeout_s,
             connection_timeout=getattr(args, "vllm_server_timeout", 0.0),
         )
@@ -73,6 +75,8 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
 def _closing_on_error(train: Callable[..., Any], link: PolicyLink) -> Callable[..., Any]:
     @functools.wraps(train)
     def closing(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        link.resumed_from = Path(given) if isinstance(given, (str, os.PathLike)) else None
         try:
             with link.ranks.failing_together():
                 return train(*args, **kwargs)

@@ -66,6 +66,8 @@ class PolicyLink:
         self.sync.claim(model)
         self.records: list[PublishRecord] = []
         """Every publish that sent something, in order; the same on every rank."""
+        self.resumed_from: Path | None = None
+        """The checkpoint that `train` was told to resume from, where it was told."""
         self.ranks = Ranks(
             accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
         )

@@ -90,9 +90,10 @@ class Prober:
         synthetic, wanted = self._telling_adapter(
             collector, base, sync.probes.tolerance(sync.status.dtype), probe_with
         )
-        gap = self._publish_and_drop(sync, synthetic, wanted)
         if sync.config.mode == "auto":
-            self._weigh(sync, collector, synthetic, wanted, gap)
+            self._weigh(sync, collector, synthetic, wanted)
+        else:
+            self._publish_and_drop(sync, synthetic, wanted)
 
     def _measure_noise(
         self,
@@ -160,24 +161,42 @@ class Prober:
         finally:
             sync.drop_current()
 
-    def _weigh(
-        self,
-        sync: WeightSync,
-        collector: Collector,
-        synthetic: Any,
-        wanted: Probe,
-        merged_gap: float,
-    ) -> None:
-        """Say which mode `auto` took; below fp32, measure the slot's gap too where there is one."""
-        reason = f"logprob gap {merged_gap:.2g}"
+    def _weigh(self, sync: WeightSync, collector: Collector, synthetic: Any, wanted: Probe) -> None:
+        """Prove the mode that `auto` takes, and say which; below fp32, weigh merged against a slot."""
+        modes = [sync.mode]
+        rounds = sync.status.dtype != "float32"
         slots = SyncMode.ADAPTER in fitting_modes(sync.status, collector.needs)
-        both = slots and sync.mode is SyncMode.MERGED
-        if both and sync.status.dtype != "float32":
-            sync.use_mode(SyncMode.ADAPTER)
-            slot_gap = self._publish_and_drop(sync, synthetic, wanted)
-            worse = merged_gap > _MERGED_GAP_FACTOR * slot_gap + _MERGED_GAP_SLACK
+        if rounds and slots and sync.mode is SyncMode.MERGED:
+            modes.append(SyncMode.ADAPTER)
+        gaps = self._gaps(sync, modes, synthetic, wanted)
+        merged, slot = gaps.get(SyncMode.MERGED), gaps.get(SyncMode.ADAPTER)
+        if merged is not None and slot is not None:
+            worse = merged > _MERGED_GAP_FACTOR * slot + _MERGED_GAP_SLACK
             sync.use_mode(SyncMode.ADAPTER if worse else SyncMode.MERGED)
-            reason = f"logprob gap merged {merged_gap:.2g}, slot {slot_gap:.2g}"
+            reason = f"logprob gap merged {merged:.2g}, slot {slot:.2g}"
+        else:
+            [(mode, gap)] = gaps.items()
+            sync.use_mode(mode)
+            reason = f"logprob gap {gap:.2g}"
         logger.info(
             "mode auto took %s on a %s server (%s)", sync.mode.value, sync.status.dtype, reason
         )
+
+    def _gaps(
+        self, sync: WeightSync, modes: list[SyncMode], synthetic: Any, wanted: Probe
+    ) -> dict[SyncMode, float]:
+        """The logprob gap of each of `modes` that passes the probe.
+
+        Raises:
+            ProbeFailed: none does.
+        """
+        gaps: dict[SyncMode, float] = {}
+        for mode in modes:
+            sync.use_mode(mode)
+            try:
+                gaps[mode] = self._publish_and_drop(sync, synthetic, wanted)
+            except ProbeFailed as error:
+                if mode is modes[-1] and not gaps:
+                    raise
+                logger.warning("mode auto leaves out %s: %s", mode.value, error)
+        return gaps

@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tink_rl.errors import PublishFailed
+from tink_rl.errors import NonFiniteWeights, TinkError, WeightOutOfRange
 from tink_rl.training.link import PolicyLink
 from tink_rl.types import PublishRecord
+
+_BROKEN_WEIGHTS = (NonFiniteWeights, WeightOutOfRange)
 
 
 class PublishCallback(TrainerCallback):
@@ -32,24 +34,29 @@ class PublishCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Prove the servers, restore the version number, publish what was loaded."""
         if state.global_step:
-            self._link.restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._link.restore(self._link.resumed_from or own)
         self._sync()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Publish the policy that this optimizer step made.
 
         Raises:
-            PublishFailed: it failed twice; a checkpoint of this step was written.
+            PublishFailed: it failed twice.
+            TinkError: the servers did not take it, or do not compute it.
+            In either case a checkpoint of this step was written, unless its weights are broken.
         """
         if state.global_step % self._every:
             return
         try:
             self._sync()
-        except PublishFailed as error:
+        except _BROKEN_WEIGHTS:
+            raise  # to be resumed from an earlier step
+        except TinkError as error:
             self._trainer._save_checkpoint(self._trainer.model, trial=None)
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._link.save(checkpoint, published=False)
-            raise PublishFailed(
+            raise type(error)(
                 f"{error.message}; the state of step {state.global_step} was saved: resume with "
                 f"--resume_from_checkpoint {checkpoint}",
                 **error.details,

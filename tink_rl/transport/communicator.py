@@ -24,6 +24,8 @@ from tink_rl.types import Transport
 
 PIECE_BYTES = 4 * 2**20
 """Both sides of a transfer cut the buffer here."""
+_NEVER = timedelta(days=1)
+_POLL_S = 50e-6
 
 
 class Channel(Protocol):
@@ -191,15 +193,19 @@ class NcclChannel:
                 "use SyncConfig(transport='gloo')"
             )
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
+        options._timeout = (
+            _NEVER  # of torch's watchdog, which ends the process; ours is in `_until`
+        )
         self.device = device
         try:
+            _meet(store, nonce, rank, world_size, timeout_s)
             self._group: Any = dist.ProcessGroupNCCL(
                 dist.PrefixStore(f"tink/{nonce}", store), rank, world_size, options
             )
             # NCCL connects lazily: without a first transfer a missing peer would only be
             # noticed in the middle of a publish.
-            _broadcast(self._group, torch.zeros(1, dtype=torch.uint8, device=device), 0, timeout_s)
+            first = torch.zeros(1, dtype=torch.uint8, device=device)
+            self.broadcast(first, src=0, timeout_s=timeout_s)
         except RuntimeError as error:
             raise ChannelLost(
                 f"NCCL rank {rank} of {world_size}: the others did not join within {timeout_s:g} s"
@@ -214,8 +220,15 @@ class NcclChannel:
         timeout_s: float,
     ) -> None:
         """See `Channel.broadcast`."""
-        _broadcast(self._group, buffer, src, timeout_s)
-        torch.cuda.synchronize(self.device)
+        deadline = time.monotonic() + timeout_s
+        work = _broadcast(self._group, buffer, src, timeout_s, wait=False)
+        # work.wait() would only order streams, and a synchronize() has no deadline.
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                self.close()
+                raise _lost(buffer, timeout_s, "the deadline passed")
+            time.sleep(_POLL_S)
+        _wait(work, buffer, timeout_s)
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -240,7 +253,20 @@ def transfer(
         yield piece
 
 
-def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> None:
+def _meet(store: dist.Store, nonce: str, rank: int, world_size: int, timeout_s: float) -> None:
+    """Wait until all ranks are there: NCCL's own rendezvous has no deadline.
+
+    Raises:
+        RuntimeError: they did not come within `timeout_s`.
+    """
+    here = [f"tink/{nonce}/here/{i}" for i in range(world_size)]
+    store.set(here[rank], "1")
+    store.wait(here, timedelta(seconds=timeout_s))
+
+
+def _broadcast(
+    group: Any, buffer: torch.Tensor, src: int, timeout_s: float, *, wait: bool = True
+) -> Any:
     if group is None:
         raise ChannelLost("this channel was closed; the next publish opens a fresh one")
     options = dist.BroadcastOptions()
@@ -248,13 +274,26 @@ def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> 
     options.timeout = timedelta(seconds=timeout_s)
     try:
         work = group.broadcast([buffer], options)
+    except RuntimeError as error:
+        raise _lost(buffer, timeout_s, error) from error
+    if wait:
+        _wait(work, buffer, timeout_s)
+    return work
+
+
+def _wait(work: Any, buffer: torch.Tensor, timeout_s: float) -> None:
+    try:
         # Not wait(timeout): gloo's work ends by itself at the deadline of its options.
         work.wait()
     except RuntimeError as error:
-        raise ChannelLost(
-            f"{buffer.numel()} bytes did not get through within {timeout_s:g} s; the peer of this "
-            f"channel is gone or too slow: {str(error)[:200]}"
-        ) from error
+        raise _lost(buffer, timeout_s, error) from error
+
+
+def _lost(buffer: torch.Tensor, timeout_s: float, why: object) -> ChannelLost:
+    return ChannelLost(
+        f"{buffer.numel()} bytes did not get through within {timeout_s:g} s; the peer of this "
+        f"channel is gone or too slow: {str(why)[:200]}"
+    )
 
 
 def choose_transport(

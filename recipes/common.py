@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import tink_rl
 from recipes.tasks import TASKS, Task, load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl.cli import show_wait
+from tink_rl.settings import LORA_RANKS
 from tink_rl.training.ranks import Ranks
 
 
@@ -68,8 +68,6 @@ class Setup:
 
 def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
     """Base, task and server of a run; a managed server stops with `stack`."""
-    if "WANDB_API_KEY" not in os.environ and not Path("~/.netrc").expanduser().exists():
-        os.environ.setdefault("WANDB_MODE", "offline")  # logged out: keep the run on disk
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tink_rl").setLevel(logging.INFO)
     model = recipe.model_name_or_path or _tiny_base(config)
@@ -79,15 +77,14 @@ def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
         **(_in_4bit(dtype) if recipe.load_in_4bit else {}),
         **(config.model_init_kwargs or {}),
     }
+    server, token_file = _server(recipe, config, model, stack)
     return Setup(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(model),
         task=load_task(recipe.task, seed=config.seed, data_path=recipe.data_path),
         lora=_lora(recipe),
-        server=_server(recipe, config, model, stack),
-        sync=tink_rl.SyncConfig(
-            mode=recipe.sync_mode, policy=recipe.policy, token_file=recipe.token_file
-        ),
+        server=server,
+        sync=tink_rl.SyncConfig(mode=recipe.sync_mode, policy=recipe.policy, token_file=token_file),
     )
 
 
@@ -148,19 +145,22 @@ def _tiny_base(config: Any) -> str:
         return str(ensure_tiny_base())
 
 
-def _server(recipe: RecipeArguments, config: Any, model: str, stack: ExitStack) -> str:
-    """URL of the server; rank 0 starts a managed one, which the stack stops.
+def _server(
+    recipe: RecipeArguments, config: Any, model: str, stack: ExitStack
+) -> tuple[str, str | None]:
+    """URL of the server and file of its token; rank 0 starts a managed one, which the stack stops.
 
     Raises:
         TinkError: it did not start; on every rank.
     """
     if recipe.vllm_server != "auto":
-        return recipe.vllm_server
+        return recipe.vllm_server, recipe.token_file
 
-    def start() -> str:
+    def start() -> list[str]:
         server = tink_rl.VLLMServer(
             model,
             mode=recipe.server_mode,
+            max_lora_rank=_slot_rank(recipe.lora_r),
             dtype="float32" if recipe.model_name_or_path is None else "auto",
             max_model_len=recipe.server_max_model_len or None,
             token_file=recipe.token_file,
@@ -168,9 +168,15 @@ def _server(recipe: RecipeArguments, config: Any, model: str, stack: ExitStack) 
             log_file=str(Path(config.output_dir) / "vllm.log"),
             on_wait=show_wait,
         )
-        return stack.enter_context(server).url
+        stack.enter_context(server)
+        return [server.url, str(server.token_file)]
 
     ranks = Ranks(config.process_index, config.world_size, timeout_s=float(config.ddp_timeout))
     with closing(ranks):
-        url: str = ranks.lead(start)
-    return url
+        url, token_file = ranks.lead(start)
+    return url, token_file
+
+
+def _slot_rank(lora_r: int) -> int:
+    """The smallest slot that holds `lora_r`; above the largest, what merged mode needs: any."""
+    return next((rank for rank in LORA_RANKS if rank >= lora_r), LORA_RANKS[-1])

@@ -71,6 +71,22 @@ def let_fail(trainer, job, rank):
             return send(*args, **kwargs)
 
         link.sync._send = lost
+    if fail == "version on the server":
+        trainer.add_callback(LoseVersion(trainer, rank))
+
+
+class LoseVersion(TrainerCallback):
+    """Before the third step's rollouts the server loses what it served, as in a restart."""
+
+    def __init__(self, trainer, rank):
+        self.trainer, self.rank = trainer, rank
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            link = self.trainer.policy_link
+            if self.rank == 0:
+                link.sync.fleet.replicas[0].drop(link.current)
+            self.trainer.accelerator.wait_for_everyone()
 
 
 def reward(job, rank, trainer_of):

@@ -104,6 +104,14 @@ def test_two_processes_are_one(runs, kind):
     assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
 
 
+def test_version_that_the_server_lost_is_published_again_for_all_ranks(runs):
+    code, ranks, output, out = runs.get("ddp", "version on the server")
+    assert code == 0, output[-4000:]
+    assert "publishing it again" in output
+    assert len(ranks[0]["records"]) == STEPS + 1
+    assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_last_version_answers_as_the_collected_adapter(runs, model_dir, kind):
     ranks, out = runs.fine(kind)

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
+
+import pytest
 
 from tink_rl.training import live
 
 ROW = {"step": 3, "policy": "p", "version": 4, "prompt": "1+1=", "completion": "[b]2[/b]"}
 STATE = SimpleNamespace(global_step=3)
+
+
+@pytest.mark.parametrize(
+    ("report_to", "given", "mode"),
+    [
+        (["wandb"], {}, "offline"),
+        (["wandb"], {"WANDB_MODE": "online"}, "online"),
+        (["wandb"], {"WANDB_API_KEY": "k"}, None),
+        ([], {}, None),
+    ],
+)
+def test_wandb_stays_on_disk_where_nobody_is_logged_in(
+    tmp_path, monkeypatch, report_to, given, mode
+):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")  # put back at the end, whatever happens to it here
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc there
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    live.keep_offline_without_login(SimpleNamespace(report_to=report_to))
+    assert os.environ.get("WANDB_MODE") == mode
 
 
 def test_wandb_table_names_the_version_and_leaves_out_what_a_row_lacks(tmp_path, monkeypatch):

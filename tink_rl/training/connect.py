@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tink_rl.config import SyncConfig
+from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
 from tink_rl.transport.vllm_client import VLLMClient
 
+logger = logging.getLogger("tink_rl")
 Servers = str | VLLMClient | list[str | VLLMClient] | None
 """URL(s) or client(s); None: `SyncConfig.servers`, else TRL's `vllm_server_*` arguments."""
 
@@ -24,6 +27,7 @@ def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient
         ServerUnreachable: one did not answer in that time.
         ConfigError: there is no token for the control routes.
     """
+    _be_heard()
     given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers or sync.servers)
     if not given:
         given = [_url_of(args)]
@@ -39,6 +43,15 @@ def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient
         )
         for server in given
     ]
+
+
+def _be_heard() -> None:
+    """Show what is waited for and which mode was taken, where nobody has set up logging."""
+    if logger.level == logging.NOTSET and not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("tink_rl: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _url_of(args: Any) -> str:
@@ -68,6 +81,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     trainer.policy_link = link
+    live.keep_offline_without_login(trainer.args)
     trainer.train = _closing_on_error(trainer.train, link)
     return link
 

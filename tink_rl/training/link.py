@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +30,7 @@ from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
+_POLL_S = 0.2
 
 
 class PolicyLink:
@@ -166,8 +168,23 @@ class PolicyLink:
         return self.ranks.together(duty, *args)
 
     def recover(self) -> bool:
-        """See `WeightSync.recover`; only rank 0 can."""
-        return self._accelerator.is_main_process and self.sync.recover()
+        """See `WeightSync.recover`; rank 0 publishes again, the others wait until it has.
+
+        Raises:
+            UnknownVersion: rank 0 did not within the deadlines of a publish.
+        """
+        if self._accelerator.is_main_process:
+            return self.sync.recover()
+        deadline = time.monotonic() + self._config.stage_timeout_s + self._config.commit_timeout_s
+        replicas = self.sync.fleet.replicas
+        while any(self._current not in replica.status().served for replica in replicas):
+            if time.monotonic() > deadline:
+                raise errors.UnknownVersion(
+                    f"a server lost {self._current}, and rank 0 did not publish it again; start the run "
+                    "again with --resume_from_checkpoint"
+                )
+            time.sleep(_POLL_S)
+        return True
 
     # -- checkpoints ------------------------------------------------------------------------------
 

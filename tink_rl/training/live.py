@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
+logger = logging.getLogger("tink_rl")
 COLUMNS = ("step", "policy", "prompt", "completion", "reward")
+
+
+def keep_offline_without_login(args: Any) -> None:
+    """Let wandb keep the run on disk if the trainer reports there and nobody is logged in.
+
+    A WANDB_MODE or WANDB_API_KEY in the environment is left alone.
+    """
+    given = {"WANDB_MODE", "WANDB_API_KEY"} & set(os.environ)
+    if given or "wandb" not in (args.report_to or ()):
+        return
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    # Not wandb.login(prompt=False): it asks the server, and remembers that this process is online.
+    if get_netrc_auth(wandb.Settings().base_url) is None:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.info(
+            "nobody is logged in to wandb: the run stays on disk; send it with `wandb sync`"
+        )
 
 
 def log_table(args: Any, state: Any, name: str, rows: Sequence[dict[str, Any]]) -> None:

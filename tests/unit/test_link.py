@@ -1,0 +1,38 @@
+"""What the ranks that do not publish do when a server lost the version."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tink_rl import SyncConfig, errors
+from tink_rl.training.link import PolicyLink
+
+
+class _Replica:
+    """Serves the version from the `after`-th look on."""
+
+    def __init__(self, after):
+        self._looks, self._after = 0, after
+
+    def status(self):
+        self._looks += 1
+        return SimpleNamespace(served=["policy@3"] if self._looks > self._after else [])
+
+
+def follower(*replicas, **changes):
+    link = object.__new__(PolicyLink)
+    link._accelerator = SimpleNamespace(is_main_process=False)
+    link._config, link._current = SyncConfig(**changes), "policy@3"
+    link.sync = SimpleNamespace(fleet=SimpleNamespace(replicas=replicas))
+    return link
+
+
+def test_other_ranks_wait_until_every_server_holds_the_version_again():
+    assert follower(_Replica(0), _Replica(2)).recover()
+
+
+def test_other_ranks_do_not_wait_for_ever():
+    with pytest.raises(errors.UnknownVersion, match="--resume_from_checkpoint"):
+        follower(_Replica(99), stage_timeout_s=0.1, commit_timeout_s=0.1).recover()

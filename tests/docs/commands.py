@@ -19,7 +19,9 @@ OF_OTHERS = {
     *("cd", "curl", "docker", "export", "git", "hf", "jupyter", "nvidia-smi", "ray", "source"),
     *("srun", "trl", "vllm"),
 }
-_BLOCK = re.compile(r"(?:^<!-- (run[^>]*?) -->\n)?^```(?:bash|sh)\n(.*?)^```", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- ((?:run|not run)[^>]*?) -->\n)?^```(?:bash|sh)\n(.*?)^```", re.M | re.S
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Block:
 
     page: str
     mark: str
-    """"run", "run, exit code N", "run with a server", "run by FILE::TEST", or "": parsed only."""
+    """"run", "run, exit code N", "run with a server", "run by FILE::TEST", or "not run: WHY"."""
     commands: list[str]
 
 

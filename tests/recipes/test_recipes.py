@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cores import as_users_have_it
+from tests.docs.commands import blocks
 from tink_rl.launch import group_members
 
 pytestmark = [pytest.mark.recipe, pytest.mark.server]
@@ -42,6 +44,60 @@ def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
     page = (tmp_path / "report.html").read_text()
     for figure in ("reward", "heldout", "sync_phases", "step_shares", "staleness"):
         assert f'id="{figure}"' in page
+
+
+@pytest.mark.home
+@pytest.mark.timeout(400)
+def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
+    [block] = [
+        b
+        for b in blocks()
+        if b.page == "service.md"
+        and b.mark.endswith("::test_recipe_starts_and_stops_a_server_of_its_own")
+    ]
+    words = shlex.split(block.commands[0])
+    # Slots for a rank above the default, and a token of another server in the environment.
+    words += ["--max_steps", "2", "--lora_r", "48", "--sync_mode", "adapter"]
+    environment = {
+        **os.environ,
+        "TINK_TOKEN": "of-another-server",
+        "TINK_TOKEN_FILE": str(tmp_path / "token"),
+        MARK: str(tmp_path),
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *words[2:],
+            "--output_dir",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert json.loads((tmp_path / "tink_policy.json").read_text())["mode"] == "adapter"
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert _marked(str(tmp_path)) == []
+
+
+MARK = "MARK_OF_RECIPE_TEST"
+
+
+def _marked(value):
+    """Processes that were started, directly or not, with this mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if f"{MARK}={value}".encode() in entry.joinpath("environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it ended meanwhile, or is not ours
+    return found
 
 
 def _serve(model, *arguments, token):

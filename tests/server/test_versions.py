@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
+import torch
 
 from tests.policies import (
     PeftTwin,
@@ -49,15 +52,40 @@ def test_same_digest_is_not_sent_again(server, twin, mode):
 
 @MODES
 def test_long_shared_prompt_is_never_answered_from_the_old_versions_cache(server, twin, mode):
-    prompt = [3 + i % 50 for i in range(200)]
+    seeds = range(3)
+    prompt, answers = telling_prompt(twin, seeds)
     with sync_to(server, twin.directory, mode) as sync:
-        for seed in range(3):
+        for seed, expected in zip(seeds, answers, strict=True):
             twin.randomise(seed)
             name = sync.publish(twin.model).name
-            expected, _ = twin.greedy([prompt])[0]
-            for _ in range(2):  # the second one comes from this version's own cache
-                assert served_greedy(server, name, [prompt])[0][0] == expected[0]
+            assert_served(server, name, {tuple(prompt): expected})
+            hits = cache_hits(server)
+            assert_served(server, name, {tuple(prompt): expected})
+            assert cache_hits(server) > hits  # the second one comes from this version's own cache
             assert_served(server, name, twin.clear_cases())
+
+
+def telling_prompt(twin, seeds):
+    """200 tokens that each version answers clearly and otherwise than the one before; the answers."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(3, VOCAB, (128, 200), generator=generator).tolist()
+    found = []
+    for seed in seeds:
+        twin.randomise(seed)
+        found.append(twin.greedy(prompts))
+    for prompt, answers in zip(prompts, zip(*found, strict=True), strict=True):
+        tokens = [answer for answer, _ in answers]
+        differ = all(old != new for old, new in itertools.pairwise(tokens))
+        if differ and all(clear for _, clear in answers):
+            return prompt, tokens
+    raise AssertionError("no prompt tells the versions apart")
+
+
+def cache_hits(server):
+    """Tokens that vLLM took from its prefix cache so far."""
+    text = httpx.get(f"{server.url}/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def test_merged_answers_under_the_new_name_only(server, twin):

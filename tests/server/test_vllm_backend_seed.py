@@ -5,17 +5,23 @@ Only host, port, path, model and device are changed, by `_here`; every change is
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
+from tests.docs.commands import blocks
 from tests.policies import NUM_TOKENS, PeftTwin, sync_to
 from tests.server.worker_server import worker_over
 from tink_rl import vllm_backend as ours
 from tink_rl.settings import Settings
 
 pytestmark = pytest.mark.server
+ROOT = Path(__file__).resolve().parents[2]
 
 ENVIRONMENT = """
 # Enable vLLM backend
@@ -188,12 +194,13 @@ def run(servers, model_dir, adapters, tmp_path, monkeypatch):
     with worker_over(server, adapters[0], tmp_path, TINK_STORE_DIR=store) as command:
         places["worker"] = command.url
 
-        def run(snippet, names=None):
+        def execute(snippet, names=None):
             names = {} if names is None else names
             exec(compile(_here(snippet, places), "snippet", "exec"), names)
             return names
 
-        yield run
+        execute.worker = command.url
+        yield execute
         for entry in ours.list_lora_adapters():
             ours.unregister_lora_adapter(entry["adapter_id"])
         ours.default_backend().close()
@@ -248,6 +255,25 @@ def test_updating_weights_from_a_transformers_model(run, servers, model_dir):
         with sync_to(servers.get(**SERVER), model_dir("qwen3"), "full", policy="weights"):
             pass  # drops what was published, so that the next test finds the base
     assert backend.generate("12=", **GREEDY)[0][0].version is None
+
+
+def test_page_for_users_of_the_seed_leads_to_a_sample(run, adapters):
+    page = (ROOT / "docs/service.md").read_text()
+    [code] = [
+        c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "register_" in c
+    ]
+    trained = str(adapters[0] / "0")
+    assert "runs/grpo-digits" in code
+    answer = run(code.replace("runs/grpo-digits", trained))["answer"]
+    assert answer["version"] == 1 and len(answer["token_ids"]) <= 6
+    [block] = [
+        b for b in blocks() if b.page == "service.md" and b.commands[0].startswith("tink-rl worker")
+    ]
+    [curl] = [shlex.split(command) for command in block.commands if command.startswith("curl")]
+    path = curl[2].removeprefix("localhost:8001")
+    body = json.loads(curl[curl.index("-d") + 1])
+    [completion] = httpx.post(f"{run.worker}{path}", json=body, timeout=60).json()["completions"]
+    assert completion["text"] == answer["text"] and completion["digest"] == answer["digest"]
 
 
 def test_adapter_made_with_peft_as_on_the_page_can_be_registered_and_sampled(run, adapters):

@@ -139,7 +139,7 @@ def collector_for(
     Args:
         model: A live PEFT model.
         base_model: Directory of the original base; without it an adapter whose initialisation changed
-            the base cannot be told from it.
+            the base is taken whole.
         adapter_name: Which adapter; None: the active one.
 
     Raises:
@@ -157,6 +157,9 @@ def collector_for(
     if SyncMode.ADAPTER not in needed.modes:
         return WholeCollector(model, name, needed)
     index = checkpoint_index(base_model) if base_model and changes_base(facts) else None
+    if changes_base(facts) and index is None:
+        because = "an initialisation that changed the base, whose original is not known"
+        return WholeCollector(model, name, Needs(modes=WHOLE, because=(because,)))
     try:
         return AdapterCollector(model, name, base=index)
     except BaseChangeIsNotLowRank as error:

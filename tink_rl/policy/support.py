@@ -79,8 +79,8 @@ _KEEPING = ("default", "gaussian", "eva", "orthogonal", "mixture")
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TO_DELTA = (
     "the base that the initialisation changed is compared with the checkpoint once; the difference has "
-    "rank r, so the adapter travels as a delta of rank 2r against the original base (where it has not: "
-    "`full`)"
+    "rank r, so the adapter travels as a delta of rank 2r against the original base (where it has not, "
+    "or the original is not known: `full`)"
 )
 
 

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from tink_rl import placement
@@ -49,6 +50,48 @@ def _all_cores() -> None:
 def _varied_reward(completions: list[str], **_: Any) -> list[float]:
     """Differs within every group: equal rewards have no gradient, and nothing would be published."""
     return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def _timed(trainer: Any) -> list[dict[str, float]]:
+    """Seconds of each step of `trainer`, from one's end to the next one's, and of its parts; same for all."""
+    from transformers import TrainerCallback
+
+    rows: list[dict[str, float]] = []
+    parts: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                parts[name] = parts.get(name, 0.0) + time.perf_counter() - start
+
+        return run
+
+    class Steps(TrainerCallback):
+        def __init__(self) -> None:
+            self.last = self.optimizer = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.last = time.perf_counter()
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            self.optimizer = time.perf_counter()
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            parts["optimizer"] = time.perf_counter() - self.optimizer
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.perf_counter()
+            rows.append({"step": now - self.last, **parts})
+            parts.clear()
+            self.last = now
+
+    trainer.compute_loss = timed("forward", trainer.compute_loss)
+    trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
+    trainer.add_callback(Steps())  # the last one: a step ends when its policy is served
+    return rows
 
 
 def _run(route: str, tokens: int) -> dict[str, float]:
@@ -99,26 +142,17 @@ def _run(route: str, tokens: int) -> dict[str, float]:
             stack.enter_context(server)
             sync = tink_rl.SyncConfig(token=server.token)
             trainer = tink_rl.GRPOTrainer(**shared, servers=server.url, sync=sync)
+        rows = _timed(trainer)
         trainer.train()
-    history = [r for r in trainer.state.log_history if "reward" in r][NUM_WARM_UP:]
-
-    def median(key: str) -> float:
-        return statistics.median(row[key] for row in history)
-
-    if route == "trl":
-        return {"step": median("step_time")}
-    step, rollout, publish = (
-        median("step_seconds"),
-        median("rollout/seconds"),
-        median("sync/seconds"),
-    )
-    return {
-        "step": step,
-        "rollout": rollout,
-        "publish": publish,
-        "held": median("sync/held_seconds"),
-        "rest (forward, backward, optimizer, rewards)": step - rollout - publish,
-    }
+    history = [r for r in trainer.state.log_history if "reward" in r]
+    for row, logged in zip(rows, history, strict=True):
+        for part, key in (("rollout", "rollout/seconds"), ("publish", "sync/seconds")):
+            if key in logged:
+                row[part] = logged[key]
+        known = sum(seconds for part, seconds in row.items() if part != "step")
+        row["rest" if route == "vllm" else "generation, rewards and the rest"] = row["step"] - known
+    counted = rows[NUM_WARM_UP:]
+    return {part: statistics.median(row[part] for row in counted) for part in counted[0]}
 
 
 if __name__ == "__main__":

@@ -208,6 +208,8 @@ def test_vllms_own_control_routes_stay_shut(server):
         assert httpx.post(f"{server.url}{path}", json={}).status_code == 404
 
 
-def test_every_refusal_has_its_own_status_and_code():
-    wire = {cls.code: cls.status for cls in errors._all_subclasses(errors.TinkError)}
-    assert len(wire) == len(errors._all_subclasses(errors.TinkError))
+def test_every_refusal_has_a_code_of_its_own_and_bad_packets_the_status_of_a_senders_fault():
+    kinds = errors._all_subclasses(errors.TinkError)
+    assert len({cls.code for cls in kinds}) == len(kinds)
+    assert all(400 <= cls.status < 600 for cls in kinds)
+    assert all(400 <= kind.status < 500 for _, kind in BAD_PACKETS.values())

@@ -1,7 +1,8 @@
 """A trained policy in the Hub's format: the adapter, or the base with the adapter folded in.
 
 Folding is done in fp32 into a temporary, tensor by tensor, and rounded once to the base's dtype; the
-base's files are never written to, and one of them at a time is in memory.
+base's files are never written to, and one of them at a time is in memory. What is more than a delta of
+linear layers is merged by PEFT's own arithmetic, for which the base is loaded as a model as well.
 """
 
 from __future__ import annotations
@@ -9,21 +10,31 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tink_rl import __version__
-from tink_rl.errors import ConfigError, UnknownModules
+from tink_rl.errors import ConfigError, UnknownModules, UnsupportedAdapter
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
-from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index, local_model_dir
+from tink_rl.policy.fingerprint import (
+    CheckpointTensor,
+    base_fingerprint,
+    checkpoint_index,
+    local_model_dir,
+)
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.shapes import check_trained_on
+from tink_rl.policy.support import changes_base, needs, unsupported_reasons
+from tink_rl.policy.whole import whole_source
 
 if TYPE_CHECKING:
     import torch
+
+    Fold = Callable[[torch.Tensor], torch.Tensor]
+    """From a tensor of the base to the merged one, in any dtype not below the base's."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TOKENIZER_FILES = (
@@ -67,7 +78,8 @@ def export(
     Raises:
         ConfigError: no adapter in `source`, `output` is taken, or the base is not at hand.
         AdapterFilesInvalid, NonFiniteWeights: the adapter's files are damaged.
-        UnsupportedAdapter: `merged`, and the adapter is more than a delta of linear layers.
+        UnsupportedAdapter: `merged`, and nothing can express the adapter, or its initialisation changed
+            the base and its files do not say how.
         UnknownModules: `merged`, and the base lacks a module of the adapter.
         BaseMismatch: `merged`, and the run says that it trained on another base.
     """
@@ -97,7 +109,7 @@ def export(
                 where=str(directory),
                 remedy="give the one that it was trained on with --base",
             )
-            _write_merged(from_peft_dir(directory), base_dir, partial)
+            _write_merged(_folds(directory, config, base_dir), base_dir, partial)
             _copy(base_dir, partial, _TOKENIZER_FILES)
         else:
             _write_adapter(directory, config | {"base_model_name_or_path": base_name}, partial)
@@ -157,6 +169,12 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 def _write_adapter(directory: Path, config: dict[str, Any], target: Path) -> None:
     """The adapter's own bytes; also of kinds that cannot be published (DoRA, ...)."""
+    _check_file(directory)
+    shutil.copyfile(directory / _ADAPTER_FILES[1], target / _ADAPTER_FILES[1])
+    (target / _ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _check_file(directory: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -165,38 +183,113 @@ def _write_adapter(directory: Path, config: dict[str, Any], target: Path) -> Non
         check_values(load_file(path))
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; save the adapter again") from error
-    shutil.copyfile(path, target / path.name)
-    (target / _ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_merged(adapter: Adapter, base: Path, target: Path) -> None:
+def _write_merged(folds: Mapping[str, Fold], base: Path, target: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    check_values(adapter.tensors)
     index = checkpoint_index(base)
+    for file in sorted({entry.file for entry in index.values()}):
+        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            tensors = {
+                name: _folded(folds.get(name), handle.get_tensor(name))
+                for name, entry in index.items()
+                if entry.file == file
+            }
+            save_file(tensors, target / file.name, metadata=handle.metadata() or {"format": "pt"})
+    _copy(base, target, _MODEL_FILES)
+
+
+def _folded(fold: Fold | None, weight: torch.Tensor) -> torch.Tensor:
+    """Rounded once to the base's dtype, in memory of its own; `weight` itself without a fold."""
+    if fold is None:
+        return weight
+    return fold(weight).to(weight.dtype, copy=True).contiguous()
+
+
+def _folds(directory: Path, config: Mapping[str, Any], base: Path) -> dict[str, Fold]:
+    """What becomes of each tensor of the base that the adapter changes.
+
+    Raises:
+        UnsupportedAdapter: nothing can express it, or its files alone say something else.
+        UnknownModules: the base lacks a module of the adapter.
+    """
+    index = checkpoint_index(base)
+    if not unsupported_reasons(config):
+        try:
+            return _folds_of_delta(from_peft_dir(directory), base, index)
+        except UnsupportedAdapter:  # LoRA of an embedding or a head, which only its tensors tell
+            pass
+    reasons = list(needs(config).refused)
+    if changes_base(config):
+        reasons.append(
+            f"init_lora_weights={config['init_lora_weights']!r} changed the base weights, so A and B alone "
+            "are wrong: save it again from the trainer's model with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge that model "
+            "with merge_and_unload()"
+        )
+    if reasons:
+        raise UnsupportedAdapter(f"{directory} cannot be merged: {'; '.join(reasons)}")
+    return _folds_of_peft(directory, base, index)
+
+
+def _folds_of_delta(
+    adapter: Adapter, base: Path, index: Mapping[str, CheckpointTensor]
+) -> dict[str, Fold]:
+    check_values(adapter.tensors)
     unknown = [module for module in adapter.modules if f"{module}.weight" not in index]
     if unknown:
         raise UnknownModules(
             f"the base {base} has no {unknown[0]}.weight ({len(unknown)} of {len(adapter.modules)} "
             "modules are missing); give the --base that the adapter was trained on"
         )
-    for file in sorted({entry.file for entry in index.values()}):
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
-            names = [name for name, entry in index.items() if entry.file == file]
-            tensors = {name: _folded(adapter, name, handle.get_tensor(name)) for name in names}
-            save_file(tensors, target / file.name, metadata=handle.metadata() or {"format": "pt"})
-    _copy(base, target, _MODEL_FILES)
+
+    def fold(module: str) -> Fold:
+        lora_a, lora_b = (adapter.tensors[f"{module}.lora_{part}.weight"] for part in "AB")
+        return lambda weight: weight.float() + lora_b.float() @ lora_a.float()
+
+    return {f"{module}.weight": fold(module) for module in adapter.modules}
 
 
-def _folded(adapter: Adapter, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """W + B·A, accumulated in fp32 and rounded once; `weight` itself where it has no adapter."""
-    module = name.removesuffix(".weight")
-    lora_a = adapter.tensors.get(f"{module}.lora_A.weight")
-    if lora_a is None:
-        return weight
-    lora_b = adapter.tensors[f"{module}.lora_B.weight"]
-    return (weight.float() + lora_b.float() @ lora_a.float()).to(weight.dtype)
+def _folds_of_peft(
+    directory: Path, base: Path, index: Mapping[str, CheckpointTensor]
+) -> dict[str, Fold]:
+    """Whole tensors, as a publish in full mode sends them: merged in fp32, one module at a time."""
+    _check_file(directory)
+    entries = whole_source(_load(directory, base), [[name] for name in index]).entries or []
+
+    def fold(make: Callable[[], torch.Tensor]) -> Fold:
+        return lambda _: make()
+
+    return {entry.name: fold(entry.make) for entry in entries}
+
+
+def _load(directory: Path, base: Path) -> Any:
+    """The base in its own dtype with the adapter on it, on the CPU.
+
+    Raises:
+        UnknownModules: the adapter does not fit this base.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    # Trainable: that is how a publish knows which biases beside the adapted layers were trained.
+    how = {"is_trainable": True, "torch_device": "cpu"}
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(directory), **how)
+        # The same again, for what the first one keeps to itself.
+        loaded = peft_model.load_adapter(str(directory), "default", **how)
+        lost = [*loaded.unexpected_keys, *loaded.missing_keys]
+    except (KeyError, RuntimeError, ValueError) as error:
+        lost = [str(error)]
+    if lost:
+        raise UnknownModules(
+            f"{directory} does not fit the base {base} ({len(lost)} misfits, first {lost[0]!r}); give the "
+            "--base that it was trained on"
+        )
+    return peft_model.eval()
 
 
 # -- the card ---------------------------------------------------------------------------------------

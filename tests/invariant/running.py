@@ -36,6 +36,8 @@ class Outcome:
     grad_norms: list[float]
     logprobs: list[float]
     """Of a fixed prompt under the last policy: the adapter as a function."""
+    first_logprobs: list[float]
+    """Of the same prompt under the first policy, or the one that a resumed run began with."""
 
 
 def job(server, model, out, policy, **changes):
@@ -60,13 +62,17 @@ def outcome(history, out, model):
     """From the log of a run and the adapter that it left."""
     twin = PeftTwin(Path(model))
     prober = Prober(twin.model, vocab_size=twin.model.config.vocab_size)
-    last = Adapter(tensors=load_file(out / "last.safetensors"), rank=8)
-    with twin.collector.swapped(last):
-        logprobs = prober.probe().logprobs
+
+    def logprobs_of(name):
+        adapter = Adapter(tensors=load_file(out / f"{name}.safetensors"), rank=8)
+        with twin.collector.swapped(adapter):
+            return prober.probe().logprobs
+
     return Outcome(
         rewards=[row["reward"] for row in history],
         grad_norms=[row["grad_norm"] for row in history],
-        logprobs=logprobs,
+        logprobs=logprobs_of("last"),
+        first_logprobs=logprobs_of("first"),
     )
 
 
@@ -81,6 +87,25 @@ def assert_alike(ours, theirs):
     ratios = [a / b - 1 for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)]
     assert max(map(abs, ratios)) <= SAME_GRAD_NORM
     assert largest_difference(ours.logprobs, theirs.logprobs) <= SAME_LOGPROB
+
+
+def assert_begins_alike(ours, theirs):
+    """The first policy and the first step differ by rounding only.
+
+    For runs on two machines: one that rounds otherwise may flip a token in a later step, which then
+    trains on something else, but not in the first, whose logprobs differ by next to nothing.
+    """
+    assert len(ours.rewards) == len(theirs.rewards)
+    assert_alike(_beginning(ours), _beginning(theirs))
+
+
+def _beginning(whole):
+    return Outcome(
+        rewards=whole.rewards[:1],
+        grad_norms=whole.grad_norms[:1],
+        logprobs=whole.first_logprobs,
+        first_logprobs=[],
+    )
 
 
 def machine():

@@ -12,6 +12,7 @@ import pytest
 from tests.invariant.running import (
     SAME_LOGPROB,
     assert_alike,
+    assert_begins_alike,
     job,
     largest_difference,
     reference,
@@ -67,14 +68,13 @@ def test_policy_changes_from_step_to_step(runs):
 
 
 def test_run_is_the_committed_reference(runs):
-    """Bit for bit where the reference was made; elsewhere another rounding may flip a token."""
+    """Bit for bit where the reference was made; elsewhere up to rounding, as far as it is comparable."""
     plain = runs.get("plain")
     known, same_machine = reference("plain", plain)
     if same_machine:
         assert plain == known
     else:
-        assert len(plain.rewards) == len(known.rewards)
-        assert largest_difference(plain.rewards[:1], known.rewards[:1]) <= 0.5
+        assert_begins_alike(plain, known)
 
 
 def test_same_seed_gives_the_same_run(runs):

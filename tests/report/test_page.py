@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -111,6 +112,40 @@ def test_rows_that_are_zero_or_single_are_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     names = {figure.name for figure in draw(load_run(tmp_path))}
     assert names == {"reward", "sync_phases", "bytes", "logprob_gap", "staleness"}
+
+
+def test_watch_stops_once_a_run_has_been_silent_for_too_long(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    directory = Path(shutil.copytree(run_dir, tmp_path / "dead"))
+    path = directory / "metrics.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:21]) + "\n")
+    slept = []
+
+    def an_hour_later(seconds):
+        slept.append(seconds)
+        for file in directory.glob("*.json*"):
+            os.utime(file, (0, file.stat().st_mtime - 3600))
+
+    for file in directory.glob("*.json*"):
+        os.utime(file)
+    monkeypatch.setattr("tink_rl.cli.report.time.sleep", an_hour_later)
+    assert main(["report", str(directory), "--watch", "5"]) == 1
+    said = capsys.readouterr().err
+    assert slept == [5] and "nothing new for 60 min since step 40" in said
+    assert "it may have stopped" in (directory / "report.html").read_text()
+
+
+def test_run_that_failed_is_watched_no_longer_and_says_why(run_dir, tmp_path, capsys):
+    directory = Path(shutil.copytree(run_dir, tmp_path / "failed"))
+    path = directory / "metrics.jsonl"
+    end = {"event": "end", "step": 40, "error": "ChannelLost: the server is gone"}
+    path.write_text("\n".join([*path.read_text().splitlines()[:21], json.dumps(end)]) + "\n")
+    assert main(["report", str(directory), "--watch", "5"]) == 0
+    assert "the run failed: ChannelLost" in capsys.readouterr().err
+    text = (directory / "report.html").read_text()
+    assert "failed after step 40 of 80: ChannelLost: the server is gone" in text
+    assert "width: 50.0%" in text and "status done" not in text
 
 
 def test_watch_writes_until_the_run_ends(page, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,15 @@ def test_run_of_another_trainer_is_read_from_its_newest_checkpoint_then_from_its
     assert (load_run(tmp_path).last_step, load_run(tmp_path).finished) == (2, False)
     shutil.copy(tmp_path / "checkpoint-1" / "trainer_state.json", tmp_path)
     assert (load_run(tmp_path).last_step, load_run(tmp_path).finished) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "patience_s"),
+    [([], 3600), ([10], 3600), ([0, 2, 4], 300), ([0, 60, 120, 90_000, 90_060], 600)],
+)
+def test_patience_with_a_silent_run_follows_its_usual_pause(times, patience_s):
+    steps = a_run(time=times).steps if times else []
+    assert replace(a_run(time=[0]), steps=steps).patience_s == patience_s
 
 
 def test_step_that_was_done_again_after_a_resume_counts_once(tmp_path):

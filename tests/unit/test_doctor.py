@@ -31,6 +31,7 @@ from tink_rl.doctor.memory import (
 from tink_rl.doctor.server import check_server, check_status
 from tink_rl.doctor.trl_sync import check_trl, send
 from tink_rl.errors import ConfigError
+from tink_rl.policy.support import FEATURES
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus
 
@@ -303,15 +304,105 @@ def test_adapter_is_held_against_the_server(saved, changes, area, level, text):
     assert found.level is level and text in f"{found.what} {found.fix}"
 
 
+def changed(saved, path, config=None, tensors=None):
+    """A copy of `saved` with these fields in its config and these tensors beside its own."""
+    directory = shutil.copytree(saved, path / "changed")
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    weights = directory / "adapter_model.safetensors"
+    save_file(load_file(weights) | (tensors or {}), weights)
+    return directory
+
+
 def test_adapter_that_only_whole_tensors_can_say_is_told_so(saved, tmp_path):
-    directory = shutil.copytree(saved, tmp_path / "dora")
-    config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    directory = changed(saved, tmp_path, {"use_dora": True})
     found = check_adapter(directory)
     assert "use_dora=True" in found[0].what and "mode='full'" in found[0].fix
     assert [f.area for f in found if f.level is Level.OK] == ["mode full"]
     refused = check_adapter(directory, a_status(modes=["adapter"]))
     assert [f.level for f in refused] == [Level.BLOCKER]
+
+
+SAVED_AS = {
+    "LoRA on linear layers": {},
+    "rsLoRA": {"use_rslora": True},
+    "Rank per module": {"rank_pattern": {"q_proj": 8}},
+    "Alpha per module": {"alpha_pattern": {"q_proj": 4}},
+    "Some layers only": {"layers_to_transform": [0, 1]},
+    "Dropout": {"lora_dropout": 0.1},
+    "Gaussian, orthogonal or EVA initialisation": {"init_lora_weights": "gaussian"},
+    "PiSSA": {"init_lora_weights": "pissa_niter_4"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "CorDA": {"init_lora_weights": "corda"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "LoftQ": {"init_lora_weights": "loftq"},
+    "QLoRA": {},
+    "DoRA": {"use_dora": True},
+    "Bias in lora_B": {"lora_bias": True},
+    "Trained biases": {"bias": "all"},
+    "Trained modules": {"modules_to_save": ["norm"]},
+    "Trained token embeddings": {"trainable_token_indices": [3, 4]},
+    "LoRA on the embedding": {},
+    "LoRA on the head": {},
+    "LoRA on a tied embedding or head": {},
+    "LoRA on MoE experts": {"target_parameters": ["mlp.experts.gate_up_proj"]},
+    "LoHa, LoKr, IA3, OFT, VeRA, HRA": {"peft_type": "LOHA", "lora_alpha": None},
+    "Prompt learning and every other kind": {"peft_type": "PROMPT_TUNING", "r": None},
+    "Unknown initialisations": {"init_lora_weights": "a-new-one"},
+}
+ON_EMBEDDING = {
+    f"base_model.model.model.embed_tokens.lora_embedding_{part}": torch.ones(shape)
+    for part, shape in (("A", (8, 64)), ("B", (128, 8)))
+}
+ON_HEAD = {
+    f"base_model.model.lm_head.lora_{part}.weight": torch.ones(shape)
+    for part, shape in (("A", (8, 128)), ("B", (64, 8)))
+}
+SAVED_BESIDE = {
+    "LoRA on the embedding": ON_EMBEDDING,
+    "LoRA on the head": ON_HEAD,
+    "LoRA on a tied embedding or head": ON_HEAD,
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
+def test_adapter_gets_what_the_table_of_features_says(saved, model_dir, tmp_path, feature):
+    refused_by_name = {field: [1] for field in feature.fields}
+    config = SAVED_AS.get(feature.name, refused_by_name)
+    if "tied" in feature.name:
+        config = {"base_model_name_or_path": str(model_dir("qwen2"))}
+    directory = changed(saved, tmp_path, config, SAVED_BESIDE.get(feature.name))
+    found = check_adapter(directory)
+    taking = {f.area for f in found if f.level is Level.OK and f.area.startswith("mode")}
+    assert taking == {f"mode {mode}" for mode in feature.modes}
+    said = [f"{f.what}; {f.fix}" for f in worst(found)]
+    assert [feature.why in text for text in said] == [True] * (not feature.modes)
+    assert main(["doctor", "--adapter", str(directory)]) == (not feature.modes)
+
+
+def test_adapter_on_a_base_that_its_initialisation_changed_goes_from_the_live_model(
+    saved, tmp_path
+):
+    directory = changed(saved, tmp_path, {"init_lora_weights": "pissa"})
+    first, *modes = check_adapter(directory)
+    assert first.level is Level.WARNING and "path_initial_model_for_weight" in first.fix
+    assert all(f.what.startswith("from the live model: ") for f in modes)
+    assert "--max-lora-rank 16" in modes[0].what  # a delta of twice the rank
+    (blocked,) = worst(check_adapter(directory, a_status(max_lora_rank=8)))
+    assert blocked.area == "mode adapter"
+
+
+def test_adapter_on_the_head_of_a_base_that_is_not_at_hand_is_not_promised_anything(
+    saved, tmp_path
+):
+    config = {"base_model_name_or_path": "org/absent"}
+    found = check_adapter(changed(saved, tmp_path, config, ON_HEAD))
+    assert "no mode takes it" in found[-1].what and "hf download" in found[-1].fix
+
+
+def test_adapter_with_a_field_of_a_newer_peft_is_a_blocker(saved, tmp_path):
+    (found,) = check_adapter(changed(saved, tmp_path, {"use_something_new": True}))
+    assert found.level is Level.BLOCKER and "use_something_new=True is not known" in found.what
 
 
 def damaged(saved, path, change):

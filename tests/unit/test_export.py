@@ -96,6 +96,88 @@ def test_bf16_base_is_folded_in_fp32_and_rounded_once(run_dir, tmp_path):
         assert torch.equal(written[name], expected), name
 
 
+WHOLE = {
+    "DoRA": ("qwen3", {"use_dora": True}),
+    "bias in lora_B": ("qwen2", {"lora_bias": True, "target_modules": ["q_proj", "k_proj"]}),
+    "trained biases": ("qwen2", {"bias": "all", "target_modules": ["q_proj"]}),
+    "trained modules": ("qwen3", {"modules_to_save": ["norm", "lm_head"]}),
+    "trained tokens": ("qwen3", {"trainable_token_indices": [5, 6]}),
+    "trained tokens, tied": ("qwen2", {"trainable_token_indices": [5, 6]}),
+    "embedding": ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": ("qwen3", {"target_modules": ["lm_head", "q_proj"]}),
+    "experts": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+}
+
+
+def trained(directory, settings):
+    """A live PEFT model all of whose trained tensors have moved."""
+    return moved(PeftTwin(directory, **settings).model)
+
+
+def moved(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) / 10
+    return model
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_merged_model_of_what_needs_whole_tensors_answers_as_peft_does(model_dir, tmp_path, name):
+    shape, settings = WHOLE[name]
+    base = model_dir(shape)
+    before = (base / "model.safetensors").read_bytes()
+    model = trained(base, settings)
+    model.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out", merged=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    old = load_file(base / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in written.items()} == {
+        n: (t.shape, t.dtype) for n, t in old.items()
+    }
+    assert (base / "model.safetensors").read_bytes() == before
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert (logits(loaded) - logits(plain)).abs().max() > 0.01
+
+
+def test_whole_tensors_of_a_sharded_bf16_base_are_merged_in_fp32_and_rounded_once(
+    model_dir, tmp_path
+):
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="150KB")
+    twin = trained(tmp_path / "base", {"use_dora": True})  # its base holds the bf16 values in fp32
+    twin.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out", merged=True)
+    names = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == names
+    expected = twin.merge_and_unload().state_dict()
+    for file in names:
+        for name, tensor in load_file(tmp_path / "out" / file).items():
+            assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+def test_adapter_whose_initialisation_changed_the_base_is_merged_only_as_converted(
+    model_dir, tmp_path
+):
+    model = PeftTwin(model_dir("qwen3"), init_lora_weights="pissa").model
+    model.save_pretrained(tmp_path / "initial")
+    moved(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(errors.UnsupportedAdapter, match="path_initial_model_for_weight_conversion"):
+        export(tmp_path / "adapter", tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+    converted = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
+    model.save_pretrained(tmp_path / "converted", **converted)
+    export(tmp_path / "converted", tmp_path / "out", merged=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+
+
 def test_sharded_base_stays_sharded(model_dir, run_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
     model.save_pretrained(tmp_path / "base", max_shard_size="300KB")
@@ -143,9 +225,17 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(model_dir, run_di
     )
     with pytest.raises(errors.UnknownModules, match=r"layers\.1.*--base"):
         export(run_dir, tmp_path / "out", merged=True, base=str(small))
+    moved(PeftTwin(model_dir("qwen3"), use_dora=True).model).save_pretrained(tmp_path / "dora")
+    with pytest.raises(errors.UnknownModules, match=r"does not fit .*layers\.1.*--base"):
+        export(tmp_path / "dora", tmp_path / "out", merged=True, base=str(small))
+    with pytest.raises(errors.UnsupportedAdapter, match="alora_invocation_tokens"):
+        config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
+        config["alora_invocation_tokens"] = [1, 2]
+        (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config))
+        export(tmp_path / "dora", tmp_path / "out", merged=True)
     with pytest.raises(errors.ConfigError, match="hf download"):
         export(run_dir, tmp_path / "out", merged=True, base="org/absent")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "taken"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dora", "small", "taken"]
     assert (taken / "file").read_text() == "mine"
 
 

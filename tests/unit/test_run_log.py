@@ -18,6 +18,7 @@ def make_trainer(version=3):
         ),
         vllm_generation=SimpleNamespace(total_seconds=0.0, last_model=f"policy@{version - 1}"),
         _metrics={"train": defaultdict(list)},
+        train=lambda: None,
     )
 
 
@@ -51,6 +52,45 @@ def test_resumed_run_keeps_rows_up_to_its_checkpoint_and_a_fresh_run_none(tmp_pa
     assert [row["step"] for row in rows_in(tmp_path)] == [0, 1, 2, 2]
     log.on_train_begin(args, state(0), None)
     assert len(rows_in(tmp_path)) == 1
+
+
+def fail_after_a_step(directory, main=True):
+    trainer = make_trainer()
+    trainer.args, trainer.state = SimpleNamespace(output_dir=str(directory)), state(2, main)
+
+    def train():
+        trainer.log.on_train_begin(trainer.args, state(0, main), None)
+        trainer.log.on_log(trainer.args, state(1, main), None, logs={"reward": 1})
+        raise MemoryError("no memory left")
+
+    trainer.train = train
+    trainer.log = RunLog(trainer)
+    with pytest.raises(MemoryError, match="no memory left"):
+        trainer.train()
+
+
+def test_run_that_fails_says_so_once_and_the_error_goes_on(tmp_path):
+    fail_after_a_step(tmp_path)
+    *_, row, end = rows_in(tmp_path)
+    assert (row["step"], "event" in row) == (1, False)
+    assert (end["event"], end["step"], end["error"]) == ("end", 2, "MemoryError: no memory left")
+
+
+def test_failure_on_another_rank_is_not_written_there(tmp_path):
+    fail_after_a_step(tmp_path, main=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_before_the_run_began_leaves_the_former_runs_file_alone(tmp_path):
+    former = tmp_path / METRICS_FILE
+    former.write_text('{"event": "end", "step": 9}\n')
+    trainer = make_trainer()
+    trainer.args, trainer.state = SimpleNamespace(output_dir=str(tmp_path)), state(0)
+    trainer.train = lambda: 1 / 0
+    RunLog(trainer)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert former.read_text() == '{"event": "end", "step": 9}\n'
 
 
 def test_other_ranks_write_nothing(tmp_path):

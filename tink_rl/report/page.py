@@ -12,7 +12,6 @@ from tink_rl.report.figures import Figure, missing
 from tink_rl.report.findings import find, first_and_last
 from tink_rl.report.run import Run, Sample
 
-_SILENT_S = 300.0
 _MAX_VERSIONS = 8
 _MAX_TEXT = 400
 _PATTERN_ROWS = (
@@ -62,7 +61,7 @@ def render(run: Run, figures: list[Figure], *, refresh_s: int = 0, now: float | 
         title=run.directory.resolve().name,
         subtitle=_subtitle(run),
         status=_status(run, time.time() if now is None else now),
-        finished=run.finished,
+        finished=run.finished and run.error is None,
         percent=_percent(run),
         refresh_s=0 if run.finished else refresh_s,
         tiles=_tiles(run),
@@ -84,10 +83,12 @@ def _subtitle(run: Run) -> str:
 
 def _status(run: Run, now: float) -> str:
     of = f" of {run.max_steps}" if run.max_steps else ""
+    if run.error is not None:
+        return f"failed after step {run.last_step}{of}: {run.error}"
     if run.finished:
         return f"finished after {run.last_step} steps"
     silent = now - run.updated
-    if silent > _SILENT_S:
+    if silent > run.patience_s:
         return (
             f"step {run.last_step}{of}; nothing new for {silent / 60:.0f} min, it may have stopped"
         )
@@ -95,7 +96,7 @@ def _status(run: Run, now: float) -> str:
 
 
 def _percent(run: Run) -> float:
-    if run.finished or not run.max_steps:
+    if (run.finished and run.error is None) or not run.max_steps:
         return 100.0
     return min(100.0, 100.0 * run.last_step / run.max_steps)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,9 @@ STATE_FILE = "trainer_state.json"
 ROLLOUTS_FILE = "rollouts.jsonl"
 SUMMARY_FILE = "summary.json"
 _SAMPLES_PER_VERSION = 6
+_SILENT_S = 300.0
+_USUAL_PAUSES = 10
+_SILENT_AT_FIRST_S = 3600.0
 
 Row = Mapping[str, Any]
 
@@ -45,6 +50,7 @@ class Run:
     """Rows with `eval_*` keys."""
     max_steps: int | None
     finished: bool
+    """It is over, well or not."""
     updated: float
     """When the newest of its files was written (seconds since 1970)."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +59,20 @@ class Run:
     """By version; a few of each."""
     rewards: dict[int, float] = field(default_factory=dict)
     """By version: mean over all of its logged training completions."""
+    error: str | None = None
+    """What it ended with, if it failed and could say so."""
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without news after which a run that is not over may have stopped.
+
+        Five minutes, or ten of its usual pauses; an hour as long as no pause is known.
+        """
+        times = [row["time"] for row in self.steps if _is_number(row.get("time"))]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
+        if not pauses:
+            return _SILENT_AT_FIRST_S
+        return max(_SILENT_S, _USUAL_PAUSES * float(statistics.median(pauses)))
 
     @property
     def last_step(self) -> int:
@@ -78,7 +98,7 @@ def load_run(directory: str | Path) -> Run:
     path = Path(directory)
     if not path.is_dir():
         raise ConfigError(f"run directory {str(directory)!r} does not exist; give an output_dir")
-    rows, source, max_steps, finished = _read_log(path)
+    rows, source, max_steps, end = _read_log(path)
     if not rows and source is None:
         raise ConfigError(
             f"{path} holds neither {METRICS_FILE} nor {STATE_FILE} (nor a checkpoint with one); give "
@@ -99,7 +119,8 @@ def load_run(directory: str | Path) -> Run:
         steps=[by_step[step] for step in sorted(by_step)],
         evaluations=evaluations,
         max_steps=max_steps,
-        finished=finished,
+        finished=end is not None,
+        error=(end or {}).get("error"),
         updated=max(p.stat().st_mtime for p in watched if p is not None and p.exists()),
         summary=_read_json(path / SUMMARY_FILE),
         policy=_read_json(path / POLICY_FILE),
@@ -108,24 +129,29 @@ def load_run(directory: str | Path) -> Run:
     )
 
 
-def _read_log(path: Path) -> tuple[list[dict[str, Any]], Path | None, int | None, bool]:
-    """Rows, the file that they come from, the planned number of steps, and whether the run is over."""
+def _read_log(path: Path) -> tuple[list[dict[str, Any]], Path | None, int | None, Row | None]:
+    """Rows, the file that they come from, the planned number of steps, and how it ended, if it did."""
     metrics, state_file = path / METRICS_FILE, path / STATE_FILE
     if metrics.is_file():
         rows = list(_json_lines(metrics))
         events = {row["event"]: row for row in rows if "event" in row}
         max_steps = events.get("begin", {}).get("max_steps")
         plain = [row for row in rows if "event" not in row]
-        return plain, metrics, max_steps, "end" in events
+        return plain, metrics, max_steps, events.get("end")
     finished = state_file.is_file()
     if not finished:
         checkpoints = path.glob(f"checkpoint-*/{STATE_FILE}")
         newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
         if newest is None:
-            return [], None, None, False
+            return [], None, None, None
         state_file = newest
     state = _read_json(state_file)
-    return list(state.get("log_history", [])), state_file, state.get("max_steps"), finished
+    return (
+        list(state.get("log_history", [])),
+        state_file,
+        state.get("max_steps"),
+        {} if finished else None,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,11 @@ lets `tink-rl report` look at a run that has not saved yet.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import TrainerCallback
 from tink_rl.training import metrics
 
 METRICS_FILE = "metrics.jsonl"
+_MAX_ERROR = 500
 
 
 class RunLog(TrainerCallback):
@@ -25,8 +29,13 @@ class RunLog(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        """Store; `trainer` has `policy_link` and `vllm_generation`."""
+        """Store, and have `trainer.train` say how it failed; no callback is told that.
+
+        `trainer` has `policy_link` and `vllm_generation`.
+        """
         self._trainer = trainer
+        self._under_way = False
+        trainer.train = self._telling_of_failure(trainer.train)
         self._step_start = 0.0
         self._num_records = 0
         self._sampling_s = 0.0
@@ -44,6 +53,7 @@ class RunLog(TrainerCallback):
         kept = _rows_until(path, state.global_step) if state.global_step else []
         begin = {"event": "begin", "step": state.global_step, "max_steps": state.max_steps}
         _write(path, [*kept, begin | {"time": time.time()}], append=False)
+        self._under_way = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One line per logged row."""
@@ -53,9 +63,26 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say that the run is over."""
-        if state.is_world_process_zero:
-            row = {"event": "end", "step": state.global_step, "time": time.time()}
+        self._end(args, state)
+
+    def _end(self, args: Any, state: Any, **more: str) -> None:
+        if self._under_way:
+            row = {"event": "end", "step": state.global_step, **more, "time": time.time()}
             _write(Path(args.output_dir) / METRICS_FILE, [row])
+        self._under_way = False
+
+    def _telling_of_failure(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(train)
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException as error:  # an interrupted run has ended too
+                text = f"{type(error).__name__}: {error}"[:_MAX_ERROR]
+                with suppress(OSError):  # a full disk must not hide what happened
+                    self._end(self._trainer.args, self._trainer.state, error=text)
+                raise
+
+        return telling
 
     # -- the time of a step -----------------------------------------------------------------------
 

@@ -225,7 +225,12 @@ def test_fresh_run_begins_its_log_anew_and_a_resumed_one_goes_on(tmp_path):
     write(0)
     assert len(list(read_rollouts(tmp_path / "rollouts.jsonl"))) == 8
     write(3)
-    assert len(list(read_rollouts(tmp_path / "rollouts.jsonl"))) == 16
+    path = tmp_path / "rollouts.jsonl"
+    assert len(list(read_rollouts(path))) == 16
+    with path.open("a") as file:
+        file.write('{"step": 3, "pro')  # killed here, to be resumed from a checkpoint of step 2
+    write(2)
+    assert [row["step"] for row in read_rollouts(path)] == [0] * 8 + [2] * 8
 
 
 def test_line_that_a_killed_run_left_half_written_ends_the_log(tmp_path):

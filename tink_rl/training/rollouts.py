@@ -196,13 +196,21 @@ class RolloutLog:
         """
         rows = [self._row(batch, row, digest, score) for row, score in enumerate(scores)]
         if not self._begun:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A run from step 0 begins a new log; a resumed one goes on in it.
-        mode = "a" if self._begun or batch.step else "w"
-        with self.path.open(mode) as file:
+            self._begin(batch.step)
+        with self.path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._begun = True
         return rows
+
+    def _begin(self, step: int) -> None:
+        """A run from step 0 begins a new log; a resumed one goes on after the rows before its step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w") as file:
+            if step and self.path.is_file():
+                before = (row for row in read_rollouts(self.path) if row["step"] < step)
+                file.writelines(json.dumps(row) + "\n" for row in before)
+        partial.replace(self.path)
+        self._begun = True
 
     def _row(
         self, batch: RolloutBatch, row: int, digest: str, score: dict[str, Any]

@@ -24,7 +24,9 @@ from tink_rl.training.ranks import Ranks
 class RecipeArguments:
     """What the recipes add to TRL's config."""
 
-    task: str = field(default="digits", metadata={"help": f"One of {', '.join(TASKS)}."})
+    task: str = field(
+        default="digits", metadata={"help": f"One of {', '.join(TASKS)}, or your FILE.py."}
+    )
     data_path: str | None = field(default=None, metadata={"help": "gsm8k: a JSONL file to use."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base; default: the tiny base, trained on first use."}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+import shlex
 
+import pytest
+from transformers import HfArgumentParser
+
+from recipes.common import RecipeArguments, _lora
 from recipes.tasks import digits, gsm8k, load_task
 from recipes.tiny_base import make_tokenizer
+from tests.docs.commands import ROOT, blocks
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -61,3 +67,40 @@ def test_what_is_missing_is_named():
         load_task("chess")
     with pytest.raises(FileNotFoundError, match="expected JSONL"):
         load_task("gsm8k", data_path="nowhere.jsonl")
+
+
+def _commands(test):
+    """The one command of the quickstart that is marked as run by `test`."""
+    [block] = [b for b in blocks() if b.page == "quickstart.md" and b.mark.endswith(f"::{test}")]
+    return shlex.split(block.commands[0])
+
+
+def test_file_of_the_quickstart_is_a_task(tmp_path):
+    page = (ROOT / "docs/quickstart.md").read_text()
+    [code] = [
+        c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "def load(" in c
+    ]
+    assert len([line for line in code.splitlines() if line]) < 10
+    words = _commands("test_file_of_the_quickstart_is_a_task")
+    path = tmp_path / words[words.index("--task") + 1]
+    path.write_text(code)
+    task = load_task(str(path))
+    assert task.reward(["12", "11"]) == [1.0, 0.0] and task.train["prompt"][:2] == ["12=", "345="]
+
+
+@pytest.mark.parametrize("text", ["", "load = 3", "def load(seed): return seed"])
+def test_file_that_gives_no_task_is_refused(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=r"load\(seed\) that returns a Task"):
+        load_task(str(tmp_path / "mine.py"))
+    with pytest.raises(ValueError, match="no such file"):
+        load_task(str(tmp_path / "other.py"))
+
+
+def test_lora_flags_of_the_quickstart_are_the_adapters():
+    words = _commands("test_lora_flags_of_the_quickstart_are_the_adapters")
+    given = words[words.index("--lora_r") : words.index("--output_dir")]
+    [recipe] = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(given)
+    found = _lora(recipe)
+    assert (found.r, found.lora_alpha) == (8, 16)
+    assert found.target_modules == {"q_proj", "v_proj"}

@@ -81,13 +81,16 @@ class BadRequest:
 
 def bad_request(chance: random.Random, token: str = ADMIN) -> BadRequest:
     """Some request that every worker refuses; `token` is its admin token."""
-    kind = chance.choice(["parameter", "parameter", "prompts", "json", "route", "registration"])
+    kinds = ["parameter", "parameter", "prompts", "model", "json", "route", "registration"]
+    kind = chance.choice(kinds)
     if kind == "parameter":
         name, value = chance.choice(PARAMS)
         params = {"max_tokens": 16, name: value}
         return _sample(_dump({"prompts": ["x"], "sampling_params": params}))
     if kind == "prompts":
         return _bad_prompts(chance)
+    if kind == "model":
+        return _unknown_model(chance)
     if kind == "json":
         return _bad_json(chance)
     return _bad_route(chance) if kind == "route" else _bad_registration(chance, token)
@@ -106,6 +109,12 @@ def _bad_prompts(chance: random.Random) -> BadRequest:
     if isinstance(prompts, list) and len(prompts) == 1 and chance.random() < 0.5:
         prompts = [[1, 2, 3]] * chance.randint(1, 63) + prompts
     return _sample(_dump({"prompts": prompts}))
+
+
+def _unknown_model(chance: random.Random) -> BadRequest:
+    name = "".join(chance.choices("abcdefghij", k=8))
+    model_id = name + chance.choice(["", "@1", "@999999"])
+    return _sample(_dump({"prompts": ["x"], "model_id": model_id}))
 
 
 def _bad_json(chance: random.Random) -> BadRequest:

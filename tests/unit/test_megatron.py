@@ -338,6 +338,28 @@ def test_deadline_ends_a_call_that_the_server_holds(contract):
     server.hold.set()
 
 
+def test_canary_that_waits_for_a_request_of_ours_forgets_nothing(contract):
+    server = contract("static")
+
+    async def canary_behind_a_request():
+        backend = MegatronBackend(server.url)
+        await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        server.hold.clear()
+        server.arrived.clear()
+        held = asyncio.create_task(backend.sample(["ab"], None, FOUR, timeout_s=30))
+        await asyncio.to_thread(server.arrived.wait, 10)
+        with pytest.raises(errors.DeadlineExceeded):
+            await backend.canary(0.1)
+        server.hold.set()
+        await held
+        await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        await backend.close()
+
+    asyncio.run(canary_behind_a_request())
+    assert [body for _, _, body in server.seen].count({}) == 1  # the probe
+    assert [body["tokens_to_generate"] for body in server.bodies()] == [0, 4, 4, 4]
+
+
 def test_cancelled_call_leaves_the_turn_to_the_next(contract):
     server = contract("static")
 

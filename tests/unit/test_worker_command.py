@@ -152,6 +152,48 @@ def test_the_blueprint_of_an_existing_app_takes_everything_from_the_environment(
         service.stop()
 
 
+_FORKED = """
+import os, sys
+from flask import Flask
+from tests.fakes import FakeBackend
+from tink_rl.worker.app import blueprint
+from tink_rl.worker.auth import Tokens
+from tink_rl.worker.options import WorkerOptions
+from tink_rl.worker.service import WorkerService
+
+service = WorkerService(FakeBackend(), None, options=WorkerOptions(), tokens=Tokens(admin="x" * 20))
+app = Flask("pre-forking")
+app.register_blueprint(blueprint(service))
+
+
+def ask():
+    answer = app.test_client().post("/api/v1/sample", json={"prompts": ["x"]})
+    service.stop()
+    return answer.status_code
+
+
+def in_child():
+    child = os.fork()
+    if child == 0:
+        os._exit(ask() // 10)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * 10
+
+
+if sys.argv[1] == "late":
+    service.start()
+print(in_child(), in_child(), ask())
+"""
+
+
+@pytest.mark.parametrize(("when", "expected"), [("early", "200 200 200"), ("late", "500 500 200")])
+def test_an_app_that_is_made_before_a_fork_serves_in_every_process(when, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKED, when], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == expected, done.stderr
+    assert ("was forked from it" in done.stderr) == (when == "late")
+
+
 def test_megatron_is_served_if_the_settings_say_so(tmp_path):
     options = WorkerOptions(admin_token_file=str(tmp_path / "token"))
     service = build.build_service(Settings.load({"use_megatron": True}), options)

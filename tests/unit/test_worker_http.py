@@ -13,8 +13,10 @@ from tests.bad_requests import PARAMS, PROMPTS, bad_request
 from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
+from tink_rl.worker.accounts import State
 from tink_rl.worker.app import ROUTES, blueprint
 from tink_rl.worker.auth import Scope
+from tink_rl.worker.openapi import statuses
 from tink_rl.worker.readiness import Readiness
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 
@@ -170,7 +172,89 @@ def test_overload_is_429_with_retry_after_and_everybody_else_is_answered():
         assert small.sample().status_code == 200
 
 
+def _kinds(cls=errors.TinkError):
+    return [cls, *(kind for sub in cls.__subclasses__() for kind in _kinds(sub))]
+
+
+_ENDS_EARLY = (errors.RequestCancelled, errors.ShuttingDown)
+
+
+@pytest.mark.parametrize("kind", _kinds(), ids=lambda kind: kind.__name__)
+def test_the_workers_trouble_with_its_server_is_no_4xx_of_a_sampling_client(rig, kind):
+    rig.backend.fails_with = kind("why it is so")
+    before = rig.service.accounts.ends[State.FAILED], rig.service.accounts.ends[State.REJECTED]
+    try:
+        response = rig.sample()
+    finally:
+        rig.backend.fails_with = None
+    error = _assert_problem(response, response.status_code)
+    assert error["message"] == "why it is so"
+    assert response.status_code in statuses(ROUTES[0])
+    ends = rig.service.accounts.ends
+    if issubclass(
+        kind, (errors.UnknownAdapter, errors.SamplingRefused, errors.NotSupportedByBackend)
+    ):
+        assert (response.status_code, error["code"]) == (kind.status, kind.code)
+        assert (ends[State.FAILED], ends[State.REJECTED]) == (before[0], before[1] + 1)
+    elif not issubclass(kind, _ENDS_EARLY):
+        assert response.status_code >= 500
+        assert ("Retry-After" in response.headers) == (response.status_code == 503)
+        if not issubclass(kind, TimeoutError):
+            assert (ends[State.FAILED], ends[State.REJECTED]) == (before[0] + 1, before[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        (errors.BadToken, 502, "backend_error"),
+        (errors.ModeUnavailable, 502, "backend_error"),
+        (errors.RankExceeded, 502, "backend_error"),
+        (errors.ProtocolMismatch, 502, "backend_error"),
+        (errors.TinkError, 502, "backend_error"),
+        (errors.LeaseHeld, 503, "engine_unavailable"),
+        (errors.StaleEpoch, 503, "engine_unavailable"),
+    ],
+)
+def test_trouble_that_passes_may_be_tried_again_and_other_trouble_not(rig, kind, status, code):
+    rig.backend.fails_with = kind("why it is so")
+    try:
+        _assert_problem(rig.sample(), status, code)
+        streamed = rig.sample(stream=True).text
+    finally:
+        rig.backend.fails_with = None
+    assert streamed.startswith("event: delta") and f'"code": "{code}"' in streamed
+
+
+@pytest.mark.parametrize("kind", _kinds(), ids=lambda kind: kind.__name__)
+def test_every_route_answers_only_what_the_document_lists(kind):
+    with worker() as found:
+        found.adapters.fails_with = kind("why it is so")
+
+        async def fails():
+            raise kind("why it is so")
+
+        found.backend.models = fails
+        by_name = {route.name: route for route in ROUTES}
+        body = {"adapter_id": "math", "lora_path": "/x"}
+        registered = found.http.post("/api/v1/adapters", json=body, headers=_admin())
+        models = found.http.get("/api/v1/models")
+    for response, name in ((registered, "register_adapter"), (models, "models")):
+        assert response.status_code in statuses(by_name[name]), (name, response.status_code)
+        assert response.json["error"]["message"] == "why it is so"
+    assert models.status_code >= 500 and registered.status_code != 401
+
+
 # -- retries --------------------------------------------------------------------------------------
+
+
+def test_a_retry_is_answered_though_its_adapter_has_gone_meanwhile():
+    with worker() as found:
+        first = found.sample(model_id="a", request_id="r")
+        found.adapters.unregister("a")
+        retry = found.sample(model_id="a", request_id="r")
+        assert retry.data == first.data and retry.headers["Tink-Replayed"] == "true"
+        _assert_problem(found.sample(["other"], model_id="a", request_id="r"), 404)
+        _assert_problem(found.sample(model_id="a", request_id="new"), 404, "unknown_adapter")
 
 
 def test_requests_with_one_id_are_one_generation_and_equal_bodies():
@@ -417,6 +501,51 @@ def test_another_spelling_of_a_path_opens_nothing(path):
     with worker(sample_token=SAMPLE) as found:
         response = found.http.post(path, json={"prompts": ["x"]}, headers={"Host": "x/livez?"})
         assert response.status_code in (401, 404)
+
+
+@pytest.mark.parametrize(
+    ("remote", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("127.8.8.8", 200),
+        ("::1", 200),
+        ("::ffff:127.0.0.1", 200),
+        ("10.0.0.7", 401),
+        ("::ffff:10.0.0.7", 401),
+        ("2001:db8::1", 401),
+        ("", 401),
+    ],
+)
+def test_without_a_sample_token_only_this_machine_samples(rig, remote, status):
+    app = Flask("listens-anywhere")
+    app.register_blueprint(blueprint(rig.service))
+    before = rig.backend.num_calls
+    http, environ = app.test_client(), {"REMOTE_ADDR": remote}
+    for route in ROUTES:
+        if route.scope is Scope.SAMPLE:
+            body = {"prompts": ["x"]}
+            response = http.open(
+                route.rule, method=route.method, json=body, environ_overrides=environ
+            )
+            assert response.status_code == status, route.rule
+            if status == 401:
+                error = _assert_problem(response, 401, "bad_token")
+                assert "TINK_WORKER_SAMPLE_TOKEN_FILE" in error["message"]
+    assert rig.backend.num_calls - before == (status == 200)
+    assert http.get("/livez", environ_overrides=environ).status_code == 200
+    known = http.get("/api/v1/models", headers=_admin(), environ_overrides=environ)
+    assert known.status_code == 200
+
+
+def test_a_sample_token_is_good_from_everywhere():
+    with worker(sample_token=SAMPLE) as found:
+        for token, status in ((SAMPLE, 200), ("wrong", 401)):
+            response = found.http.get(
+                "/api/v1/models",
+                headers=_admin(token),
+                environ_overrides={"REMOTE_ADDR": "10.0.0.7"},
+            )
+            assert response.status_code == status
 
 
 # -- adapters and the rest ------------------------------------------------------------------------

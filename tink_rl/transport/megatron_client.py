@@ -160,7 +160,8 @@ class MegatronClient:
         except TimeoutError as error:
             if isinstance(error, errors.TinkError):
                 raise
-            self._forget()
+            if not self._static_turn.locked():  # else it waited for another request of ours
+                self._forget()
             raise errors.DeadlineExceeded(
                 f"the Megatron server at {self.base_url} did not finish {len(prompts)} prompts within "
                 f"{timeout_s:g} s; lower max_tokens or raise the timeout",

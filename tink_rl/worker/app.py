@@ -78,7 +78,9 @@ def _guarded(service: WorkerService, route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
         g.request_id = new_request_id()
         try:
-            service.tokens.require(route.scope, request.headers.get("Authorization"))
+            service.tokens.require(
+                route.scope, request.headers.get("Authorization"), request.remote_addr
+            )
             service.start()
             response = route.view(service, **path)
         except TinkError as error:

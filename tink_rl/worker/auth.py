@@ -8,6 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from tink_rl.errors import BadToken, WrongScope
+from tink_rl.loopback import is_loopback
 from tink_rl.tokens import ensure_token_file
 from tink_rl.worker.options import WorkerOptions
 
@@ -18,7 +19,7 @@ class Scope(IntEnum):
     OPEN = 0
     """Nothing: liveness and readiness, which say nothing but yes or no."""
     SAMPLE = 1
-    """The sample token, if one is set."""
+    """The sample token; without one a caller on this machine."""
     ADMIN = 2
     """The admin token, always."""
 
@@ -29,7 +30,7 @@ class Tokens:
     def __init__(
         self, *, admin: str, sample: str | None = None, admin_file: Path | None = None
     ) -> None:
-        """Keep the tokens' hashes; `sample=None` lets everybody sample."""
+        """Keep the tokens' hashes; `sample=None` lets everybody on this machine sample."""
         self.admin_file = admin_file
         """Where the admin token can be read."""
         self._admin = _hash(admin)
@@ -50,14 +51,20 @@ class Tokens:
             admin_file=file,
         )
 
-    def require(self, scope: Scope, authorization: str | None) -> None:
+    def require(self, scope: Scope, authorization: str | None, remote: str | None = None) -> None:
         """Return if `authorization` (the header) carries a token for `scope`; admin's is good for all.
+
+        Without a sample token `remote`, the caller's address, must be a loopback one to sample: whatever
+        app holds the routes, only it knows where it listens.
 
         Raises:
             BadToken: no token, or one that is not ours.
             WrongScope: the sample token where the admin token is needed.
         """
-        if scope is Scope.OPEN or (scope is Scope.SAMPLE and self._sample is None):
+        if scope is Scope.OPEN:
+            return
+        is_unset = scope is Scope.SAMPLE and self._sample is None
+        if is_unset and is_loopback((remote or "").removeprefix("::ffff:")):
             return
         given = _hash(_bearer(authorization))
         is_admin = hmac.compare_digest(given, self._admin)
@@ -68,6 +75,12 @@ class Tokens:
             raise WrongScope(
                 "this token is for sampling; the route wants the admin token (its file is named in "
                 "the worker's first lines)"
+            )
+        if is_unset:
+            raise BadToken(
+                f"sampling from {remote or 'an unknown address'} needs a token and this worker has "
+                "none: set TINK_WORKER_SAMPLE_TOKEN_FILE=FILE (made if it does not exist) and start it "
+                "again, or connect to a loopback address"
             )
         raise BadToken(
             "missing or wrong token; send `Authorization: Bearer TOKEN` with the token from the "

@@ -21,6 +21,7 @@ from tink_rl.types import Completion
 from tink_rl.worker.accounts import Accounts, State
 from tink_rl.worker.backends import Backend, Delta
 from tink_rl.worker.fair_queue import FairQueue
+from tink_rl.worker.faults import SAMPLING, for_client
 from tink_rl.worker.replay import KeptAnswers
 from tink_rl.worker.work import GONE, GRACE_S, OVER, Job, Ticket, Work, too_late
 
@@ -65,16 +66,19 @@ class JobQueue:
         self._numbers = itertools.count(1)
         self._seconds_each = 1.0
         self._closing = False
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.on_success: Callable[[], None] = lambda: None
         """Called in the loop after every job that is done."""
+        self.on_delta: Callable[[], None] = lambda: None
+        """Called in the loop for every piece of a streamed answer."""
 
     # -- life -------------------------------------------------------------------------------------
 
     def start(self, *background: Coroutine[Any, Any, None]) -> None:
         """Start the loop's thread, and `background` coroutines in it that end with it."""
+        self._loop = asyncio.new_event_loop()  # not before: processes of a fork would share it
         self._thread = threading.Thread(target=self._run_loop, name="tink-jobs", daemon=True)
         self._thread.start()
         for coroutine in (self._sweep(), *background):
@@ -183,6 +187,12 @@ class JobQueue:
             self._start_next()
             return ticket
 
+    def knows(self, request_id: str, fingerprint: str | None) -> bool:
+        """Whether a request with this id and fingerprint would join an earlier one."""
+        with self._lock:
+            job = self._by_id.get(request_id) or self._kept.get(request_id)
+            return job is not None and job.work.fingerprint == fingerprint
+
     def _find(self, work: Work) -> Job | None:
         if work.fingerprint is None:
             return None
@@ -284,6 +294,7 @@ class JobQueue:
         return self._loop.time() + deadline - time.monotonic()
 
     def _pass_on(self, job: Job, delta: Delta) -> None:
+        self.on_delta()
         with self._lock:
             job.deltas.append(delta)
             for ticket in job.tickets:
@@ -343,7 +354,8 @@ def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | No
     if isinstance(error, TimeoutError):
         return State.EXPIRED, error if isinstance(error, errors.TinkError) else too_late(job)
     if isinstance(error, errors.TinkError):
-        return State.REJECTED if error.status < 500 else State.FAILED, error
+        told = for_client(error, SAMPLING)
+        return State.REJECTED if told.status < 500 else State.FAILED, told
     _LOG.error("request %s: the backend raised", job.work.request_id, exc_info=error)
     return State.FAILED, errors.TinkError(
         f"internal error ({type(error).__name__}); the worker's log has more"

@@ -32,33 +32,33 @@ class _Text:
     errors: tuple[int, ...] = ()
 
 
-_BODY_ERRORS = (400, 408, 413, 415, 431)
-_SAMPLE_ERRORS = (404, 409, 429, 499, 500, 501, 502, 503, 504)
+_ANY_ERRORS = (400, 408, 413, 431, 500, 501)
+"""What HTTP itself, or a crash, answers on any route."""
 _TEXTS = {
     "sample": _Text(
         summary="Sample completions from the base model or an adapter.",
         answer=schemas.SampleResponse,
         body=schemas.SampleRequest,
-        errors=(*_BODY_ERRORS, *_SAMPLE_ERRORS),
+        errors=(404, 409, 415, 429, 499, 502, 503, 504),
     ),
     "models": _Text(
         summary="Every name that can be sampled, the base first.",
         answer=schemas.ModelList,
-        errors=(500, 501, 502, 503, 504),
+        errors=(429, 502, 503, 504),
     ),
     "list_adapters": _Text(
-        summary="All registered adapters.", answer=schemas.AdapterList, errors=(500, 503)
+        summary="All registered adapters.", answer=schemas.AdapterList, errors=(502, 503)
     ),
     "register_adapter": _Text(
         summary="Register a PEFT directory under an id; other bytes under a known id are a new version.",
         answer=schemas.AdapterOut,
         body=schemas.AdapterRequest,
-        errors=(*_BODY_ERRORS, 403, 409, 422, 429, 500, 501, 502, 503, 504, 507),
+        errors=(404, 409, 415, 422, 429, 502, 503, 504, 507),
     ),
     "unregister_adapter": _Text(
         summary="Forget an adapter; requests under way finish on it.",
         answer=schemas.AdapterGone,
-        errors=(400, 403, 404, 429, 500, 502, 503, 504),
+        errors=(404, 409, 422, 429, 502, 503, 504, 507),
     ),
     "livez": _Text(summary="The process answers.", answer=schemas.Health),
     "readyz": _Text(
@@ -66,9 +66,18 @@ _TEXTS = {
         answer=schemas.Health,
         errors=(503,),
     ),
-    "metrics": _Text(summary="Figures for Prometheus.", answer="text/plain", errors=(403,)),
+    "metrics": _Text(summary="Figures for Prometheus.", answer="text/plain"),
     "openapi": _Text(summary="This document.", answer="application/json"),
     "docs": _Text(summary="This document, as a page.", answer="text/html"),
+}
+_EVENT = {
+    "type": "object",
+    "description": "With `stream`, each event: `delta`s, then `done` with the whole answer, or `error`.",
+    "properties": {
+        "event": {"enum": ["delta", "done", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
 }
 _MODELS: tuple[type[BaseModel], ...] = (
     schemas.SampleRequest,
@@ -133,21 +142,20 @@ def _responses(route: Route, text: _Text) -> dict[str, Any]:
     else:
         content = {"application/json": {"schema": _ref(text.answer)}}
     if route.name == "sample":
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": "With `stream`: `delta` events, then `done` with the whole answer, or "
-                "`error`.",
-            }
-        }
+        content["text/event-stream"] = {"schema": _EVENT}
     responses = {"200": {"description": "Success.", "content": content}}
-    auth = () if route.scope is Scope.OPEN else (401,)
-    for status in sorted({*auth, *text.errors}):
+    for status in statuses(route):
         responses[str(status)] = {
             "description": "See `error.code`.",
             "content": {"application/json": {"schema": _ref(schemas.ErrorResponse)}},
         }
     return responses
+
+
+def statuses(route: Route) -> list[int]:
+    """Every status other than 200 that `route` can answer."""
+    auth = {Scope.OPEN: (), Scope.SAMPLE: (401,), Scope.ADMIN: (401, 403)}[route.scope]
+    return sorted({*_ANY_ERRORS, *auth, *_TEXTS[route.name].errors})
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:
@@ -163,7 +171,7 @@ _STYLE = (
 )
 _SCOPES = {
     Scope.OPEN: "no token",
-    Scope.SAMPLE: "sample token, if one is set",
+    Scope.SAMPLE: "sample token; if none is set, a client on this machine",
     Scope.ADMIN: "admin token",
 }
 
@@ -181,7 +189,7 @@ def page(routes: Sequence[Route]) -> str:
             parts.append(f"<p>Body: {_link(text.body.__name__)}</p>")
         if not isinstance(text.answer, str):
             parts.append(f"<p>Answer: {_link(text.answer.__name__)}</p>")
-        codes = ", ".join(map(str, text.errors)) or "none of its own"
+        codes = ", ".join(map(str, statuses(route)))
         parts.append(f"<p>Errors: {codes}; their body is {_link('ErrorResponse')}.</p>")
     for name, schema in described["components"]["schemas"].items():
         shown = html.escape(json.dumps(schema, indent=1))

@@ -31,11 +31,16 @@ class Readiness:
         self._backend = backend
         self._interval_s, self._max_age_s = interval_s, max_age_s
         self._last_success: float | None = None
+        self._last_delta = 0.0
         self._last_error = "no canary has succeeded yet"
 
     def note_success(self) -> None:
         """A generation just worked."""
         self._last_success = time.monotonic()
+
+    def note_delta(self) -> None:
+        """A piece of a streamed answer just came."""
+        self._last_delta = time.monotonic()
 
     @property
     def reason(self) -> str | None:
@@ -55,11 +60,14 @@ class Readiness:
             await asyncio.sleep(self._interval_s)
 
     async def _try_once(self) -> None:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._backend.canary(_TIMEOUT_S)
         except TimeoutError:
             self._last_error = f"no token within {_TIMEOUT_S:g} s"
+            if self._last_delta > began:  # it waits behind requests that are being answered
+                self._last_success = max(self._last_delta, self._last_success or 0.0)
         except TinkError as error:
             self._last_error = error.message
         except Exception as error:  # noqa: BLE001 - the loop must outlive any answer of a server

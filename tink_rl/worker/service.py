@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from tink_rl import errors
 from tink_rl.worker.accounts import Accounts
 from tink_rl.worker.auth import Tokens
 from tink_rl.worker.backends import Backend, ModelInfo
+from tink_rl.worker.faults import REGISTERING, told
 from tink_rl.worker.jobs import JobQueue
 from tink_rl.worker.metrics import Metrics
 from tink_rl.worker.options import WorkerOptions, load_options
@@ -79,25 +81,41 @@ class WorkerService:
         )
         self.readiness = readiness or Readiness(backend)
         self.queue.on_success = self.readiness.note_success
+        self.queue.on_delta = self.readiness.note_delta
         self.metrics = Metrics(
             self.accounts, self.queue.depth, lambda: self.readiness.reason is None
         )
         self._registering = threading.BoundedSemaphore(_MAX_REGISTRATIONS)
         self._listing = threading.BoundedSemaphore(_MAX_LISTINGS)
         self._start_lock = threading.Lock()
-        self._is_started = False
+        self._process: int | None = None
+        """The process that it was started in."""
 
     def start(self) -> WorkerService:
-        """Start the queue's thread and the canary; once, however often it is called."""
+        """Start the queue's thread and the canary; once, however often it is called.
+
+        Raises:
+            RuntimeError: it was started before this process was forked.
+        """
+        if self._process == os.getpid():
+            return self
+        if (
+            self._process is not None
+        ):  # not under the lock: another thread may have held it at the fork
+            raise RuntimeError(
+                f"the worker was started in process {self._process} and this one, {os.getpid()}, was "
+                "forked from it: its thread stayed there; send no request before the fork, or make the "
+                "app after it"
+            )
         with self._start_lock:
-            if not self._is_started:
+            if self._process is None:
                 self.queue.start(self.readiness.run())
-                self._is_started = True
+                self._process = os.getpid()
         return self
 
     def stop(self) -> int:
         """Refuse new requests, let those under way finish, end; how many were cut off."""
-        if not self._is_started:
+        if self._process != os.getpid():
             return 0
         num_cut = self.queue.drain(self.options.drain_s)
         self.queue.close()
@@ -124,7 +142,13 @@ class WorkerService:
         """
         params = request.sampling_params.to_params()
         self.limits().check(request)
-        model = self.backend.check(request.prompts, request.model_id, params)
+        fingerprint = request.fingerprint() if request.request_id else None
+        try:
+            model = self.backend.check(request.prompts, request.model_id, params)
+        except errors.UnknownAdapter:
+            if not self.queue.knows(request_id, fingerprint):
+                raise
+            model = request.model_id  # a retry: its adapter may have gone since it was admitted
         work = Work(
             request_id=request_id,
             prompts=request.prompts,
@@ -132,7 +156,7 @@ class WorkerService:
             model=model,
             params=params,
             timeout_s=request.timeout_s or self.options.timeout_s,
-            fingerprint=request.fingerprint() if request.request_id else None,
+            fingerprint=fingerprint,
             stream=request.stream,
         )
         return self.queue.submit(work, is_gone)
@@ -146,7 +170,7 @@ class WorkerService:
 
     def models(self) -> list[ModelInfo]:
         """Every name that can be sampled now."""
-        with _one_of_few(self._listing, "lists of models are being made"):
+        with _one_of_few(self._listing, "lists of models are being made"), told(()):
             found: list[ModelInfo] = self.queue.run(self.backend.models(), _MODELS_TIMEOUT_S)
         return found
 
@@ -189,7 +213,7 @@ class WorkerService:
                 f"the {self.backend.name} backend has no adapters; merge the adapter into the served "
                 "weights, or use vLLM (USE_VLLM=true)"
             )
-        with _one_of_few(self._registering, "adapters are being registered"):
+        with _one_of_few(self._registering, "adapters are being registered"), told(REGISTERING):
             yield self._adapters
 
 

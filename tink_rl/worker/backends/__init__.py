@@ -46,7 +46,9 @@ class Backend(Protocol):
     def check(
         self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
     ) -> Any:
-        """Refuse at once what `sample` would refuse anyway; asks no server.
+        """Refuse at once what `sample` would refuse anyway.
+
+        Asks no server, but for a name that is not known here: then for a second at most.
 
         Returns:
             What `sample` takes in place of `model_id`: the version that `model_id` means now, so that

@@ -6,12 +6,15 @@ What is resident is sampled without leaving the event loop; a load waits in a th
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tink_rl import errors
 from tink_rl.residency.names import MAX_TRIES, Model, Target
+from tink_rl.residency.server_view import ServerView
 from tink_rl.transport import payloads
 from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.types import Completion, SamplingParams
@@ -21,6 +24,10 @@ from tink_rl.worker.backends import Delta, ModelInfo
 _NUM_LOADERS = 8
 """Adapters that are brought to the server at the same time."""
 _MAX_LOGPROBS = 20
+_NEWS_S = 1.0
+"""For so long a look at the server answers for every name that it did not find."""
+_LOOK_S = 1.0
+"""A request waits so long for a look before it is queued."""
 
 
 class VLLMSampler:
@@ -38,6 +45,10 @@ class VLLMSampler:
             connect_timeout_s=backend.settings.vllm_timeout,
         )
         self._threads = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tink-acquire")
+        self._look_lock = threading.Lock()
+        self._looking: Future[None] | None = None
+        self._seen: tuple[ServerView, float] | None = None
+        """The last look for an unknown name, and when it began."""
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -52,7 +63,8 @@ class VLLMSampler:
         params: SamplingParams,
     ) -> Model | str | None:
         """See `Backend.check`: the version that is current now, so that a request which waits in the
-        queue is answered by what was registered when it came."""
+        queue is answered by what was registered when it came. For an unknown name the server is looked at,
+        at most once a second; if that takes long, `sample` looks."""
         if (params.logprobs or 0) > _MAX_LOGPROBS:
             raise errors.SamplingRefused(
                 f"logprobs={params.logprobs}: expected at most {_MAX_LOGPROBS}"
@@ -60,7 +72,12 @@ class VLLMSampler:
         self.backend.check(prompts, params, ask=False)
         if isinstance(model_id, Model):
             return model_id
-        return self._names.resolve(model_id) or model_id
+        model = self._names.resolve(model_id)
+        if model is None and model_id is not None and self._has_looked(model_id):
+            model = self._names.resolve(model_id)
+            if model is None:
+                raise self._unknown(model_id)
+        return model or model_id
 
     async def sample(
         self,
@@ -94,9 +111,54 @@ class VLLMSampler:
     async def _find(self, model_id: str | None) -> Model:
         model = self._names.resolve(model_id)
         if model is None:
-            model = await self._in_thread(self._names.find, model_id)
-        assert isinstance(model, Model)
+            await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
+            model = self._names.resolve(model_id)
+        if model is None:
+            assert model_id is not None
+            raise self._unknown(model_id)
         return model
+
+    def _ask(self) -> tuple[Future[None], bool]:
+        """The look at the server that is under way, or a new one; and whether it is new."""
+        with self._look_lock:
+            is_new = self._looking is None
+            if self._looking is None:
+                self._looking = self._threads.submit(self._look)
+            return self._looking, is_new
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        try:
+            self._seen = (self._server.view(fresh=True), began)
+        finally:
+            with self._look_lock:
+                self._looking = None
+
+    def _has_looked(self, model_id: str) -> bool:
+        """Whether a look within the last second says that the server does not serve `model_id`.
+
+        Never of a `policy@N`: a trainer may have published it since.
+        """
+        if self._seen is not None and "@" not in model_id:
+            view, began = self._seen
+            if view is self._server.known and time.monotonic() - began <= _NEWS_S:
+                return True
+        look, is_new = self._ask()
+        if not is_new:  # one thread of the HTTP server waits, not all of them
+            return False
+        try:
+            look.result(_LOOK_S)
+        except (errors.TinkError, TimeoutError):  # `sample` has the time to wait and to say why
+            return False
+        return True
+
+    def _unknown(self, model_id: str) -> errors.UnknownAdapter:
+        self._names.unregistered(model_id)  # maybe by another process
+        return errors.UnknownAdapter(
+            f"model_id {model_id!r} is neither a registered adapter nor served by "
+            f"{self._sampler.base_url}; GET /api/v1/models lists what is, POST /api/v1/adapters "
+            "registers an adapter"
+        )
 
     async def _with_target(
         self, model: Model, send: Callable[[Target], Awaitable[list[Completion]]]

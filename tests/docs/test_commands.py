@@ -169,8 +169,7 @@ def test_whole_script_of_the_quickstart_trains(servers, model_dir, tmp_path):
 @pytest.mark.server
 @pytest.mark.recipe
 @pytest.mark.timeout(500)
-def test_quickstart_trains_against_a_server_in_another_terminal(servers, tmp_path):
-    servers.stop()
+def test_quickstart_trains_against_a_server_in_another_terminal(tmp_path):
     serve, train = (
         next(
             b.commands[0]

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = [pytest.mark.recipe, pytest.mark.server]
+pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _MARK = "MARK_OF_NOTEBOOK_TEST"  # not TINK_*: those are not handed on to a server
@@ -55,9 +55,8 @@ class Watched(NotebookClient):
         return done
 
 
-def run_notebook(path, servers, tmp_path, monkeypatch, **parameters):
+def run_notebook(path, tmp_path, monkeypatch, **parameters):
     """Execute it; its code cells' text, and the number of processes after each."""
-    servers.stop()  # the notebook starts its own
     mark = uuid.uuid4().hex
     monkeypatch.setenv(_MARK, mark)
     monkeypatch.setenv("TINK_TOKEN_FILE", str(tmp_path / "token"))
@@ -88,11 +87,9 @@ def assert_server_ran_and_stopped(num_processes):
 
 
 @pytest.mark.timeout(400)
-def test_grpo_notebook_trains_draws_and_stops_its_server(servers, tmp_path, monkeypatch):
+def test_grpo_notebook_trains_draws_and_stops_its_server(tmp_path, monkeypatch):
     path = ROOT / "notebooks/1_grpo.ipynb"
-    outputs, processes = run_notebook(
-        path, servers, tmp_path, monkeypatch, MAX_STEPS=6, BATCH_SIZE=64
-    )
+    outputs, processes = run_notebook(path, tmp_path, monkeypatch, MAX_STEPS=6, BATCH_SIZE=64)
     assert_server_ran_and_stopped(processes)
     assert re.search(r"digits@6 \[.*\] held-out, sampled: 0\.\d\d", "".join(outputs))
     assert (ROOT / "runs/notebook-grpo/report.html").is_file()
@@ -100,11 +97,9 @@ def test_grpo_notebook_trains_draws_and_stops_its_server(servers, tmp_path, monk
 
 
 @pytest.mark.timeout(400)
-def test_modes_notebook_gets_the_same_tokens_in_every_mode(servers, tmp_path, monkeypatch):
+def test_modes_notebook_gets_the_same_tokens_in_every_mode(tmp_path, monkeypatch):
     path = ROOT / "notebooks/2_modes.ipynb"
-    outputs, processes = run_notebook(
-        path, servers, tmp_path, monkeypatch, NUM_PUBLISHES=2, NUM_PROMPTS=32
-    )
+    outputs, processes = run_notebook(path, tmp_path, monkeypatch, NUM_PUBLISHES=2, NUM_PROMPTS=32)
     assert_server_ran_and_stopped(processes)
     text = "".join(outputs)
     equal = [int(n) for n in re.findall(r"(\d+) of 32 greedy completions", text)]
@@ -114,12 +109,10 @@ def test_modes_notebook_gets_the_same_tokens_in_every_mode(servers, tmp_path, mo
 
 
 @pytest.mark.timeout(400)
-def test_versions_notebook_serves_all_checkpoints_and_exports_the_best(
-    servers, tmp_path, monkeypatch
-):
+def test_versions_notebook_serves_all_checkpoints_and_exports_the_best(tmp_path, monkeypatch):
     path = ROOT / "notebooks/3_versions.ipynb"
     outputs, processes = run_notebook(
-        path, servers, tmp_path, monkeypatch, MAX_STEPS=6, SAVE_STEPS=2, BATCH_SIZE=64
+        path, tmp_path, monkeypatch, MAX_STEPS=6, SAVE_STEPS=2, BATCH_SIZE=64
     )
     assert_server_ran_and_stopped(processes)
     text = "".join(outputs)

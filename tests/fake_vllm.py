@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.server.leases import Leases
 from tink_rl.types import PROTOCOL_VERSION
 
@@ -23,6 +25,8 @@ class FakeVLLM:
     def __init__(self, root: str, *, plugin: bool = True, runtime_loading: bool = True) -> None:
         self.root, self.plugin, self.runtime_loading = root, plugin, runtime_loading
         self.base = "base"
+        self.max_model_len = 256
+        self.fingerprint = base_fingerprint(root) if Path(root).is_dir() else "f" * 32
         self.lock = threading.Lock()
         self.calls: list[str] = []
         self.generated: list[str] = []
@@ -33,6 +37,10 @@ class FakeVLLM:
         self.lora_error: str | None = None
         self.hooks: dict[str, Any] = {}
         """path -> function that is called before the request is handled."""
+        self.after: dict[str, Any] = {}
+        """path -> function that is called before the answer leaves."""
+        self.away = False
+        """Nobody listens."""
         self.restart()
 
     def restart(self) -> None:
@@ -52,6 +60,13 @@ class FakeVLLM:
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
+        if self.away:
+            raise httpx.ConnectError("away", request=request)
+        response = self._handle_here(path, request)
+        self.after.get(path, lambda: None)()
+        return response
+
+    def _handle_here(self, path: str, request: httpx.Request) -> httpx.Response:
         hook = self.hooks.get(path)
         if hook is not None:
             hook()
@@ -86,7 +101,7 @@ class FakeVLLM:
 
     def _cards(self) -> list[dict[str, Any]]:
         name = self.merged or self.full or self.base
-        cards = [{"id": name, "root": self.root, "max_model_len": 256}]
+        cards = [{"id": name, "root": self.root, "max_model_len": self.max_model_len}]
         slots = {n: path for n, path in self.served.items() if n not in (self.merged, self.full)}
         return cards + [{"id": n, "root": path, "parent": name} for n, path in slots.items()]
 
@@ -142,12 +157,12 @@ class FakeVLLM:
             "modes": ["adapter"],
             "world_size": 1,
             "base_model": self.base,
-            "base_fingerprint": "f" * 64,
+            "base_fingerprint": self.fingerprint,
             "dtype": "float32",
             "adapter_dtype": "float32",
             "max_lora_rank": 16,
             "max_loras": 2,
-            "max_model_len": 256,
+            "max_model_len": self.max_model_len,
             "logprobs_mode": "processed_logprobs",
             "device": "cpu",
             "served": dict(self.served),

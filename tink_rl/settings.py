@@ -8,7 +8,7 @@ TRL nor vLLM.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,9 @@ class Settings(BaseSettings):
         description="Seconds within which a connection to the vLLM server must open.",
     )
     vllm_enable_lora: bool = Field(
-        default=True, description="Whether adapters may be registered and sampled."
+        default=True,
+        description="Whether adapters may be registered and sampled. Names that the server itself serves "
+        "may be in any case.",
     )
     vllm_max_loras: int = Field(
         default=4,
@@ -77,7 +79,9 @@ class Settings(BaseSettings):
     )
     vllm_max_lora_rank: int = Field(
         default=64,
-        description="Largest rank that is registered; `tink-rl serve` takes it as --max-lora-rank if set.",
+        description="Largest rank that is registered, never above the server's slots; unset, a server with "
+        "the plugin decides by them. `tink-rl serve` takes it as --max-lora-rank if set.",
+        json_schema_extra={"enum": list(LORA_RANKS)},
     )
     use_megatron: bool = Field(default=False, description="Train with (or sample from) Megatron.")
     megatron_server_url: str = Field(
@@ -135,7 +139,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_rank(cls, value: int) -> int:
         if value not in LORA_RANKS:
-            raise ValueError(f"expected one of {', '.join(map(str, LORA_RANKS))}")
+            raise ValueError(_one_of(LORA_RANKS))
         return value
 
     # -- reading ----------------------------------------------------------------------------------
@@ -251,6 +255,10 @@ def _field_name(key: str) -> str:
     return f"vllm_{name}" if name in _SHORT or name == "max_lora_rank" else name
 
 
+def _one_of(values: Iterable[Any]) -> str:
+    return f"expected one of {', '.join(map(str, values))}"
+
+
 def _explain(item: Any) -> str:
     name = str(item["loc"][0]) if item["loc"] else "settings"
     return f"{name.upper()}={item['input']!r}: {_allowed(name.lower(), item)}"
@@ -260,6 +268,8 @@ def _allowed(name: str, item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     schema = Settings.model_json_schema()["properties"].get(name, {})
+    if "enum" in schema:
+        return _one_of(schema["enum"])
     kinds = {schema.get("type")} | {option.get("type") for option in schema.get("anyOf", [])}
     if "boolean" in kinds:
         return "expected true or false"

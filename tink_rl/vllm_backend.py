@@ -13,13 +13,15 @@ need not be installed.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
@@ -28,7 +30,7 @@ from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.store import AdapterStore
 from tink_rl.residency.loaders import LoaderByServer
 from tink_rl.residency.names import Names, Target, adapter_version
-from tink_rl.residency.server_view import KnownServer
+from tink_rl.residency.server_view import KnownServer, ServedBase
 from tink_rl.residency.table import Residency
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
@@ -56,10 +58,45 @@ __all__ = [
 logger = logging.getLogger("tink_rl")
 Completions = list[list[Completion]]
 KEPT_DAYS = 7
-"""Days for which the bytes of a replaced or unregistered adapter stay in the store."""
+"""Days for which the bytes of an unregistered adapter stay in the store."""
 Config = Settings | Mapping[str, Any] | None
 _WEIGHTS = "weights"
 """Policy name of `update_model_weights`: the base answers as `weights@N` afterwards."""
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _Calls:
+    """Calls that are under way, so that what they use is closed after the last of them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A call, for as long as the block lasts."""
+        with self._changed:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait until none is under way; whether that was so within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._count, timeout_s)
+
+
+def _counted(method: Method) -> Method:
+    @functools.wraps(method)
+    def call(self: VLLMBackend, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.one():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, call)
 
 
 class VLLMBackend:
@@ -85,7 +122,8 @@ class VLLMBackend:
         self.settings = Settings.load(config)
         self.store = AdapterStore(self.settings.tink_store_dir)
         self.registry = AdapterRegistry(self.store.root)
-        self.client = client or _client(self.settings)
+        self._secrets = _secrets(self.settings)
+        self.client = client or _client(self.settings, *self._secrets)
         self.server = KnownServer(
             self.client, self.settings.tink_base_model, lambda: self._residency.forget_all()
         )
@@ -93,7 +131,14 @@ class VLLMBackend:
             LoaderByServer(self.server, self.store),
             capacity=self.settings.tink_max_resident_adapters,
         )
-        self.names = Names(self.registry, self._residency, self.server)
+        self.names = Names(
+            self.registry,
+            self._residency,
+            self.server,
+            adapters_on=self.settings.vllm_enable_lora,
+        )
+        self._calls = _Calls()
+        self._closed = False
         self._sync: WeightSync | None = None
         self._sync_lock = threading.Lock()
 
@@ -105,6 +150,7 @@ class VLLMBackend:
 
     def close(self) -> None:
         """End connections; what is registered, and what lies on the server, stays. Idempotent."""
+        self._closed = True
         self.close_communicator()
         self._residency.close()
         self.client.close()
@@ -121,6 +167,7 @@ class VLLMBackend:
 
     # -- adapters ---------------------------------------------------------------------------------
 
+    @_counted
     def register(
         self, adapter_id: str, lora_path: str | Path, *, roots: Sequence[Path] | None = None
     ) -> Registration:
@@ -140,21 +187,20 @@ class VLLMBackend:
                 what is wrong with it.
             AdapterConflict: another one was registered under this id at the same time.
         """
-        if not self.settings.vllm_enable_lora:
-            raise errors.ConfigError(
-                "VLLM_ENABLE_LORA=False: adapters are switched off; set VLLM_ENABLE_LORA=true"
-            )
+        self.names.check_on()
         check_adapter_id(adapter_id)
         before = self.registry.current(adapter_id)
         allowed = roots if roots is not None else (self.settings.adapter_roots or None)
-        base = self._base_shapes()
+        base = self.server.base()
+        shapes = self._shapes(base)
         self.names.check_free(adapter_id)
-        stored = self.store.add(lora_path, roots=allowed, base=base, max_rank=self._max_rank())
+        stored = self.store.add(lora_path, roots=allowed, base=shapes, max_rank=self._max_rank())
         found = self.registry.register(
             adapter_id,
             stored,
             lora_path,
             expected_version=before.version if before is not None else 0,
+            base_fingerprint=base.fingerprint,
         )
         self.names.registered(found)
         self._tidy()
@@ -163,21 +209,22 @@ class VLLMBackend:
     def _tidy(self) -> None:
         """Remove stored bytes that nothing can name any more; never fails a registration.
 
-        What was stored within KEPT_DAYS stays, so that a replaced version can be compared as `id@N`; and
-        what the server lists, because stock vLLM reads the directory of an evicted adapter again.
+        Every version of a registered id stays, because `id@N` names it; of an unregistered one until
+        KEPT_DAYS later, because requests under way end on it; and what the server lists, because stock
+        vLLM reads the directory of an evicted adapter again.
         """
+        kept_s = KEPT_DAYS * 86_400.0
         try:
             names = [card["id"] for card in self.client.model_cards()]
-            keep = self.registry.digests()
+            keep = self.registry.needed(time.time() - kept_s)
             keep |= {d for d in self.store.digests() if any(f".{d[:12]}@" in n for n in names)}
-            self.store.gc(keep, min_age_s=KEPT_DAYS * 86_400.0)
+            self.store.gc(keep, min_age_s=kept_s)
         except errors.TinkError as error:
             logger.info("the adapter store was not tidied: %s", error)
 
-    def _base_shapes(self) -> BaseShapes | None:
-        directory = self.server.base_dir()
-        if directory is not None:
-            return BaseShapes.from_model_dir(directory)
+    def _shapes(self, base: ServedBase) -> BaseShapes | None:
+        if base.directory is not None:
+            return BaseShapes.from_model_dir(base.directory)
         if self.settings.tink_allow_unverified_base:
             return None
         raise errors.BaseMismatch(
@@ -187,10 +234,15 @@ class VLLMBackend:
         )
 
     def _max_rank(self) -> int:
+        """What the server's slots take, or less if the user says so."""
         view = self.server.known
         slots = view.status.max_lora_rank if view is not None and view.status is not None else 0
-        return slots or self.settings.vllm_max_lora_rank
+        asked = self.settings.vllm_max_lora_rank
+        if self.settings.set_value("vllm_max_lora_rank") is None:
+            return slots or asked
+        return min(slots or asked, asked)
 
+    @_counted
     def unregister(self, adapter_id: str) -> None:
         """Let `adapter_id` mean nothing any more; requests under way end on it.
 
@@ -200,6 +252,7 @@ class VLLMBackend:
         self.registry.unregister(adapter_id)
         self.names.unregistered(adapter_id)
 
+    @_counted
     def list(self, *, details: bool = False) -> list[dict[str, Any]]:
         """`[{"adapter_id", "lora_path"}]` of every registered adapter, as the caller named the paths.
 
@@ -225,6 +278,7 @@ class VLLMBackend:
 
     # -- sampling ---------------------------------------------------------------------------------
 
+    @_counted
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
@@ -246,6 +300,9 @@ class VLLMBackend:
 
         Raises:
             UnknownAdapter: nothing of that name.
+            BaseMismatch: the server has another base than when the adapter was registered.
+            AdapterConflict: a registered adapter, and a name that the server itself serves.
+            ConfigError: an adapter, and VLLM_ENABLE_LORA is false.
             SamplingRefused: a parameter or a token id that is not allowed.
             ServerUnreachable, RequestTimeout, EngineUnavailable, BackendError.
         """
@@ -295,6 +352,7 @@ class VLLMBackend:
 
     # -- weights ----------------------------------------------------------------------------------
 
+    @_counted
     def init_communicator(self, device: Any = "cpu") -> None:
         """Open the channel for `update_model_weights`: NCCL between GPUs, gloo otherwise.
 
@@ -320,7 +378,7 @@ class VLLMBackend:
                     "takes whole models; start it with `tink-rl serve MODEL --mode full`",
                     replica=self.client.base_url,
                 )
-            directory = self.server.base_dir()
+            directory = self.server.base_of(view).directory
             if directory is None:
                 raise errors.BaseMismatch(
                     f"the base model {view.root!r} cannot be read here; set TINK_BASE_MODEL to its "
@@ -337,6 +395,7 @@ class VLLMBackend:
             self._sync.open()
         return self._sync
 
+    @_counted
     def update_model_weights(self, model: Any) -> PublishRecord:
         """Serve the weights of `model` as the base from now on; the `PublishRecord`.
 
@@ -361,6 +420,7 @@ class VLLMBackend:
             if sync is not None:
                 sync.close()
 
+    @_counted
     def reset_prefix_cache(self) -> None:
         """Let the server forget every cached prefix.
 
@@ -374,6 +434,7 @@ class VLLMBackend:
 
     # -- facts ------------------------------------------------------------------------------------
 
+    @_counted
     def info(self) -> dict[str, Any]:
         """Client status and configuration; asks the server, and says so if it does not answer.
 
@@ -404,17 +465,22 @@ class VLLMBackend:
         }
 
 
-def _client(settings: Settings) -> VLLMClient:
+def _secrets(settings: Settings) -> tuple[str | None, str | None]:
+    """Token of the control routes and vLLM's own key, as their files hold them now."""
     try:
         token = SyncConfig(token_file=settings.tink_token_file).read_token()
     except errors.ConfigError:
         if settings.tink_token_file is not None:
             raise
         token = None  # a stock server needs none; one with the plugin will say so
+    return token, settings.api_key()
+
+
+def _client(settings: Settings, token: str | None, api_key: str | None) -> VLLMClient:
     return VLLMClient(
         settings.url,
         token=token,
-        api_key=settings.api_key(),
+        api_key=api_key,
         request_timeout_s=settings.tink_request_timeout,
         connect_timeout_s=settings.vllm_timeout,
     )
@@ -440,6 +506,7 @@ def _transport(device: Any) -> str:
 
 _default: VLLMBackend | None = None
 _default_lock = threading.Lock()
+_initializing = threading.Lock()
 
 
 def default_backend() -> VLLMBackend:
@@ -451,8 +518,45 @@ def default_backend() -> VLLMBackend:
         return _default
 
 
+@contextmanager
+def _lent() -> Iterator[VLLMBackend]:
+    """The default backend, which is not closed before the block ends."""
+    while True:
+        backend = default_backend()
+        with backend._calls.one():
+            if backend is _default:  # else it was replaced before it was counted
+                yield backend
+                return
+
+
+def _default_like(settings: Settings) -> VLLMBackend | None:
+    """The default backend if it is what `settings` would make anew."""
+    with _default_lock:
+        found = _default
+    if found is None or found._closed or found._secrets != _secrets(settings):
+        return None
+    same = found.settings == settings
+    return found if same and found.settings.model_fields_set == settings.model_fields_set else None
+
+
+def _close_when_idle(old: VLLMBackend) -> None:
+    """Close `old` after its last call under way, which others wait for in their own threads."""
+
+    def close() -> None:
+        old._calls.ended(old.settings.tink_request_timeout)
+        old.close()
+
+    if old._calls.ended(0):
+        old.close()
+    else:
+        threading.Thread(target=close, name="tink-close", daemon=True).start()
+
+
 def initialize_vllm_client(config: Config = None) -> VLLMBackend:
     """Make the backend that the functions below use, and wait for its server.
+
+    With the settings of the present one it stays as it is. Another one takes its place at once; calls
+    under way end on the old one, which is closed after the last of them.
 
     Args:
         config: `Settings` or a dict (`{"base_url": "http://10.0.0.7:8000", "timeout": 2.0}`); what it
@@ -463,16 +567,21 @@ def initialize_vllm_client(config: Config = None) -> VLLMBackend:
         ConfigError: a setting is wrong.
     """
     global _default
-    fresh = VLLMBackend(config)
-    try:
-        fresh.connect()
-    except BaseException:
-        fresh.close()
-        raise
-    with _default_lock:
-        old, _default = _default, fresh
+    settings = Settings.load(config)
+    with _initializing:
+        present = _default_like(settings)
+        if present is not None:
+            return present.connect()
+        fresh = VLLMBackend(settings)
+        try:
+            fresh.connect()
+        except BaseException:
+            fresh.close()
+            raise
+        with _default_lock:
+            old, _default = _default, fresh
     if old is not None:
-        old.close()
+        _close_when_idle(old)
     return fresh
 
 
@@ -497,28 +606,30 @@ def generate_with_vllm(
     `answer[0][0]["text"]`, `["token_ids"]`, `["logprobs"]`, `["finish_reason"]`, `["version"]`,
     `["digest"]`. Arguments and errors are those of `VLLMBackend.generate`.
     """
-    found = default_backend().generate(
-        prompts,
-        adapter_id,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        n=n,
-        stop=stop,
-        seed=seed,
-        repetition_penalty=repetition_penalty,
-        logprobs=logprobs,
-        timeout=timeout,
-        **more,
-    )
+    with _lent() as backend:
+        found = backend.generate(
+            prompts,
+            adapter_id,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            n=n,
+            stop=stop,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            logprobs=logprobs,
+            timeout=timeout,
+            **more,
+        )
     return [[asdict(completion) for completion in row] for row in found]
 
 
 def register_lora_adapter(adapter_id: str, lora_path: str | Path) -> dict[str, Any]:
     """See `VLLMBackend.register`; `{"adapter_id", "lora_path", "version", "digest"}`."""
-    found = default_backend().register(adapter_id, lora_path)
+    with _lent() as backend:
+        found = backend.register(adapter_id, lora_path)
     return {
         "adapter_id": found.adapter_id,
         "lora_path": found.lora_path,
@@ -529,34 +640,41 @@ def register_lora_adapter(adapter_id: str, lora_path: str | Path) -> dict[str, A
 
 def unregister_lora_adapter(adapter_id: str) -> None:
     """See `VLLMBackend.unregister`."""
-    default_backend().unregister(adapter_id)
+    with _lent() as backend:
+        backend.unregister(adapter_id)
 
 
 def list_lora_adapters(details: bool = False) -> list[dict[str, Any]]:
     """See `VLLMBackend.list`."""
-    return default_backend().list(details=details)
+    with _lent() as backend:
+        return backend.list(details=details)
 
 
 def init_communicator(device: Any = "cuda") -> None:
     """See `VLLMBackend.init_communicator`."""
-    default_backend().init_communicator(device)
+    with _lent() as backend:
+        backend.init_communicator(device)
 
 
 def update_model_weights(model: Any) -> PublishRecord:
     """See `VLLMBackend.update_model_weights`."""
-    return default_backend().update_model_weights(model)
+    with _lent() as backend:
+        return backend.update_model_weights(model)
 
 
 def close_communicator() -> None:
     """See `VLLMBackend.close_communicator`."""
-    default_backend().close_communicator()
+    with _lent() as backend:
+        backend.close_communicator()
 
 
 def reset_prefix_cache() -> None:
     """See `VLLMBackend.reset_prefix_cache`."""
-    default_backend().reset_prefix_cache()
+    with _lent() as backend:
+        backend.reset_prefix_cache()
 
 
 def get_client_info() -> dict[str, Any]:
     """See `VLLMBackend.info`."""
-    return default_backend().info()
+    with _lent() as backend:
+        return backend.info()

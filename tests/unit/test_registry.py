@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,62 @@ def test_list_and_digests_name_what_is_current(registry):
     assert [(r.adapter_id, r.version) for r in registry.list()] == [("a", 2), ("b", 1)]
     assert registry.digests() == {A.digest, C.digest}
     assert registry.digests(active_only=False) == {A.digest, B.digest, C.digest}
+
+
+def test_base_of_the_same_bytes_is_that_of_the_last_registration_that_knew_it(registry):
+    assert registry.register("a", A, "/a").base_fingerprint is None
+    for given, kept in (("one", "one"), (None, "one"), ("two", "two")):
+        found = registry.register("a", A, "/a", base_fingerprint=given)
+        assert (found.version, found.base_fingerprint) == (1, kept)
+        assert registry.current("a") == registry.get("a", 1) == found
+    registry.register("a", B, "/a")
+    assert registry.current("a").base_fingerprint is None
+    assert registry.get("a", 1).base_fingerprint == "two"
+
+
+def test_needed_is_every_version_of_a_registered_id_and_what_was_let_go_since(registry):
+    registry.register("kept", A, "/a")
+    registry.register("kept", B, "/b")
+    registry.register("gone", C, "/c")
+    before = time.time()
+    registry.unregister("gone")
+    assert registry.needed(before - 1) == {A.digest, B.digest, C.digest}
+    assert registry.needed(time.time() + 1) == {A.digest, B.digest}
+    registry.register("gone", A, "/a")
+    assert registry.needed(time.time() + 1) == {A.digest, B.digest, C.digest}
+
+
+_EARLIER_SCHEMA = """
+CREATE TABLE versions (
+    adapter_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    lora_path TEXT NOT NULL,
+    registered_at REAL NOT NULL,
+    active INTEGER NOT NULL,
+    PRIMARY KEY (adapter_id, version)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX one_active ON versions (adapter_id) WHERE active;
+"""
+
+
+def test_file_of_an_earlier_release_opens_and_what_was_replaced_ages_from_now(tmp_path):
+    with sqlite3.connect(tmp_path / FILE_NAME) as old:
+        old.executescript(_EARLIER_SCHEMA)
+        rows = [("a", 1, A.digest, "/a", 1.0, 0), ("b", 1, B.digest, "/b", 1.0, 1)]
+        old.executemany("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", rows)
+    old.close()
+    before = time.time()
+    registries = [AdapterRegistry(tmp_path) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda registry: registry.current("b"), registries))
+    assert {item.base_fingerprint for item in found} == {None}
+    assert registries[0].needed(before - 1) == {A.digest, B.digest}
+    assert registries[0].needed(time.time() + 1) == {B.digest}
+    assert registries[1].register("b", B, "/b", base_fingerprint="f").version == 1
+    assert registries[2].current("b").base_fingerprint == "f"
+    for registry in registries:
+        registry.close()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,8 @@ from tests.fake_vllm import FakeVLLM
 from tests.policies import PeftTwin
 from tests.tiny_models import make_model
 from tink_rl import errors, launch, vllm_backend
+from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.residency import server_view
 from tink_rl.residency.names import MAX_TRIES, adapter_version
 from tink_rl.residency.table import AdapterVersion, Residency
 from tink_rl.transport.vllm_client import VLLMClient
@@ -213,6 +216,22 @@ def test_forgotten_entry_is_loaded_again_and_its_pins_harm_nobody(loader):
     assert new is not old and residency.resident() == {version("a").name: 1}
     residency.forget_all()
     assert residency.resident() == {}
+
+
+def test_releases_after_the_table_was_closed_harm_nobody_and_leave_nothing_half_dropped(loader):
+    residency = table(loader, capacity=1)
+    for name in ("a", "b"):
+        residency.release(residency.acquire(version(name)))  # "a" is dropped
+    loader.drop_may_go.clear()
+    held = residency.acquire(version("c"))  # so "b" is being dropped
+    residency.release(residency.acquire(version("d")))  # its drop waits behind that of "b"
+    residency.close()
+    residency.retire("c")
+    residency.release(held)
+    assert version("c").name not in residency.resident()
+    loader.drop_may_go.set()
+    for name in "bcd":
+        residency.release(residency.acquire(version(name)))
 
 
 def test_pinned_versions_are_never_dropped_under_random_use(loader):
@@ -440,18 +459,110 @@ def test_what_stock_vllm_says_of_an_adapter_is_passed_on(make, model_dir, adapte
         sample(backend, "math")
 
 
-def test_old_bytes_leave_the_store_unless_somebody_can_still_name_them(make, model_dir, adapters):
-    fake = fake_server(model_dir, plugin=False)
-    backend = make(fake)
-    replaced = backend.register("math", adapters[0])
-    listed = backend.register("other", adapters[1])
-    sample(backend, "other")
-    make(fake).registry.unregister("other")  # by a process that does not know what the server holds
+def _make_old(backend):
     for digest in backend.store.digests():
         os.utime(backend.store.open(digest), (0, 0))
+
+
+def test_replaced_version_that_was_stored_long_ago_is_sampled_while_its_id_is_registered(
+    make, model_dir, adapters, monkeypatch
+):
+    backend = make(fake_server(model_dir, plugin=False))
+    first = backend.register("math", adapters[0])
+    admitted = backend.names.find("math")
+    _make_old(backend)
+    backend.register("math", adapters[1])
+    assert backend.names.with_target(admitted, lambda target: target.digest) == first.digest
+    monkeypatch.setattr(vllm_backend, "KEPT_DAYS", -1)  # a week later
+    backend.register("math", adapters[2])
+    assert [sample(backend, f"math@{n}").version for n in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_bytes_leave_the_store_a_week_after_their_id_was_unregistered_if_no_server_lists_them(
+    make, model_dir, adapters, monkeypatch
+):
+    fake = fake_server(model_dir, plugin=False)
+    backend = make(fake)
+    gone = backend.register("gone", adapters[0])
+    listed = backend.register("other", adapters[1])
+    sample(backend, "other")
+    for name in ("gone", "other"):
+        make(fake).registry.unregister(
+            name
+        )  # by a process that does not know what the server holds
+    _make_old(backend)
     current = backend.register("math", adapters[2])
+    assert gone.digest in backend.store.digests()
+    monkeypatch.setattr(vllm_backend, "KEPT_DAYS", -1)  # a week later
+    backend.register("math", adapters[2])
     assert backend.store.digests() == sorted([listed.digest, current.digest])
-    assert replaced.digest not in backend.store.digests()
+
+
+# -- the base ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sibling(tmp_path_factory):
+    """A base of the same shapes as the one that the adapters fit, with other weights."""
+    return make_model("qwen3", tmp_path_factory.mktemp("sibling"), seed=1)
+
+
+def restart_on(fake, base):
+    """The server comes back with another base under the same name."""
+    fake.root, fake.fingerprint = str(base), base_fingerprint(base)
+    fake.restart()
+
+
+@BOTH
+def test_adapter_is_refused_on_a_sibling_of_the_base_that_it_was_registered_for(
+    make, model_dir, adapters, sibling, plugin
+):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    registered = backend.register("math", adapters[0])
+    backend.register("late", adapters[1])
+    assert sample(backend, "math").version == 1
+    restart_on(fake, sibling)
+    with pytest.raises(errors.BaseMismatch, match="adapter 'late'"):
+        sample(backend, "late")  # no refused name has said that the server is new
+    for process in (backend, make(fake)):
+        with pytest.raises(
+            errors.BaseMismatch, match=r"adapter 'math'.*register_lora_adapter"
+        ) as no:
+            sample(process, "math")
+        assert no.value.details["given"] == registered.base_fingerprint
+        assert no.value.details["expected"] == fake.fingerprint
+    assert fake.served == {}
+    again = backend.register("math", adapters[0])
+    assert (again.version, again.base_fingerprint) == (1, fake.fingerprint)
+    assert sample(backend, "math").version == 1
+
+
+def test_base_that_changes_after_the_look_is_left_to_the_server_to_refuse(
+    make, model_dir, adapters
+):
+    from tink_rl.residency.loaders import PluginLoader
+
+    backend = make(fake_server(model_dir))
+    wanted = adapter_version(backend.register("math", adapters[0]))
+    later = replace(backend.client.status(), base_fingerprint="e" * 32)
+    header, _ = PluginLoader(backend.client, backend.store)._pack(wanted, later)
+    assert header.base_fingerprint == wanted.base_fingerprint != "e" * 32
+
+
+def test_adapter_that_was_registered_unchecked_is_held_against_a_base_that_can_be_read(
+    make, model_dir, adapters, tmp_path
+):
+    fake = FakeVLLM("org/unknown-model", plugin=False)
+    backend = make(fake, tink_allow_unverified_base=True)
+    assert backend.register("math", adapters[0]).base_fingerprint is None
+    assert sample(backend, "math").version == 1
+    fake.root = str(make_model("qwen3", tmp_path / "small", hidden_size=64))
+    fake.restart()
+    with pytest.raises(errors.BaseMismatch, match="trained on another base"):
+        sample(backend, "math")
+    fake.root = str(model_dir("qwen3"))
+    assert sample(backend, "math").version == 1
 
 
 def test_damaged_store_is_never_sent_to_a_server(make, model_dir, adapters):
@@ -513,6 +624,118 @@ def test_server_names_of_other_registrations_are_not_model_ids(make, model_dir, 
         sample(backend, name)
 
 
+def test_adapter_that_took_the_name_of_the_base_while_the_server_was_away_is_refused(
+    make, model_dir, adapters
+):
+    fake = fake_server(model_dir)
+    backend = make(fake, tink_base_model=str(model_dir("qwen3")))
+    fake.away = True
+    for name in ("base", "static"):
+        backend.register(name, adapters[0])
+    fake.away = False
+    fake.served["static"] = "9f" * 32
+    for process in (backend, make(fake)):
+        for name in ("base", "static"):
+            with pytest.raises(errors.AdapterConflict, match=f"unregister_lora_adapter.'{name}'"):
+                sample(process, name)
+        with pytest.raises(errors.AdapterConflict):
+            process.names.resolve("base")
+    for name in ("base", "static"):
+        with pytest.raises(errors.AdapterConflict):
+            make(fake).generate("text, so that nothing was known", name, max_tokens=1)
+    assert fake.generated == [] and set(fake.served) == {"static"}
+    assert sample(backend).text == "base"
+    for name in ("base", "static"):
+        backend.unregister(name)
+        assert sample(backend, name).text == name
+
+
+# -- a server that changes ------------------------------------------------------------------------------
+
+
+def until(condition, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@BOTH
+def test_restart_with_other_limits_under_the_same_names_is_noticed(
+    make, model_dir, adapters, plugin, monkeypatch
+):
+    fake = fake_server(model_dir, plugin=plugin)
+    backend = make(fake)
+    backend.register("math", adapters[0])
+    sample(backend, "math")
+    fake.max_model_len = 512
+    fake.restart()
+    sample(backend)
+    assert backend.server.limits()["max_model_len"] == 256
+    monkeypatch.setattr(backend.server, "_stale_at", 0.0)
+    sample(backend)
+    until(lambda: backend.server.limits()["max_model_len"] == 512)
+    if plugin:  # by its incarnation
+        until(lambda: backend._residency.resident() == {})
+
+
+def test_requests_wait_for_no_look_and_one_look_is_in_flight(make, model_dir, monkeypatch):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    sample(backend)
+    looks, go = fake.count("/v1/models"), threading.Event()
+    fake.hooks["/v1/models"] = lambda: go.wait(10)
+    monkeypatch.setattr(server_view, "STALE_S", 0.0)
+    monkeypatch.setattr(backend.server, "_stale_at", 0.0)
+    with ThreadPoolExecutor(8) as pool:
+        began = time.monotonic()
+        list(pool.map(lambda _: sample(backend), range(40)))
+        assert time.monotonic() - began < 5
+    assert [t.name for t in threading.enumerate()].count("tink-look") == 1
+    monkeypatch.setattr(server_view, "STALE_S", 60.0)
+    go.set()
+    until(lambda: fake.count("/v1/models") == looks + 1 and not backend.server._looking.locked())
+    sample(backend)
+    assert fake.count("/v1/models") == looks + 1
+
+
+def test_server_that_is_away_leaves_what_is_known_and_is_looked_at_again_later(
+    make, model_dir, monkeypatch
+):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    sample(backend)
+    fake.away = True
+    monkeypatch.setattr(backend.server, "_stale_at", 0.0)
+    assert backend.server.limits()["max_model_len"] == 256
+    until(lambda: backend.server._stale_at > 0 and not backend.server._looking.locked())
+    assert backend.server.limits()["max_model_len"] == 256
+
+
+def test_look_that_began_before_another_changes_nothing_when_it_ends(make, model_dir):
+    fake = fake_server(model_dir)
+    backend = make(fake)
+    sample(backend)
+    began, go = threading.Event(), threading.Event()
+    first = [True]
+
+    def hold():
+        if first.pop() if first else False:
+            began.set()
+            assert go.wait(10)
+
+    fake.after["/tink/v1/status"] = hold
+    with ThreadPoolExecutor(1) as pool:
+        old = pool.submit(backend.server.view, fresh=True)
+        assert began.wait(10)
+        fake.max_model_len = 512
+        fake.restart()
+        backend.server.view(fresh=True)
+        go.set()
+        assert old.result(10).max_model_len == 256
+    assert backend.server.limits()["max_model_len"] == 512
+
+
 # -- registering ------------------------------------------------------------------------------------------
 
 
@@ -563,6 +786,33 @@ def test_rank_above_the_servers_slots_is_refused_at_once(make, model_dir, tmp_pa
     twin.model.save_pretrained(tmp_path / "large")
     with pytest.raises(errors.RankExceeded):
         make(fake_server(model_dir)).register("math", tmp_path / "large")
+    with pytest.raises(errors.RankExceeded):
+        make(fake_server(model_dir), max_lora_rank=64).register("math", tmp_path / "large")
+
+
+@BOTH
+def test_rank_above_what_the_user_allows_is_refused_though_the_server_has_room(
+    make, model_dir, adapters, plugin
+):
+    fake = fake_server(model_dir, plugin=plugin)
+    assert make(fake).register("math", adapters[0]).version == 1  # of rank 8
+    with pytest.raises(errors.RankExceeded):
+        make(fake, max_lora_rank=1).register("math", adapters[0])
+
+
+def test_adapters_that_are_switched_off_are_not_sampled_and_the_servers_own_names_are(
+    make, model_dir, adapters
+):
+    fake = fake_server(model_dir)
+    fake.served["policy@17"] = "9f" * 32
+    make(fake).register("math", adapters[0])
+    off = make(fake, enable_lora=False)
+    for name in ("math", "math@1"):
+        with pytest.raises(errors.ConfigError, match="VLLM_ENABLE_LORA=true"):
+            sample(off, name)
+    with pytest.raises(errors.UnknownAdapter):
+        sample(off, "nobody")
+    assert (sample(off).text, sample(off, "policy@17").text) == ("base", "policy@17")
 
 
 def test_ids_that_are_taken_switched_off_or_malformed_are_refused(make, model_dir, adapters):
@@ -612,6 +862,122 @@ def test_initialize_replaces_the_default_only_if_the_server_answers(monkeypatch,
             {"port": 9, "timeout": 0.2, "tink_store_dir": str(tmp_path)}
         )
     assert vllm_backend._default is None
+
+
+@pytest.fixture
+def initialize(monkeypatch, model_dir, tmp_path):
+    """`initialize(fake, **settings)`: `initialize_vllm_client` for that server."""
+    monkeypatch.setattr(vllm_backend, "_default", None)
+    made = []
+
+    def initialize(fake, **settings):
+        def client(settings, token, api_key):
+            return VLLMClient(settings.url, token=token, transport=fake.transport())
+
+        monkeypatch.setattr(vllm_backend, "_client", client)
+        given = {"tink_store_dir": str(tmp_path / "store"), **settings}
+        made.append(vllm_backend.initialize_vllm_client(given))
+        return made[-1]
+
+    yield initialize
+    for backend in made:
+        backend.close()
+
+
+def test_initialize_with_the_same_settings_keeps_the_backend_and_asks_its_server(
+    initialize, model_dir, tmp_path
+):
+    fake = fake_server(model_dir)
+    token = tmp_path / "token"
+    token.write_text("t" * 32)
+    token.chmod(0o600)
+    settings = {"timeout": 0.2, "tink_token_file": str(token)}
+    fake.hooks["/health"] = lambda: time.sleep(0.02)
+    with ThreadPoolExecutor(8) as pool:
+        [first] = set(pool.map(lambda _: initialize(fake, **settings), range(8)))
+    assert vllm_backend.default_backend() is first and not first._closed
+    fake.away = True
+    with pytest.raises(ConnectionError):
+        initialize(fake, **settings)
+    fake.away = False
+    token.write_text("u" * 32)  # the server was started anew
+    second = initialize(fake, **settings)
+    assert second is not first and first._closed
+    second.close()
+    assert initialize(fake, **settings) is not second
+
+
+def test_initialize_closes_the_old_backend_after_its_last_call(initialize, model_dir):
+    old_fake, new_fake = fake_server(model_dir), fake_server(model_dir)
+    old = initialize(old_fake)
+    entered, go = threading.Semaphore(0), threading.Event()
+
+    def hold():
+        entered.release()
+        assert go.wait(10)
+
+    old_fake.hooks["/v1/completions"] = hold
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(vllm_backend.generate_with_vllm, [[5, 6]], None, 1) for _ in range(8)]
+        assert all(entered.acquire(timeout=10) for _ in calls)
+        new = initialize(new_fake, port=8123)
+        assert vllm_backend.default_backend() is new and not old._closed
+        assert vllm_backend.generate_with_vllm([[5, 6]], None, 1)[0][0]["text"] == "base"
+        go.set()
+        assert all(call.result(10)[0][0]["text"] == "base" for call in calls)
+    until(lambda: old._closed)
+    assert len(old_fake.generated) == 8 and len(new_fake.generated) == 1
+
+
+def test_no_call_is_lost_while_the_backend_is_replaced_again_and_again(initialize, model_dir):
+    fake = fake_server(model_dir)
+    backends = [initialize(fake)]
+    done = threading.Event()
+
+    def work(_):
+        count = 0
+        while not done.is_set():
+            assert vllm_backend.generate_with_vllm([[5, 6]], None, 1)[0][0]["text"] == "base"
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(8) as pool:
+        counts = [pool.submit(work, i) for i in range(8)]
+        for number in range(20):
+            backends.append(initialize(fake, port=8100 + number))
+        done.set()
+        assert sum(count.result(30) for count in counts) == len(fake.generated) > 0
+    until(lambda: all(backend._closed for backend in backends[:-1]))
+    assert not backends[-1]._closed
+
+
+def test_call_that_took_the_old_backend_just_before_it_was_replaced_ends_well(
+    initialize, model_dir, monkeypatch
+):
+    fake = fake_server(model_dir)
+    old, take = initialize(fake), vllm_backend.default_backend
+
+    def take_and_be_late():
+        found = take()
+        if found is old:
+            initialize(fake, port=8123)
+        return found
+
+    monkeypatch.setattr(vllm_backend, "default_backend", take_and_be_late)
+    assert vllm_backend.generate_with_vllm([[5, 6]], None, 1)[0][0]["text"] == "base"
+    until(lambda: old._closed)
+    with vllm_backend._lent() as present:
+        initialize(fake, port=8124)
+        time.sleep(0.05)
+        assert not present._closed
+    until(lambda: present._closed)
+
+
+def test_call_that_never_ends_keeps_an_old_backend_for_its_request_timeout(initialize, model_dir):
+    old = initialize(fake_server(model_dir), tink_request_timeout=0.1)
+    with old._calls.one():
+        initialize(fake_server(model_dir), port=8123)
+        until(lambda: old._closed)
 
 
 def test_serving_without_vllm_says_what_the_seed_says_and_what_to_install(model_dir, monkeypatch):

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,14 +39,22 @@ CREATE TABLE IF NOT EXISTS versions (
     lora_path TEXT NOT NULL,
     registered_at REAL NOT NULL,
     active INTEGER NOT NULL,
+    base_fingerprint TEXT,
+    replaced_at REAL,
     PRIMARY KEY (adapter_id, version)
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS one_active ON versions (adapter_id) WHERE active;
 """
-_COLUMNS = "adapter_id, version, digest, lora_path, registered_at, active"
+_ADDED = {"base_fingerprint": "TEXT", "replaced_at": "REAL"}
+"""Columns that a file of an earlier release lacks."""
+_COLUMNS = "adapter_id, version, digest, lora_path, registered_at, active, base_fingerprint"
 _CURRENT = f"SELECT {_COLUMNS} FROM versions WHERE adapter_id = ? AND active"
 _GET = f"SELECT {_COLUMNS} FROM versions WHERE adapter_id = ? AND version = ?"
 _LIST = f"SELECT {_COLUMNS} FROM versions WHERE active ORDER BY adapter_id"
+_NEEDED = """
+SELECT DISTINCT digest FROM versions
+WHERE replaced_at > ? OR adapter_id IN (SELECT adapter_id FROM versions WHERE active)
+"""
 
 
 class _HasDigest(Protocol):
@@ -73,6 +81,8 @@ class Registration:
     """Seconds since 1970."""
     active: bool
     """Whether `adapter_id` means this version."""
+    base_fingerprint: str | None = None
+    """The base that was served when it was registered; None: nobody knew."""
 
 
 def check_adapter_id(adapter_id: Any) -> str:
@@ -131,12 +141,19 @@ class AdapterRegistry:
             for row in self._connections.select(f"SELECT DISTINCT digest FROM versions {where}")
         }
 
+    def needed(self, since: float) -> set[str]:
+        """Digests that a `model_id` may still name: every version of an id that is registered, and what
+        was replaced or unregistered after `since` (seconds since 1970)."""
+        return {row[0] for row in self._connections.select(_NEEDED, (since,))}
+
     def register(
         self,
         adapter_id: str,
         stored: _HasDigest,
         lora_path: str | Path,
         expected_version: int | None = None,
+        *,
+        base_fingerprint: str | None = None,
     ) -> Registration:
         """Let `adapter_id` mean `stored`. The same bytes keep their version; others become the next one.
 
@@ -146,6 +163,8 @@ class AdapterRegistry:
             lora_path: The caller's words, for listings.
             expected_version: The current version (0: none) as read before the bytes were copied; None
                 takes whatever is there.
+            base_fingerprint: The base that it was checked against; None leaves what is known of bytes
+                that are registered already.
 
         Raises:
             AdapterConflict: somebody else registered other bytes since `expected_version` was read.
@@ -156,7 +175,7 @@ class AdapterRegistry:
         with self._connections.transaction() as connection:
             current = _one(connection.execute(_CURRENT, (adapter_id,)).fetchall())
             if current is not None and current.digest == stored.digest:
-                return current
+                return _checked_against(connection, current, base_fingerprint)
             if current is not None and expected_version not in (None, current.version):
                 raise AdapterConflict(
                     f"adapter {adapter_id!r} was registered with other bytes meanwhile, as version "
@@ -164,7 +183,8 @@ class AdapterRegistry:
                     adapter_id=adapter_id,
                     version=current.version,
                 )
-            return _insert(connection, adapter_id, stored.digest, _text(lora_path))
+            row = (stored.digest, _text(lora_path), time.time(), True, base_fingerprint)
+            return _insert(connection, adapter_id, row)
 
     def unregister(self, adapter_id: str) -> Registration:
         """Let `adapter_id` mean nothing; what it meant.
@@ -196,15 +216,26 @@ def _unknown(adapter_id: Any) -> UnknownAdapter:
     )
 
 
-def _insert(
-    connection: sqlite3.Connection, adapter_id: str, digest: str, lora_path: str
-) -> Registration:
+def _insert(connection: sqlite3.Connection, adapter_id: str, rest: tuple[Any, ...]) -> Registration:
     query = "SELECT COALESCE(MAX(version), 0) + 1 FROM versions WHERE adapter_id = ?"
     (version,) = connection.execute(query, (adapter_id,)).fetchone()
-    row = (adapter_id, version, digest, lora_path, time.time(), True)
+    row = (adapter_id, version, *rest)
     _deactivate(connection, adapter_id)
-    connection.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", row)
+    connection.execute(f"INSERT INTO versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
     return _registration(row)
+
+
+def _checked_against(
+    connection: sqlite3.Connection, current: Registration, base_fingerprint: str | None
+) -> Registration:
+    """The same bytes, which now belong to this base."""
+    if base_fingerprint in (None, current.base_fingerprint):
+        return current
+    connection.execute(
+        "UPDATE versions SET base_fingerprint = ? WHERE adapter_id = ? AND version = ?",
+        (base_fingerprint, current.adapter_id, current.version),
+    )
+    return replace(current, base_fingerprint=base_fingerprint)
 
 
 def _text(path: str | Path) -> str:
@@ -214,12 +245,13 @@ def _text(path: str | Path) -> str:
 
 def _deactivate(connection: sqlite3.Connection, adapter_id: str) -> None:
     connection.execute(
-        "UPDATE versions SET active = 0 WHERE adapter_id = ? AND active", (adapter_id,)
+        "UPDATE versions SET active = 0, replaced_at = ? WHERE adapter_id = ? AND active",
+        (time.time(), adapter_id),
     )
 
 
 def _registration(row: tuple[Any, ...]) -> Registration:
-    adapter_id, version, digest, lora_path, registered_at, active = row
+    adapter_id, version, digest, lora_path, registered_at, active, base_fingerprint = row
     return Registration(
         adapter_id=adapter_id,
         version=version,
@@ -227,6 +259,7 @@ def _registration(row: tuple[Any, ...]) -> Registration:
         lora_path=lora_path,
         registered_at=registered_at,
         active=bool(active),
+        base_fingerprint=base_fingerprint,
     )
 
 
@@ -314,10 +347,30 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # a registration survives a power cut
         connection.executescript(_SCHEMA)
+        _add_columns(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _add_columns(connection: sqlite3.Connection) -> None:
+    """Bring a file of an earlier release up to date; what was replaced ages from now on."""
+
+    def missing() -> list[str]:
+        found = {row[1] for row in connection.execute("PRAGMA table_info(versions)")}
+        return [name for name in _ADDED if name not in found]
+
+    if not missing():
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for name in missing():  # asked again: another process may have been first
+        connection.execute(f"ALTER TABLE versions ADD COLUMN {name} {_ADDED[name]}")
+    connection.execute(
+        "UPDATE versions SET replaced_at = ? WHERE NOT active AND replaced_at IS NULL",
+        (time.time(),),
+    )
+    connection.execute("COMMIT")
 
 
 @contextmanager

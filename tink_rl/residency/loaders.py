@@ -10,8 +10,9 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
+from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.store import AdapterStore
-from tink_rl.residency.server_view import KnownServer
+from tink_rl.residency.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.residency.table import AdapterVersion
 from tink_rl.transport.fleet import Replica
 from tink_rl.transport.vllm_client import VLLMClient
@@ -19,6 +20,8 @@ from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
     import torch
+
+    from tink_rl.policy.adapter import Adapter
 
 _LOST = (
     errors.RequestTimeout,
@@ -58,6 +61,7 @@ class PluginLoader:
 
         Raises:
             LeaseHeld: another process has been loading this version for too long.
+            BaseMismatch: it was registered for another base than the one that is served.
             DigestMismatch, ModeUnavailable, RankExceeded, ServerUnreachable, BadToken.
         """
         status = self._client.status()
@@ -86,7 +90,7 @@ class PluginLoader:
         header, buffer = packet.pack(
             adapter.tensors,
             mode=SyncMode.ADAPTER,
-            base_fingerprint=status.base_fingerprint,
+            base_fingerprint=wanted.base_fingerprint or status.base_fingerprint,
             rank=adapter.rank,
         )
         name = PolicyVersion.parse(wanted.name)
@@ -137,17 +141,23 @@ class PluginLoader:
 class PathLoader:
     """Lets a stock server read the store's directory, which both must see under the same path."""
 
-    def __init__(self, client: VLLMClient, store: AdapterStore, *, attempts: int = 3) -> None:
-        self._client, self._store, self._attempts = client, store, attempts
+    def __init__(
+        self, client: VLLMClient, store: AdapterStore, base: ServedBase, *, attempts: int = 3
+    ) -> None:
+        self._client, self._store, self._base = client, store, base
+        self._attempts = attempts
 
     def load(self, wanted: AdapterVersion) -> None:
         """See `Loader.load`. After a lost reply the server's own list decides.
 
         Raises:
             RuntimeLoadingOff, BackendError, ServerUnreachable.
+            BaseMismatch, UnknownModules: it does not fit the base, which the server would not say.
             DigestMismatch: the server has this name from another path.
         """
-        self._store.read(wanted.digest)  # the server would take damaged bytes without a word
+        adapter = self._store.read(wanted.digest)  # the server would take damaged bytes in silence
+        if wanted.base_fingerprint is None:
+            self._check_shapes(wanted, adapter)
         path = str(self._store.open(wanted.digest))
         last: TinkError | None = None
         for _ in range(self._attempts):
@@ -165,6 +175,18 @@ class PathLoader:
                 return
         if not self._is_there(wanted.name, path):
             raise last or errors.BackendError(f"adapter {wanted.name} could not be loaded")
+
+    def _check_shapes(self, wanted: AdapterVersion, adapter: Adapter) -> None:
+        """For an adapter that was registered unchecked; no other check tells a smaller base apart."""
+        if self._base.directory is None or self._base.fingerprint is None:
+            return
+        shapes = {}
+        for module in adapter.modules:
+            rows = adapter.tensors[f"{module}.lora_B.weight"].shape[0]
+            shapes[module] = (rows, adapter.tensors[f"{module}.lora_A.weight"].shape[1])
+        BaseShapes.from_model_dir(self._base.directory).check(
+            shapes, where=f"adapter {wanted.adapter_id!r}, version {wanted.version}"
+        )
 
     def _is_there(self, name: str, path: str) -> bool:
         for card in self._client.model_cards():
@@ -188,17 +210,37 @@ class LoaderByServer:
     def __init__(self, server: KnownServer, store: AdapterStore) -> None:
         self._server, self._store = server, store
 
-    def _loader(self) -> PluginLoader | PathLoader:
-        view = self._server.view()
-        if view.token_refused is not None:
-            raise errors.BadToken(view.token_refused)
-        kind = PluginLoader if view.plugin else PathLoader
-        return kind(self._server.client, self._store)
-
     def load(self, wanted: AdapterVersion) -> None:
-        """See `Loader.load`."""
-        self._loader().load(wanted)
+        """See `Loader.load`.
+
+        Raises:
+            BaseMismatch: the server has another base than when `wanted` was registered.
+        """
+        view = self._server.view(fresh=True)
+        base = self._server.base_of(view)
+        loader = self._loader(view, base)
+        _check_registered_for(wanted, base.fingerprint, self._server.client.base_url)
+        loader.load(wanted)
 
     def drop(self, name: str) -> None:
         """See `Loader.drop`."""
-        self._loader().drop(name)
+        view = self._server.view()
+        self._loader(view, ServedBase(directory=None, fingerprint=None)).drop(name)
+
+    def _loader(self, view: ServerView, base: ServedBase) -> PluginLoader | PathLoader:
+        if view.token_refused is not None:
+            raise errors.BadToken(view.token_refused)
+        client, store = self._server.client, self._store
+        return PluginLoader(client, store) if view.plugin else PathLoader(client, store, base)
+
+
+def _check_registered_for(wanted: AdapterVersion, served: str | None, url: str) -> None:
+    given = wanted.base_fingerprint
+    if given is not None and served is not None and given != served:
+        raise errors.BaseMismatch(
+            f"adapter {wanted.adapter_id!r}, version {wanted.version}, was registered for base "
+            f"{given[:12]}, {url} now serves base {served[:12]}; if it was trained on this one too, "
+            f"register it again: register_lora_adapter({wanted.adapter_id!r}, lora_path)",
+            given=given,
+            expected=served,
+        )

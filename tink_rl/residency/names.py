@@ -55,31 +55,67 @@ class Names:
     """Model ids of one server: registered adapters, their versions, and what the server itself serves."""
 
     def __init__(
-        self, registry: AdapterRegistry, residency: Residency, server: KnownServer
+        self,
+        registry: AdapterRegistry,
+        residency: Residency,
+        server: KnownServer,
+        *,
+        adapters_on: bool = True,
     ) -> None:
+        """Store; without `adapters_on` every registered adapter is refused."""
         self._registry, self._residency, self._server = registry, residency, server
+        self._adapters_on = adapters_on
         self._current: dict[str, int] = {}
 
     def resolve(self, model_id: str | None) -> Model | None:
-        """What `model_id` means now, by what is known here; None if only the server can say."""
+        """What `model_id` means now, by what is known here; None if only the server can say.
+
+        Raises:
+            AdapterConflict: a registered adapter, and a name that the server itself serves.
+            ConfigError: a registered adapter, and adapters are switched off.
+        """
         if model_id is None:
             return Model(model_id=None)
+        found = self._registered(model_id)
+        if found is not None and self._adapters_on:
+            self._check_own_name(model_id, self._server.known)
+            return Model(model_id=model_id, adapter=adapter_version(found))
+        if _serves(self._server.known, model_id):
+            return Model(model_id=model_id)
+        if found is not None:
+            self.check_on()
+        return None
+
+    def _registered(self, model_id: str) -> Registration | None:
         current = self._registry.current(model_id)
         if current is not None:
             self._note_current(current)
-            return Model(model_id=model_id, adapter=adapter_version(current))
+            return current
         match = _VERSIONED.match(model_id)
         if match and self._registry.current(match["id"]) is not None:
-            old = self._registry.get(match["id"], int(match["version"]))
-            if old is not None:
-                return Model(model_id=model_id, adapter=adapter_version(old))
-        if self._serves(model_id):
-            return Model(model_id=model_id)
+            return self._registry.get(match["id"], int(match["version"]))
         return None
 
-    def _serves(self, name: str) -> bool:
-        view = self._server.known
-        return view is not None and name in {view.base, *view.names}
+    def check_on(self) -> None:
+        """Raise unless adapters may be registered and sampled.
+
+        Raises:
+            ConfigError: VLLM_ENABLE_LORA says that they may not.
+        """
+        if not self._adapters_on:
+            raise errors.ConfigError(
+                "VLLM_ENABLE_LORA=False: adapters are switched off; set VLLM_ENABLE_LORA=true"
+            )
+
+    def _check_own_name(self, model_id: str, view: ServerView | None) -> None:
+        """Registered while the server was away, or it has taken the name since: nobody may guess."""
+        if _serves(view, model_id):
+            adapter_id = model_id.partition("@")[0]
+            raise errors.AdapterConflict(
+                f"model_id {model_id!r} is a registered adapter, and {self._server.client.base_url} "
+                f"itself serves that name; unregister_lora_adapter({adapter_id!r}) and register it "
+                "under another id"
+            )
 
     def _note_current(self, current: Registration) -> None:
         """Retire what `current` replaced, be it by another process."""
@@ -131,10 +167,13 @@ class Names:
 
         Raises:
             UnknownAdapter: the server does not serve that name (any more).
+            AdapterConflict: an adapter whose name the server itself serves.
             ModeUnavailable: a policy is folded into the weights, so there is no base.
             TinkError: why an adapter could not be loaded.
         """
         if model.adapter is not None:
+            assert model.model_id is not None
+            self._check_own_name(model.model_id, self._server.view())
             entry = self._residency.acquire(model.adapter)
             self._retire_unless_current(model)
             return _adapter_target(model, entry)
@@ -188,7 +227,7 @@ class Names:
         Raises:
             BadRequest: it is one of those names.
         """
-        if self._serves(adapter_id):
+        if _serves(self._server.known, adapter_id):
             raise errors.BadRequest(
                 f"adapter_id {adapter_id!r} is a name that {self._server.client.base_url} itself "
                 "serves; take another one"
@@ -223,9 +262,18 @@ class Names:
         )
 
 
+def _serves(view: ServerView | None, name: str) -> bool:
+    return view is not None and (name == view.base or name in view.names)
+
+
 def adapter_version(item: Registration) -> AdapterVersion:
     """The version that a registration names."""
-    return AdapterVersion(adapter_id=item.adapter_id, version=item.version, digest=item.digest)
+    return AdapterVersion(
+        adapter_id=item.adapter_id,
+        version=item.version,
+        digest=item.digest,
+        base_fingerprint=item.base_fingerprint,
+    )
 
 
 def _adapter_target(model: Model, entry: Entry) -> Target:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tink_rl import errors
-from tink_rl.policy.fingerprint import local_model_dir
+from tink_rl.policy.fingerprint import base_fingerprint, local_model_dir
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
 _OURS = re.compile(r"\.[0-9a-f]{12}@\d+$")
 """Names that a `Residency` gave; they are reached by adapter id only."""
+STALE_S = 5.0
+"""Age from which a look at the server is taken again, in the background, by the next request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,8 @@ class ServerView:
             "under the same path",
             "no weight updates: update_model_weights, recipes and merged or full mode need the plugin",
             "no drop that waits for running requests: unloading frees a name, not the memory",
-            "no incarnation: a restart is noticed by the next refused name only",
+            "no incarnation: a restart is noticed by what the server says of itself, or by the next "
+            "refused name",
         ]
 
 
@@ -100,6 +105,29 @@ def base_dir(view: ServerView | None, named: str | None) -> Path | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedBase:
+    """The base model of a server: `ServedBase(directory=Path("models/base"), fingerprint="9f3a..")`"""
+
+    directory: Path | None
+    """Where it can be read here."""
+    fingerprint: str | None
+    """By the server's own word, else by the directory; None: not known."""
+
+
+def served_base(view: ServerView | None, named: str | None) -> ServedBase:
+    """The base that `view` shows, or, without one, the base that is `named`."""
+    directory = base_dir(view, named)
+    if view is not None and view.status is not None:
+        return ServedBase(directory=directory, fingerprint=view.status.base_fingerprint)
+    found = None
+    if directory is not None:
+        # Without safetensors there is none; whoever needs the shapes says so.
+        with contextlib.suppress(errors.ConfigError):
+            found = base_fingerprint(directory)
+    return ServedBase(directory=directory, fingerprint=found)
+
+
 def vocab_size(directory: Path | None) -> int | None:
     """Size of the vocabulary by `config.json`; None if it cannot be read."""
     if directory is None:
@@ -126,11 +154,42 @@ class KnownServer:
             on_restart: Called when the server turned out to live anew.
         """
         self.client, self._base_model, self._on_restart = client, base_model, on_restart
-        self.known: ServerView | None = None
-        """The last look, or None if there was none or it was doubted."""
+        self._seen: ServerView | None = None
+        self._stale_at = 0.0
+        self._looks = itertools.count(1)
+        self._newest = 0
+        self._looking = threading.Lock()
         self._incarnation: str | None = None
         self._vocab: dict[str, int | None] = {}
         self._lock = threading.Lock()
+
+    @property
+    def known(self) -> ServerView | None:
+        """The last look, or None if there was none or it was doubted; waits for nothing.
+
+        From an age of `STALE_S` on the next look is under way, so that a restart is noticed.
+        """
+        view = self._seen
+        if view is not None and time.monotonic() > self._stale_at:
+            self._look_again()
+        return view
+
+    def _look_again(self) -> None:
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            threading.Thread(target=self._refresh, name="tink-look", daemon=True).start()
+        except RuntimeError:  # no thread to be had now; a later request tries again
+            self._looking.release()
+
+    def _refresh(self) -> None:
+        try:
+            self.view(fresh=True)
+        except errors.TinkError as error:
+            logger.debug("%s could not be looked at again: %s", self.client.base_url, error)
+        finally:
+            self._stale_at = time.monotonic() + STALE_S
+            self._looking.release()
 
     def view(self, *, fresh: bool = False) -> ServerView:
         """What is known; asks the server if nothing is, or with `fresh`.
@@ -138,35 +197,51 @@ class KnownServer:
         Raises:
             ServerUnreachable, RequestTimeout, NotReady.
         """
-        view = self.known
-        if view is None or fresh:
-            view = look(self.client)
-            found = view.status.incarnation if view.status is not None else None
+        view = None if fresh else self.known
+        if view is None:
             with self._lock:
-                restarted = self._incarnation not in (None, found)
-                self.known, self._incarnation = view, found
-            if restarted:
+                number = next(self._looks)
+            view = look(self.client)
+            if self._take(view, number):
                 logger.warning("the vLLM server at %s was restarted", self.client.base_url)
                 self._on_restart()
         return view
 
+    def _take(self, view: ServerView, number: int) -> bool:
+        """Know `view` from now on, unless a look that began later is known; whether the server is new."""
+        found = view.status.incarnation if view.status is not None else None
+        with self._lock:
+            if number < self._newest:
+                return False
+            restarted = self._incarnation not in (None, found)
+            self._newest, self._seen, self._incarnation = number, view, found
+            self._stale_at = time.monotonic() + STALE_S
+            if restarted:
+                self._vocab = {}
+        return restarted
+
     def doubt(self) -> None:
         """Something is not as it was seen; look again before the next answer."""
-        self.known = None
+        with self._lock:
+            self._newest, self._seen = next(self._looks), None
 
-    def base_dir(self) -> Path | None:
-        """Directory of the base model, as far as it can be read here.
+    def base(self) -> ServedBase:
+        """The base model as it is now; the one that was named if nobody answers.
 
         Raises:
             ServerUnreachable: nobody answers, and no base was named.
         """
         try:
-            view = self.view()
+            view = self.view(fresh=True)
         except errors.ServerUnreachable:
             if self._base_model is None:
                 raise
-            return base_dir(None, self._base_model)
-        return base_dir(view, self._base_model)
+            return served_base(None, self._base_model)
+        return self.base_of(view)
+
+    def base_of(self, view: ServerView) -> ServedBase:
+        """The base model that `view` shows."""
+        return served_base(view, self._base_model)
 
     def vocab_size(self, view: ServerView) -> int | None:
         """Size of the vocabulary of the base of `view`; None if it cannot be read here."""

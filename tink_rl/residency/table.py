@@ -8,6 +8,7 @@ of their own, so `release` never waits.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -28,6 +29,8 @@ class AdapterVersion:
     adapter_id: str
     version: int
     digest: str
+    base_fingerprint: str | None = None
+    """The base that it was registered for; None: nobody knew."""
 
     @property
     def name(self) -> str:
@@ -185,7 +188,12 @@ class Residency:
 
     def _drop_later(self, victims: list[Entry]) -> None:
         for entry in victims:
-            self._janitor.submit(self._drop, entry)
+            try:
+                dropping = self._janitor.submit(self._drop, entry)
+            except RuntimeError:  # closed meanwhile: it stays on the server
+                self._left(entry)
+            else:
+                dropping.add_done_callback(functools.partial(self._left, entry))
 
     def _drop(self, entry: Entry) -> None:
         try:
@@ -193,10 +201,11 @@ class Residency:
         except errors.TinkError as error:
             # The server keeps it for longer than needed; a later load finds it there.
             logger.warning("adapter %s was not dropped: %s", entry.version.name, error)
-        finally:
-            with self._lock:
-                self._take_out(entry)
-            entry.dropped.set()
+
+    def _left(self, entry: Entry, _: Future[None] | None = None) -> None:
+        with self._lock:
+            self._take_out(entry)
+        entry.dropped.set()
 
     def _take_out(self, entry: Entry) -> None:
         if self._entries.get(entry.version.name) is entry:

@@ -65,6 +65,27 @@ def test_long_shared_prompt_is_never_answered_from_the_old_versions_cache(server
             assert_served(server, name, twin.clear_cases())
 
 
+def test_server_gone_in_verify_is_named_with_its_phase_and_its_number_is_not_used_again(
+    server, twin, monkeypatch
+):
+    with sync_to(server, twin.directory, "merged") as sync:
+        first = sync.publish(random_adapter(twin, 1))
+        gone = errors.ServerUnreachable("gone", replica=server.url)
+
+        def lost(*_):
+            raise gone
+
+        monkeypatch.setattr(sync.probes, "check", lost)
+        probe = Prober(twin.model, vocab_size=VOCAB).probe()
+        with pytest.raises(errors.ServerUnreachable) as caught:
+            sync.publish(random_adapter(twin, 2), probe=probe)
+        assert caught.value.details == {"replica": server.url, "phase": "verify"}
+        assert sync.current.name == first.name
+        third = sync.publish(random_adapter(twin, 3))
+        assert third.version == first.version + 2
+        assert_served(server, third.name, twin.clear_cases())
+
+
 def telling_prompt(twin, seeds):
     """200 tokens that each version answers clearly and otherwise than the one before; the answers."""
     generator = torch.Generator().manual_seed(3)

@@ -233,7 +233,7 @@ def environment(
     *,
     token_file: Path,
     server_binding: str | None,
-    engine_sleeps: bool,
+    waits_asleep: str,
     has_gpu: bool,
 ) -> dict[str, str]:
     """The server's environment: the current one without what is not for it, plus ours."""
@@ -257,8 +257,7 @@ def environment(
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if server_binding is not None:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
-    if engine_sleeps:
-        env["TINK_SERVER_ENGINE_SLEEPS"] = "1"
+    env["TINK_SERVER_WAITS_ASLEEP"] = waits_asleep
     return {**env, **options.env}
 
 
@@ -376,7 +375,7 @@ class VLLMServer:
             os.environ,
             token_file=self.token_file,
             server_binding=binding,
-            engine_sleeps=placement.is_small(),
+            waits_asleep=placement.who_waits_asleep(),
             has_gpu=gpu,
         )
         self.log_path = Path(

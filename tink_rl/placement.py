@@ -44,14 +44,24 @@ def plan(*, cores: tuple[int, ...], num_workers: int, has_gpu: bool) -> Placemen
     return Placement(server_binding=binding, trainer_cores=tuple(cores[num_workers * per_worker :]))
 
 
-def is_small(*, cores: tuple[int, ...] = CORES) -> bool:
-    """Whether a vLLM on `cores` shares them with its trainer, its API server and their like."""
-    return not has_gpu() and len(cores) <= _SMALL_MACHINE_CORES
+def who_waits_asleep(*, cores: tuple[int, ...] = CORES) -> str:
+    """Which of vLLM's processes must not spin while they wait for each other, see `server/plugin.py`.
+
+    On a small machine without a GPU the engine core shares its core with trainer, API server and their
+    like ("engine"); if nothing is pinned, the workers share theirs too ("all"); elsewhere nobody ("").
+    """
+    if has_gpu() or len(cores) > _SMALL_MACHINE_CORES:
+        return ""
+    return "all" if _is_off() else "engine"
+
+
+def _is_off() -> bool:
+    return os.environ.get("TINK_PLACEMENT", "").lower() == "off"
 
 
 def plan_here(num_workers: int = 1) -> Placement:
     """The plan for this machine; `TINK_PLACEMENT=off` pins nothing."""
-    if os.environ.get("TINK_PLACEMENT", "").lower() == "off":
+    if _is_off():
         return Placement(server_binding=None, trainer_cores=None)
     return plan(cores=CORES, num_workers=num_workers, has_gpu=has_gpu())
 

@@ -84,27 +84,27 @@ def test_environment_drops_what_is_not_the_servers_and_extends_the_plugins(model
         current,
         token_file=tmp_path / "token",
         server_binding="0",
-        engine_sleeps=True,
+        waits_asleep="engine",
         has_gpu=False,
     )
     assert not set(current) - {"PATH", "VLLM_PLUGINS"} & set(env)
     assert env["PATH"] == "p" and env["VLLM_PLUGINS"] == "mine,tink_rl"
-    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["TINK_SERVER_ENGINE_SLEEPS"] == "1"
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["TINK_SERVER_WAITS_ASLEEP"] == "engine"
     assert float(env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > 10 * payloads.IDLE_CONNECTION_S
     assert env["TINK_SERVER_MODES"] == "adapter,merged,full"
     assert not {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"} & set(env)
 
 
-def test_engine_core_spins_as_ever_where_it_has_a_core_to_spin_on(model_dir, tmp_path):
+def test_vllm_spins_as_ever_where_it_has_cores_to_spin_on(model_dir, tmp_path):
     env = launch.environment(
         _options(model_dir),
         {},
         token_file=tmp_path / "token",
         server_binding=None,
-        engine_sleeps=False,
+        waits_asleep="",
         has_gpu=False,
     )
-    assert not {"TINK_SERVER_ENGINE_SLEEPS", "VLLM_CPU_OMP_THREADS_BIND"} & set(env)
+    assert env["TINK_SERVER_WAITS_ASLEEP"] == "" and "VLLM_CPU_OMP_THREADS_BIND" not in env
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,19 @@ def test_failure_of_the_engine_is_told_by_its_cause():
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "gpu", "small"),
-    [(2, False, True), (8, False, True), (9, False, False), (2, True, False)],
+    ("num_cores", "gpu", "placed", "asleep"),
+    [
+        (2, False, "", "engine"),
+        (8, False, "", "engine"),
+        (2, False, "off", "all"),
+        (9, False, "off", ""),
+        (2, True, "", ""),
+    ],
 )
-def test_a_machine_is_small_where_a_vllm_shares_its_cores(monkeypatch, num_cores, gpu, small):
+def test_who_shares_a_core_waits_asleep(monkeypatch, num_cores, gpu, placed, asleep):
     monkeypatch.setattr(placement, "has_gpu", lambda: gpu)
-    assert placement.is_small(cores=tuple(range(num_cores))) == small
+    monkeypatch.setenv("TINK_PLACEMENT", placed)
+    assert placement.who_waits_asleep(cores=tuple(range(num_cores))) == asleep
 
 
 def test_two_cores_are_split_between_server_and_trainer():

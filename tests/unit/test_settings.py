@@ -203,7 +203,7 @@ def test_none_of_our_variables_reaches_a_server_that_we_launch(tmp_path):
         {**ours, "TINK_WORKER_PORT": "1", "TINK_TOKEN": "s", "PATH": "p"},
         token_file=tmp_path / "token",
         server_binding=None,
-        engine_sleeps=True,
+        waits_asleep="engine",
         has_gpu=False,
     )
     leaked = {name for name in env if name.startswith(("TINK_", "USE_", "MEGATRON_"))}

@@ -73,26 +73,27 @@ def test_plugin_replaces_the_manager_once():
 @pytest.mark.parametrize(
     ("process", "asked", "sleeps"),
     [
-        ("EngineCore", "1", True),
-        ("EngineCore_DP0", "1", True),
-        ("VllmWorker-0", "1", False),
-        ("MainProcess", "1", False),
+        ("EngineCore", "engine", True),
+        ("EngineCore_DP0", "all", True),
+        ("VllmWorker-0", "engine", False),
+        ("VllmWorker-0", "all", True),
+        ("MainProcess", "all", False),
         ("EngineCore", "", False),
     ],
 )
-def test_only_an_engine_core_that_was_told_to_waits_asleep(monkeypatch, process, asked, sleeps):
+def test_only_processes_that_were_told_to_wait_asleep(monkeypatch, process, asked, sleeps):
     from tink_rl.server import plugin
     from tink_rl.server.vllm_names import shm_broadcast
 
     spins, slept = shm_broadcast.sched_yield, []
     monkeypatch.setattr(shm_broadcast, "sched_yield", spins)  # put back at the end
-    monkeypatch.setenv("TINK_SERVER_ENGINE_SLEEPS", asked)
+    monkeypatch.setenv("TINK_SERVER_WAITS_ASLEEP", asked)
     monkeypatch.setattr(multiprocessing.current_process(), "name", process)
     monkeypatch.setattr(plugin, "time", SimpleNamespace(sleep=slept.append))
-    plugin._let_engine_core_sleep()
+    plugin._wait_asleep()
     assert (shm_broadcast.sched_yield is not spins) == sleeps
     shm_broadcast.sched_yield()
-    assert slept == [plugin._ENGINE_PAUSE_S] * sleeps
+    assert slept == [plugin._PAUSE_S] * sleeps
 
 
 def test_trl_reads_only_sync_weights_and_generate_of_its_vllm_object():

@@ -1,5 +1,5 @@
 """`vllm.general_plugins` entry: lets vLLM's LoRA manager load adapters that were staged in memory, and
-its engine core share a small machine.
+its processes share a small machine.
 
 vLLM calls `register` in every process it starts, possibly more than once.
 """
@@ -13,13 +13,13 @@ import time
 from typing import Any
 
 logger = logging.getLogger("tink_rl.server")
-_ENGINE_PAUSE_S = 0.0002
-"""Between two looks of a waiting engine core; a step of the smallest model takes 10 ms."""
+_PAUSE_S = 0.0002
+"""Between two looks of a waiting process; a step of the smallest model takes 10 ms."""
 
 
 def register() -> None:
     """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager."""
-    _let_engine_core_sleep()
+    _wait_asleep()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 
     current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
@@ -30,20 +30,21 @@ def register() -> None:
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _with_tink_paths(current)
 
 
-def _let_engine_core_sleep() -> None:
-    """On a small machine without a GPU (`placement.is_small`), wait for the workers' answers asleep.
+def _wait_asleep() -> None:
+    """Where `placement.who_waits_asleep` says so, wait for the other processes of vLLM asleep.
 
-    vLLM's engine core spins until they come: on two cores it takes 80 % of the one that its API server,
-    the Tink worker and a trainer run on, and batches of 64 fell apart into batches of 20 because the
-    requests came late. The workers still spin: vLLM binds them to cores of their own.
+    vLLM's engine core spins for its workers' answers, and every process for a second after the last
+    message: on two cores that took 80 % of the one that API server, Tink worker and a trainer run on, and
+    batches of 64 fell apart into batches of 20 because the requests came late.
     """
-    if os.environ.get("TINK_SERVER_ENGINE_SLEEPS") != "1":
-        return
-    if "EngineCore" not in multiprocessing.current_process().name:
+    asked = os.environ.get("TINK_SERVER_WAITS_ASLEEP")
+    process = multiprocessing.current_process().name
+    is_engine, is_worker = "EngineCore" in process, "Worker" in process
+    if not ((is_engine and asked in ("engine", "all")) or (is_worker and asked == "all")):
         return
     from tink_rl.server.vllm_names import shm_broadcast
 
-    shm_broadcast.sched_yield = lambda: time.sleep(_ENGINE_PAUSE_S)
+    shm_broadcast.sched_yield = lambda: time.sleep(_PAUSE_S)
 
 
 def _with_tink_paths(base: Any) -> Any:

@@ -131,6 +131,7 @@ def test_keywords_become_parameters_and_unknown_ones_are_named():
     [
         (404, {"error": {"message": "no"}}, errors.UnknownVersion),
         (400, {"error": {"message": "bad top_p"}}, errors.SamplingRefused),
+        (401, {"error": "Unauthorized"}, errors.BadToken),
         (500, {"error": {"message": "EngineDeadError"}}, errors.EngineUnavailable),
         (503, errors.NotReady("folding").to_wire(), errors.NotReady),
         (200, "<html>", errors.BackendError),

@@ -211,6 +211,7 @@ def read_answer(
     Raises:
         UnknownVersion: the server does not serve `model`, or answered as another one.
         SamplingRefused: vLLM refused the parameters.
+        BadToken: vLLM has an --api-key of its own, and it was not sent.
         EngineUnavailable: the engine died or is stopping.
         BackendError: no completion, or not all of them.
         TinkError: what our plugin raised.
@@ -227,6 +228,12 @@ def read_answer(
         if status >= 500:
             raise errors.EngineUnavailable(
                 f"vLLM at {url} answered HTTP {status}: {error_text(data)}; look into its log",
+                replica=url,
+            )
+        if status in (401, 403):
+            raise errors.BadToken(
+                f"vLLM at {url} wants its own --api-key ({error_text(data)}); set VLLM_API_KEY or "
+                "TINK_VLLM_API_KEY_FILE",
                 replica=url,
             )
         raise errors.SamplingRefused(f"vLLM refused the request: {error_text(data)}")

@@ -236,11 +236,8 @@ class WeightSync:
                 name, failed; what was served stays served.
         """
         watch = Stopwatch()
-        try:
+        with watch.naming_phase():
             return self._publish(source, watch, probe, synthetic=synthetic)
-        except TinkError as error:
-            error.details.setdefault("phase", watch.phase)
-            raise
 
     def _publish(
         self, source: Any, watch: Stopwatch, probe: Probe | None, *, synthetic: bool
@@ -315,12 +312,13 @@ class WeightSync:
             PublishFailed: it failed twice (a stream: once); details name phase and replica.
         """
         watch = Stopwatch()
-        with watch(Phase.JOIN):
-            self.open()
         once = isinstance(source, Iterator)
-        record = self._publish_whole(
-            lambda: self._whole(source), self._next_version(), watch, probe, once=once
-        )
+        with watch.naming_phase():
+            with watch(Phase.JOIN):
+                self.open()
+            record = self._publish_whole(
+                lambda: self._whole(source), self._next_version(), watch, probe, once=once
+            )
         self._resend = None if once else lambda: self._whole(source)
         return record
 
@@ -393,6 +391,7 @@ class WeightSync:
             return self._send_whole(update, source, watch)
 
         held_s = self._twice(name, watch, send, tries=1 if once else 2)
+        self._version = max(self._version, version)  # taken, whatever the probe says of it
         assert update is not None
         record = PublishRecord(
             policy=self.config.policy,
@@ -409,7 +408,6 @@ class WeightSync:
                 record = replace(
                     record, probe_gap=self.probes.check(probe, name, self.status.dtype)
                 )
-        self._version = max(self._version, version)
         self.current, self._last, self._resend = record, None, make
         self._live_digest = ""
         self._kept = []  # slots of this policy ended with the full version

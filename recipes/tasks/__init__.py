@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,9 +58,9 @@ def load_task(name: str, *, seed: int = 0, data_path: str | None = None) -> Task
 def _from_file(path: Path, seed: int) -> Task:
     if not path.is_file():
         raise ValueError(f"--task {path}: no such file; give the path of a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"tink_task_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     load = getattr(module, "load", None)
     task = load(seed) if callable(load) else None

@@ -9,6 +9,11 @@ import pytest
 from tink_rl import SyncConfig, errors
 from tink_rl.training.link import PolicyLink
 
+NO_TIME = {
+    f"{name}_s": 0.01
+    for name in ("lease_wait", "join_timeout", "stage_timeout", "commit_timeout", "drain_timeout")
+}
+
 
 class _Replica:
     """Serves the version from the `after`-th look on."""
@@ -18,6 +23,8 @@ class _Replica:
 
     def status(self):
         self._looks += 1
+        if self._looks == 1 and self._after:
+            raise errors.ServerUnreachable("it still starts")
         return SimpleNamespace(served=["policy@3"] if self._looks > self._after else [])
 
 
@@ -35,4 +42,4 @@ def test_other_ranks_wait_until_every_server_holds_the_version_again():
 
 def test_other_ranks_do_not_wait_for_ever():
     with pytest.raises(errors.UnknownVersion, match="--resume_from_checkpoint"):
-        follower(_Replica(99), stage_timeout_s=0.1, commit_timeout_s=0.1).recover()
+        follower(_Replica(99), **NO_TIME).recover()

@@ -88,6 +88,17 @@ def test_file_of_the_quickstart_is_a_task(tmp_path):
     assert task.reward(["12", "11"]) == [1.0, 0.0] and task.train["prompt"][:2] == ["12=", "345="]
 
 
+def test_file_of_a_task_may_hold_dataclasses(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from recipes.tasks import Task\n"
+        "@dataclass\nclass Problem:\n    text: str\n"
+        "def load(seed):\n    return Task(train=[Problem('1=')], reward=len)\n"
+    )
+    assert load_task(str(tmp_path / "mine.py")).train[0].text == "1="
+
+
 @pytest.mark.parametrize("text", ["", "load = 3", "def load(seed): return seed"])
 def test_file_that_gives_no_task_is_refused(tmp_path, text):
     (tmp_path / "mine.py").write_text(text)

@@ -396,3 +396,12 @@ class RegistryMachine(RuleBasedStateMachine):
 
 TestRegistryMachine = RegistryMachine.TestCase
 TestRegistryMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+def test_older_versions_of_an_unregistered_id_are_needed_for_as_long_as_the_last(registry):
+    registry.register("math", A, "/a")
+    registry.register("math", B, "/b")
+    time.sleep(0.01)
+    before = time.time()
+    registry.unregister("math")
+    assert registry.needed(before) == {A.digest, B.digest}

@@ -1018,3 +1018,18 @@ def test_device_that_is_not_there_is_named(make, model_dir, monkeypatch):
     for device in ("cuda", "cuda:1", "tpu"):
         with pytest.raises(errors.ConfigError, match=f"device='{device}'.*expected 'cpu'"):
             backend.init_communicator(device)
+
+
+def test_look_that_is_doubted_while_it_is_taken_is_taken_again(monkeypatch):
+    known = server_view.KnownServer(VLLMClient("http://127.0.0.1:9"), None, lambda: None)
+    views = [server_view.ServerView(base="base", names=frozenset({"base"})) for _ in range(2)]
+    looks = iter(views)
+
+    def look(client):
+        view = next(looks)
+        if view is views[0]:
+            known.doubt()  # another request was refused a name meanwhile
+        return view
+
+    monkeypatch.setattr(server_view, "look", look)
+    assert known.view() is views[1] and known.known is views[1]

@@ -227,10 +227,13 @@ def test_fresh_run_begins_its_log_anew_and_a_resumed_one_goes_on(tmp_path):
     write(3)
     path = tmp_path / "rollouts.jsonl"
     assert len(list(read_rollouts(path))) == 16
+    evaluated = {"step": 2, "phase": "eval"}  # before the checkpoint of its step was saved
     with path.open("a") as file:
-        file.write('{"step": 3, "pro')  # killed here, to be resumed from a checkpoint of step 2
+        file.write(json.dumps(evaluated) + "\n")
+        file.write('{"step": 3, "pro')  # killed here, to be resumed from that checkpoint
     write(2)
-    assert [row["step"] for row in read_rollouts(path)] == [0] * 8 + [2] * 8
+    rows = list(read_rollouts(path))
+    assert [row["step"] for row in rows] == [0] * 8 + [2] * 9 and rows[8] == evaluated
 
 
 def test_line_that_a_killed_run_left_half_written_ends_the_log(tmp_path):

@@ -200,6 +200,11 @@ class AdapterRegistry:
             if current is None:
                 raise _unknown(adapter_id)
             _deactivate(connection, adapter_id)
+            # Its older versions too could be named until now.
+            connection.execute(
+                "UPDATE versions SET replaced_at = ? WHERE adapter_id = ?",
+                (time.time(), adapter_id),
+            )
             return current
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from tink_rl.types import ServerStatus
 logger = logging.getLogger("tink_rl")
 _OURS = re.compile(r"\.[0-9a-f]{12}@\d+$")
 """Names that a `Residency` gave; they are reached by adapter id only."""
+_MAX_LOOKS = 3
 STALE_S = 5.0
 """Age from which a look at the server is taken again, in the background, by the next request."""
 
@@ -198,13 +199,18 @@ class KnownServer:
             ServerUnreachable, RequestTimeout, NotReady.
         """
         view = None if fresh else self.known
-        if view is None:
+        if view is not None:
+            return view
+        for _ in range(_MAX_LOOKS):
             with self._lock:
                 number = next(self._looks)
             view = look(self.client)
             if self._take(view, number):
                 logger.warning("the vLLM server at %s was restarted", self.client.base_url)
                 self._on_restart()
+            if self._seen is not None:  # else doubted meanwhile
+                break
+        assert view is not None
         return view
 
     def _take(self, view: ServerView, number: int) -> bool:

@@ -25,6 +25,7 @@ from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
+from tink_rl.transport.fleet import Replica
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 from tink_rl.weight_sync import WeightSync
@@ -175,9 +176,11 @@ class PolicyLink:
         """
         if self._accelerator.is_main_process:
             return self.sync.recover()
-        deadline = time.monotonic() + self._config.stage_timeout_s + self._config.commit_timeout_s
-        replicas = self.sync.fleet.replicas
-        while any(self._current not in replica.status().served for replica in replicas):
+        config = self._config
+        # Rank 0 may join, stage and commit twice.
+        each_s = config.join_timeout_s + config.stage_timeout_s + config.commit_timeout_s
+        deadline = time.monotonic() + config.lease_wait_s + 2 * (each_s + config.drain_timeout_s)
+        while not all(self._serves_current(replica) for replica in self.sync.fleet.replicas):
             if time.monotonic() > deadline:
                 raise errors.UnknownVersion(
                     f"a server lost {self._current}, and rank 0 did not publish it again; start the run "
@@ -185,6 +188,12 @@ class PolicyLink:
                 )
             time.sleep(_POLL_S)
         return True
+
+    def _serves_current(self, replica: Replica) -> bool:
+        try:
+            return self._current in replica.status().served
+        except (errors.ServerUnreachable, errors.RequestTimeout, errors.NotReady):
+            return False  # it still starts
 
     # -- checkpoints ------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tink_rl.errors import NonFiniteWeights, TinkError, WeightOutOfRange
+from tink_rl.errors import NonFiniteWeights, RankFailed, TinkError, WeightOutOfRange
 from tink_rl.training.link import PolicyLink
 from tink_rl.types import PublishRecord
 
-_BROKEN_WEIGHTS = (NonFiniteWeights, WeightOutOfRange)
+_NO_CHECKPOINT = (NonFiniteWeights, WeightOutOfRange, RankFailed)
+"""Broken weights are to be resumed from an earlier step; saving needs every rank, and one is gone."""
 
 
 class PublishCallback(TrainerCallback):
@@ -44,14 +45,15 @@ class PublishCallback(TrainerCallback):
         Raises:
             PublishFailed: it failed twice.
             TinkError: the servers did not take it, or do not compute it.
-            In either case a checkpoint of this step was written, unless its weights are broken.
+            In either case a checkpoint of this step was written, unless its weights are broken or a rank
+            is gone.
         """
         if state.global_step % self._every:
             return
         try:
             self._sync()
-        except _BROKEN_WEIGHTS:
-            raise  # to be resumed from an earlier step
+        except _NO_CHECKPOINT:
+            raise
         except TinkError as error:
             self._trainer._save_checkpoint(self._trainer.model, trial=None)
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -207,7 +207,7 @@ class RolloutLog:
         partial = self.path.with_suffix(".tmp")
         with partial.open("w") as file:
             if step and self.path.is_file():
-                before = (row for row in read_rollouts(self.path) if row["step"] < step)
+                before = (row for row in read_rollouts(self.path) if _is_before(row, step))
                 file.writelines(json.dumps(row) + "\n" for row in before)
         partial.replace(self.path)
         self._begun = True
@@ -236,6 +236,11 @@ class RolloutLog:
             "turns": [_turn_json(before, turn) for before, turn in _with_former(turns)],
             "sampling": self._sampling,
         }
+
+
+def _is_before(row: dict[str, Any], step: int) -> bool:
+    """Whether `row` was sampled before the checkpoint of `step`, which is saved after its evaluation."""
+    return bool(row["step"] < step or (row["step"] == step and row["phase"] == "eval"))
 
 
 def _with_former(turns: Sequence[Turn]) -> Iterator[tuple[Turn | None, Turn]]:

@@ -62,8 +62,8 @@ class _RolloutCallback(PublishCallback):
 
 def _copy_logprob_gap(trainer: Any) -> None:
     found = trainer._metrics["train"].get("sampling/sampling_logp_difference/max")
-    if found:
-        metrics.add(trainer._metrics["train"], {"rollout/logprob_gap": max(found)})
+    for value in found or ():
+        metrics.add(trainer._metrics["train"], {"rollout/logprob_gap": value})
 
 
 def attach(

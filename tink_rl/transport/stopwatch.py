@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tink_rl.errors import TinkError
 from tink_rl.types import Phase
 
 
@@ -20,6 +21,15 @@ class Stopwatch:
     @property
     def total(self) -> float:
         return time.perf_counter() - self._start
+
+    @contextmanager
+    def naming_phase(self) -> Iterator[None]:
+        """What fails in this block says in its details in which phase."""
+        try:
+            yield
+        except TinkError as error:
+            error.details.setdefault("phase", self.phase)
+            raise
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:

@@ -111,8 +111,14 @@ class VLLMSampler:
     async def _find(self, model_id: str | None) -> Model:
         model = self._names.resolve(model_id)
         if model is None:
-            await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
+            look, is_new = self._ask()
+            await asyncio.shield(asyncio.wrap_future(look))
             model = self._names.resolve(model_id)
+            if (
+                model is None and not is_new
+            ):  # it may have begun before a trainer published the name
+                await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
+                model = self._names.resolve(model_id)
         if model is None:
             assert model_id is not None
             raise self._unknown(model_id)

@@ -1022,7 +1022,10 @@ def test_device_that_is_not_there_is_named(make, model_dir, monkeypatch):
 
 def test_look_that_is_doubted_while_it_is_taken_is_taken_again(monkeypatch):
     known = server_view.KnownServer(VLLMClient("http://127.0.0.1:9"), None, lambda: None)
-    views = [server_view.ServerView(base="base", names=frozenset({"base"})) for _ in range(2)]
+    views = [
+        server_view.ServerView(plugin=False, base="base", root="base", max_model_len=length)
+        for length in (8, 16)
+    ]
     looks = iter(views)
 
     def look(client):

@@ -114,9 +114,8 @@ class VLLMSampler:
             look, is_new = self._ask()
             await asyncio.shield(asyncio.wrap_future(look))
             model = self._names.resolve(model_id)
-            if (
-                model is None and not is_new
-            ):  # it may have begun before a trainer published the name
+            published = model_id is not None and "@" in model_id
+            if model is None and published and not is_new:  # the look may have begun before that
                 await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
                 model = self._names.resolve(model_id)
         if model is None:

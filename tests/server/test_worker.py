@@ -84,6 +84,27 @@ def test_adapters_outlive_the_worker(server, golden_adapters, tmp_path):
         assert [c["token_ids"] for c in answer["completions"]] == list(golden.cases.values())
 
 
+@pytest.mark.chaos
+def test_adapters_outlive_a_restart_of_vllm(server, command, golden_adapters):
+    goldens = golden_adapters[:3]
+    for golden in goldens:
+        register(command, golden.path, golden.name)
+
+    def ask():
+        with command.http() as http:
+            for golden in goldens:
+                answer = http.post("/api/v1/sample", json=body_for(golden.cases, golden.name))
+                assert answer.status_code == 200, answer.text
+                found = [c["token_ids"] for c in answer.json()["completions"]]
+                assert found == list(golden.cases.values()), golden.name
+
+    ask()
+    server.stop()
+    server.start()  # on the same port
+    wait_until(lambda: httpx.get(f"{command.url}/readyz").status_code == 200, 60)
+    ask()
+
+
 def test_a_path_outside_the_roots_is_refused_over_http(command, golden_adapters, tmp_path):
     root = golden_adapters[0].path.parent
     outside = (tmp_path, f"{root}/..", "/etc", "org/name", "http://169.254.169.254/", "~")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.worker_rig import in_threads
 pytestmark = pytest.mark.server
 NUM_CLIENTS = 100
 REQUESTS_EACH = 20
+NUM_COPIES = 7
 
 
 def _register_all(command, goldens):
@@ -79,6 +81,18 @@ def test_32_adapters_on_2_slots_give_every_client_its_own_answers(
         )
         assert len(results) == NUM_CLIENTS * REQUESTS_EACH
         _assert_all_answered(command, results, before, server)
+
+
+def test_hundreds_of_adapters_are_loaded_as_they_are_asked_for(servers, golden_adapters, tmp_path):
+    server = servers.get("qwen3", mode="adapter", max_loras=2, max_cpu_loras=4)
+    goldens = [replace(g, name=f"{g.name}-{i}") for i in range(NUM_COPIES) for g in golden_adapters]
+    random.Random(4).shuffle(goldens)
+    with worker_over(server, golden_adapters[0].path.parent, tmp_path) as command:
+        _register_all(command, goldens)
+        results = _run(command, goldens, num_clients=16, requests_each=20, seed=4)
+        assert [entry for entry in results if entry[1] != 200 or entry[2]] == []
+        with command.http() as http:
+            assert len(http.get("/api/v1/adapters").json()["adapters"]) == len(goldens) == 224
 
 
 def test_2000_requests_of_100_clients_over_16_adapters_are_all_answered_right(

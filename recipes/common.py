@@ -16,7 +16,7 @@ import tink_rl
 from recipes.tasks import TASKS, Task, load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl.cli import show_wait
-from tink_rl.settings import LORA_RANKS
+from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.training.ranks import Ranks
 
 
@@ -114,7 +114,6 @@ def train_and_save(trainer: Any) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        trainer.policy_link.save(config.output_dir)
         print(f"adapter, log and version of the last policy: {config.output_dir}")
 
 
@@ -162,7 +161,8 @@ def _server(
         server = tink_rl.VLLMServer(
             model,
             mode=recipe.server_mode,
-            max_lora_rank=_slot_rank(recipe.lora_r),
+            # Above the largest slot merged mode takes it, for which any will do.
+            max_lora_rank=slot_for(recipe.lora_r) or LORA_RANKS[-1],
             dtype="float32" if recipe.model_name_or_path is None else "auto",
             max_model_len=recipe.server_max_model_len or None,
             token_file=recipe.token_file,
@@ -177,8 +177,3 @@ def _server(
     with closing(ranks):
         url, token_file = ranks.lead(start)
     return url, token_file
-
-
-def _slot_rank(lora_r: int) -> int:
-    """The smallest slot that holds `lora_r`; above the largest, what merged mode needs: any."""
-    return next((rank for rank in LORA_RANKS if rank >= lora_r), LORA_RANKS[-1])

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
-from tink_rl.settings import LORA_RANKS
+from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState, SyncMode
@@ -136,8 +136,8 @@ def check_options(options: ServerOptions) -> ServerOptions:
         )
     modes = options.modes
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
-        fits = [rank for rank in LORA_RANKS if rank >= options.max_lora_rank]
-        hint = f"; take --max-lora-rank {fits[0]}" if fits and options.max_lora_rank > 0 else ""
+        fits = slot_for(options.max_lora_rank)
+        hint = f"; take --max-lora-rank {fits}" if fits and options.max_lora_rank > 0 else ""
         raise errors.RankNotAllowed(
             f"--max-lora-rank {options.max_lora_rank}: vLLM has kernels for "
             f"{', '.join(map(str, LORA_RANKS))}{hint}"

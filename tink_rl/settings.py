@@ -231,6 +231,11 @@ class Settings(BaseSettings):
         return read_secret("TINK_VLLM_API_KEY_FILE", self.tink_vllm_api_key_file)
 
 
+def slot_for(rank: int) -> int | None:
+    """The smallest of vLLM's LoRA slots that holds `rank`; None if none does."""
+    return next((slot for slot in LORA_RANKS if slot >= rank), None)
+
+
 def read_secret(variable: str, path: str | None) -> str | None:
     """The secret in the file that `variable` names; None if it names none.
 

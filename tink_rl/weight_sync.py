@@ -387,7 +387,7 @@ class WeightSync:
                 self.fleet.each(lambda replica: replica.ensure_channel())
             with watch(Phase.COLLECT):
                 source = make()
-            update = self._begin(version, source, watch)
+            update = self._new_update(version)
             return self._send_whole(update, source, watch)
 
         held_s = self._twice(name, watch, send, tries=1 if once else 2)
@@ -413,20 +413,6 @@ class WeightSync:
         self._kept = []  # slots of this policy ended with the full version
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
 
-    def _begin(self, version: int, source: WholeSource, watch: Stopwatch) -> WholeUpdate:
-        """An update that every replica has begun; no tensor was read yet, so lost channels are mended."""
-        update = self._new_update(version)
-        try:
-            with watch(Phase.STAGE):
-                update.begin(source.plan(self.status.dtype))
-        except _TRIED_AGAIN as error:
-            logger.warning("%s could not begin, joining again: %s", update.name, error)
-            self._close_channels()
-            update = self._new_update(version)
-            with watch(Phase.STAGE):
-                update.begin(source.plan(self.status.dtype))
-        return update
-
     def _new_update(self, version: int) -> WholeUpdate:
         return WholeUpdate(
             self.fleet,
@@ -438,8 +424,9 @@ class WeightSync:
         )
 
     def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: Stopwatch) -> float:
-        """Every tensor, finish; the longest hold in seconds."""
+        """Begin, every tensor, finish; the longest hold in seconds."""
         with watch(Phase.STAGE):
+            update.begin(source.plan(self.status.dtype))
             update.add_all(source.pairs())
         with watch(Phase.COMMIT):
             return update.finish()

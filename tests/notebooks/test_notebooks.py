@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.processes import marked_processes
+
 pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,20 +29,6 @@ def with_parameters(path, **parameters):
     return notebook
 
 
-def marked_processes(mark):
-    """Processes that were started, directly or not, by the kernel with this mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                alive = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
-                if alive and f"{_MARK}={mark}".encode() in entry.joinpath("environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # it ended meanwhile
-    return found
-
-
 class Watched(NotebookClient):
     """Counts the kernel's processes after each cell."""
 
@@ -51,7 +39,7 @@ class Watched(NotebookClient):
     async def async_execute_cell(self, cell, *args, **kwargs):
         done = await super().async_execute_cell(cell, *args, **kwargs)
         if cell.cell_type == "code":
-            self.num_processes.append(len(marked_processes(self.mark)))
+            self.num_processes.append(len(marked_processes(_MARK, self.mark)))
         return done
 
 
@@ -69,9 +57,9 @@ def run_notebook(path, tmp_path, monkeypatch, **parameters):
     )
     notebook = client.execute()
     deadline = time.monotonic() + 30
-    while marked_processes(mark) and time.monotonic() < deadline:
+    while marked_processes(_MARK, mark) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert marked_processes(mark) == []
+    assert marked_processes(_MARK, mark) == []
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return ["".join(map(_text, cell.outputs)) for cell in cells], client.num_processes
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.cores import as_users_have_it
 from tests.docs.commands import blocks
+from tests.processes import marked_processes
 from tink_rl.launch import group_members
 
 pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
@@ -79,23 +80,10 @@ def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert json.loads((tmp_path / "tink_policy.json").read_text())["mode"] == "adapter"
     assert (tmp_path / "adapter_model.safetensors").is_file()
-    assert _marked(str(tmp_path)) == []
+    assert marked_processes(MARK, str(tmp_path)) == []
 
 
 MARK = "MARK_OF_RECIPE_TEST"
-
-
-def _marked(value):
-    """Processes that were started, directly or not, with this mark in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if f"{MARK}={value}".encode() in entry.joinpath("environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue  # it ended meanwhile, or is not ours
-    return found
 
 
 def _serve(model, *arguments, token):

@@ -22,7 +22,7 @@ from tink_rl.policy.support import (
     needs,
     unsupported_reasons,
 )
-from tink_rl.settings import LORA_RANKS
+from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.types import ServerStatus, SyncMode
 
 _WITHOUT = "train without that feature"
@@ -180,7 +180,7 @@ def _whole(status: ServerStatus | None) -> Finding:
 
 
 def _slot(rank: int, size: int, status: ServerStatus | None) -> Finding:
-    fits = next((slot for slot in LORA_RANKS if slot >= rank), None)
+    fits = slot_for(rank)
     if fits is None:
         text = f"refused: rank {rank} is above vLLM's largest slot ({LORA_RANKS[-1]})"
         return note("mode adapter", text, "use merged mode")

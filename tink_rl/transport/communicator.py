@@ -193,9 +193,8 @@ class NcclChannel:
                 "use SyncConfig(transport='gloo')"
             )
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = (
-            _NEVER  # of torch's watchdog, which ends the process; ours is in `_until`
-        )
+        # torch's watchdog ends the whole process; our own deadline is in `broadcast`.
+        options._timeout = _NEVER
         self.device = device
         try:
             _meet(store, nonce, rank, world_size, timeout_s)

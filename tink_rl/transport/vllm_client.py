@@ -532,14 +532,6 @@ class VLLMClient:
         return replica
 
     def _begin_update(self, plan: list[dict[str, Any]] | None) -> WholeUpdate:
-        """An update that the server has begun; nothing was sent yet, so a dead channel is mended here."""
-        try:
-            return self._try_to_begin(plan)
-        except (errors.StaleEpoch, errors.ChannelLost, errors.ServerUnreachable):
-            self._replica().close()  # a restarted server knows nothing of the old one
-            return self._try_to_begin(plan)
-
-    def _try_to_begin(self, plan: list[dict[str, Any]] | None) -> WholeUpdate:
         from tink_rl.transport.whole_update import BUCKET_BYTES, WholeUpdate
 
         replica, status = self._replica(), self.status()

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
     from tink_rl.transport.fleet import Fleet, Replica
 
+_LOST_CHANNEL = (
+    errors.StaleEpoch,
+    errors.ChannelLost,
+    errors.ServerUnreachable,
+    errors.RequestTimeout,
+)
 BUCKET_BYTES = 64 * 2**20
 """Bytes of whole tensors that travel, and wait, at once, unless said otherwise."""
 
@@ -64,6 +70,7 @@ class WholeUpdate:
         """
 
         def begin(replica: Replica) -> None:
+            replica.ensure_channel()
             self._ids[replica.url] = replica.begin_update(
                 version=self._version, base_fingerprint=self._fingerprint, plan=plan
             )
@@ -71,8 +78,14 @@ class WholeUpdate:
         with self._ended_on_failure():
             # Before anything begins: a stream of tensors cannot be read again on another transport.
             self._room = self._fleet.room(self._bucket_bytes)
-            self._fleet.each(lambda replica: replica.ensure_channel())
-            self._fleet.each(begin)
+            try:
+                self._fleet.each(begin)
+            except (
+                _LOST_CHANNEL
+            ):  # a restarted server knows nothing of the old one; no tensor was read yet
+                for replica in self._fleet.replicas:
+                    replica.close()
+                self._fleet.each(begin)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor; it is sent in the server's dtype, now or with the ones that follow.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tink_rl.errors import ConfigError
+from tink_rl.tokens import default_token_file, vllm_api_key
 from tink_rl.types import PolicyVersion, SyncMode, Transport
 
 MODES = ("auto", *SyncMode)
@@ -45,7 +46,7 @@ class SyncConfig:
     api_key: str | None = field(
         default=None,
         metadata={
-            "help": "vLLM's own --api-key, if it has one; else VLLM_API_KEY, TINK_VLLM_API_KEY_FILE."
+            "help": "vLLM's own --api-key, if it has one; else TINK_VLLM_API_KEY_FILE, VLLM_API_KEY."
         },
     )
     transport: str = field(
@@ -142,27 +143,12 @@ class SyncConfig:
             ) from error
 
     def read_api_key(self) -> str | None:
-        """vLLM's own key: given, from VLLM_API_KEY, or from the file of TINK_VLLM_API_KEY_FILE; None: none.
+        """vLLM's own key: given, from the file of TINK_VLLM_API_KEY_FILE, or VLLM_API_KEY; None: none.
 
         Raises:
-            ConfigError: the file cannot be read.
+            ConfigError: the file cannot be read, or is empty.
         """
-        key, file = os.environ.get("VLLM_API_KEY"), os.environ.get("TINK_VLLM_API_KEY_FILE")
-        if self.api_key or key or not file:
-            return self.api_key or key or None
-        try:
-            return Path(file).expanduser().read_text().strip()
-        except OSError as error:
-            raise ConfigError(
-                f"TINK_VLLM_API_KEY_FILE={file}: cannot be read ({error.strerror}); name the file that "
-                "holds vLLM's --api-key"
-            ) from error
-
-
-def default_token_file() -> Path:
-    """Where `tink-rl serve` keeps the token if no file was named."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tink_rl" / "token"
+        return vllm_api_key(self.api_key)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import is_local
+from tink_rl.tokens import vllm_api_key
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM 0.31 has kernels."""
@@ -223,36 +224,17 @@ class Settings(BaseSettings):
         )
 
     def api_key(self) -> str | None:
-        """vLLM's own key.
+        """vLLM's own key; without TINK_VLLM_API_KEY_FILE the VLLM_API_KEY of the environment.
 
         Raises:
-            ConfigError: TINK_VLLM_API_KEY_FILE cannot be read.
+            ConfigError: the file cannot be read, or is empty.
         """
-        return read_secret("TINK_VLLM_API_KEY_FILE", self.tink_vllm_api_key_file)
+        return vllm_api_key(file=self.tink_vllm_api_key_file)
 
 
 def slot_for(rank: int) -> int | None:
     """The smallest of vLLM's LoRA slots that holds `rank`; None if none does."""
     return next((slot for slot in LORA_RANKS if slot >= rank), None)
-
-
-def read_secret(variable: str, path: str | None) -> str | None:
-    """The secret in the file that `variable` names; None if it names none.
-
-    Raises:
-        ConfigError: the file cannot be read, or is empty.
-    """
-    if path is None:
-        return None
-    try:
-        secret = Path(path).expanduser().read_text().strip()
-    except OSError as error:
-        raise ConfigError(
-            f"{variable}={path!r} cannot be read ({error.strerror}); expected a file with one line"
-        ) from error
-    if not secret:
-        raise ConfigError(f"{variable}={path!r} is empty; expected a file with one line")
-    return secret
 
 
 def _field_name(key: str) -> str:

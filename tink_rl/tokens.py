@@ -1,4 +1,7 @@
-"""The bearer token of the control routes: made once, kept in a file that only its owner can read."""
+"""The two secrets: the bearer token of our routes, and vLLM's own key.
+
+`tink-rl serve` makes the token once and keeps it in a file that only its owner can read.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,16 @@ import secrets
 import stat
 from pathlib import Path
 
-from tink_rl.config import default_token_file
 from tink_rl.errors import ConfigError
 
 _MIN_LENGTH = 16
+_KEY_FILE = "TINK_VLLM_API_KEY_FILE"
+
+
+def default_token_file() -> Path:
+    """Where `tink-rl serve` keeps the token if no file was named."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tink_rl" / "token"
 
 
 def ensure_token_file(path: str | Path | None = None) -> Path:
@@ -39,3 +48,28 @@ def ensure_token_file(path: str | Path | None = None) -> Path:
             f"token file {file} holds fewer than {_MIN_LENGTH} characters; delete it and start again"
         )
     return file
+
+
+def vllm_api_key(key: str | None = None, file: str | None = None) -> str | None:
+    """vLLM's own --api-key, if it has one: `key`, or from a file, or VLLM_API_KEY.
+
+    Args:
+        key: The key itself.
+        file: The file that holds it; None: what TINK_VLLM_API_KEY_FILE names.
+
+    Raises:
+        ConfigError: the file cannot be read, or is empty.
+    """
+    path = file or os.environ.get(_KEY_FILE)
+    if key or not path:
+        return key or os.environ.get("VLLM_API_KEY") or None
+    try:
+        secret = Path(path).expanduser().read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{_KEY_FILE}={path!r} cannot be read ({error.strerror}); expected a file with vLLM's "
+            "--api-key in one line"
+        ) from error
+    if not secret:
+        raise ConfigError(f"{_KEY_FILE}={path!r} is empty; expected vLLM's --api-key in one line")
+    return secret

@@ -15,8 +15,8 @@ ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
     {"errors", "types", "loopback"},
-    {"config", "settings", "placement", "watchdog"},
     {"tokens"},
+    {"config", "settings", "placement", "watchdog"},
     {"policy"},
     {"transport"},
     {"launch", "weight_sync", "server", "residency"},

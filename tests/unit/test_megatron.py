@@ -338,16 +338,22 @@ def test_deadline_ends_a_call_that_the_server_holds(contract):
     server.hold.set()
 
 
+async def held_request(server, backend):
+    """A request of a backend that has been answered before; the server holds it."""
+    await backend.sample(["ab"], None, FOUR, timeout_s=10)
+    server.hold.clear()
+    server.arrived.clear()
+    held = asyncio.create_task(backend.sample(["ab"], None, FOUR, timeout_s=30))
+    await asyncio.to_thread(server.arrived.wait, 10)
+    return held
+
+
 def test_canary_that_waits_for_a_request_of_ours_forgets_nothing(contract):
     server = contract("static")
 
     async def canary_behind_a_request():
         backend = MegatronBackend(server.url)
-        await backend.sample(["ab"], None, FOUR, timeout_s=10)
-        server.hold.clear()
-        server.arrived.clear()
-        held = asyncio.create_task(backend.sample(["ab"], None, FOUR, timeout_s=30))
-        await asyncio.to_thread(server.arrived.wait, 10)
+        held = await held_request(server, backend)
         with pytest.raises(errors.DeadlineExceeded):
             await backend.canary(0.1)
         server.hold.set()
@@ -365,11 +371,7 @@ def test_cancelled_call_leaves_the_turn_to_the_next(contract):
 
     async def cancel_then_sample():
         backend = MegatronBackend(server.url)
-        await backend.sample(["ab"], None, FOUR, timeout_s=10)
-        server.hold.clear()
-        server.arrived.clear()
-        held = asyncio.create_task(backend.sample(["ab"], None, FOUR, timeout_s=30))
-        await asyncio.to_thread(server.arrived.wait, 10)
+        held = await held_request(server, backend)
         held.cancel()
         with pytest.raises(asyncio.CancelledError):
             await held

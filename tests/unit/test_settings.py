@@ -10,8 +10,10 @@ import pytest
 
 from tink_rl import cli, launch
 from tink_rl.cli import serve
+from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
-from tink_rl.settings import Settings, read_secret
+from tink_rl.settings import Settings
+from tink_rl.tokens import vllm_api_key
 from tink_rl.worker.options import WorkerOptions
 
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
@@ -154,16 +156,21 @@ def test_no_backend_at_all_is_an_error():
         _ = Settings.load({"use_vllm": False}).samples_with
 
 
-def test_secrets_come_from_files(tmp_path):
+def test_vllms_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "key"
     file.write_text("s3cret\n")
     assert Settings.load({"tink_vllm_api_key_file": str(file)}).api_key() == "s3cret"
-    assert Settings.load().api_key() is None
+    monkeypatch.setenv("VLLM_API_KEY", "other")
+    assert Settings.load({"tink_vllm_api_key_file": str(file)}).api_key() == "s3cret"
+    assert Settings.load().api_key() == SyncConfig().read_api_key() == "other"
+    monkeypatch.setenv("TINK_VLLM_API_KEY_FILE", str(file))
+    assert Settings.load().api_key() == SyncConfig().read_api_key() == "s3cret"
+    assert SyncConfig(api_key="given").read_api_key() == "given"
     file.write_text("\n")
     with pytest.raises(ConfigError, match="is empty"):
-        read_secret("TINK_VLLM_API_KEY_FILE", str(file))
+        vllm_api_key(file=str(file))
     with pytest.raises(ConfigError, match=r"TINK_VLLM_API_KEY_FILE=.* cannot be read"):
-        read_secret("TINK_VLLM_API_KEY_FILE", str(tmp_path / "none"))
+        vllm_api_key(file=str(tmp_path / "none"))
 
 
 def test_adapter_roots_are_a_list():

@@ -157,6 +157,17 @@ def test_server_without_plugin_is_told_from_one_that_refuses():
         _client(lambda request: httpx.Response(404, json=body)).status()
 
 
+def test_server_with_a_key_of_its_own_says_which_variable_to_set():
+    client = _client(lambda request: httpx.Response(401, json={"error": "Unauthorized"}))
+    for ask in (
+        client.models,
+        lambda: client.generate([[1]], model="base"),
+        lambda: client.load_lora("a", "somewhere"),
+    ):
+        with pytest.raises(errors.BadToken, match=r"wants its own --api-key.*set VLLM_API_KEY or"):
+            ask()
+
+
 def test_every_error_survives_the_wire():
     for cls in errors._all_subclasses(errors.TinkError):
         found = errors.from_wire(json.loads(json.dumps(cls("why", a=1).to_wire())), cls.status)

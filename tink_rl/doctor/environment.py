@@ -17,8 +17,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tink_rl import __version__, placement
-from tink_rl.config import default_token_file
 from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
+from tink_rl.tokens import default_token_file
 
 _IMPORT_TIMEOUT_S = 180.0
 _PYTHON = (3, 11)

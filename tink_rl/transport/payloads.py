@@ -230,12 +230,7 @@ def read_answer(
                 f"vLLM at {url} answered HTTP {status}: {error_text(data)}; look into its log",
                 replica=url,
             )
-        if status in (401, 403):
-            raise errors.BadToken(
-                f"vLLM at {url} wants its own --api-key ({error_text(data)}); set VLLM_API_KEY or "
-                "TINK_VLLM_API_KEY_FILE",
-                replica=url,
-            )
+        check_key(status, data, url)
         raise errors.SamplingRefused(f"vLLM refused the request: {error_text(data)}")
     if not isinstance(data, dict) or "choices" not in data:
         raise errors.BackendError(f"the server at {url} answered no completion: {str(data)[:200]}")
@@ -245,6 +240,16 @@ def read_answer(
             f"{len(data['choices'])} completions came back from {url}, expected {expected}"
         )
     return data
+
+
+def check_key(status: int, data: Any, url: str) -> None:
+    """Raise `BadToken` if vLLM did not let the request in."""
+    if status in (401, 403):
+        raise errors.BadToken(
+            f"vLLM at {url} wants its own --api-key ({error_text(data)}); set VLLM_API_KEY or "
+            "TINK_VLLM_API_KEY_FILE",
+            replica=url,
+        )
 
 
 def check_model(found: Any, model: str, url: str) -> None:

@@ -219,10 +219,16 @@ class VLLMClient:
         return [card["id"] for card in self.model_cards()]
 
     def model_cards(self) -> list[dict[str, Any]]:
-        """vLLM's cards of what can be sampled, the base first: `id`, `root`, `max_model_len`, ..."""
+        """vLLM's cards of what can be sampled, the base first: `id`, `root`, `max_model_len`, ...
+
+        Raises:
+            BadToken: vLLM has an --api-key of its own, and it was not sent.
+        """
         response = self._send("GET", "/v1/models", timeout_s=10.0)
         if response.status_code != 200:
-            raise errors.from_wire(payloads.json_or_text(response.text), response.status_code)
+            data = payloads.json_or_text(response.text)
+            payloads.check_key(response.status_code, data, self.base_url)
+            raise errors.from_wire(data, response.status_code)
         cards: list[dict[str, Any]] = response.json()["data"]
         return cards
 
@@ -265,13 +271,16 @@ class VLLMClient:
         Raises:
             RuntimeLoadingOff: the server does not let adapters be loaded while it runs.
             AdapterConflict: `name` is loaded already.
+            BadToken: vLLM has an --api-key of its own, and it was not sent.
             BackendError: vLLM refused the adapter.
         """
         body = {"lora_name": name, "lora_path": path}
         response = self._send("POST", "/v1/load_lora_adapter", timeout_s=timeout_s, json=body)
         if response.status_code == 200:
             return
-        text = payloads.error_text(payloads.json_or_text(response.text))
+        data = payloads.json_or_text(response.text)
+        payloads.check_key(response.status_code, data, self.base_url)
+        text = payloads.error_text(data)
         if response.status_code in (404, 405) and "NotFoundError" not in response.text:
             raise errors.RuntimeLoadingOff(
                 f"the vLLM server at {self.base_url} has no tink_rl plugin and does not load adapters "

@@ -26,10 +26,11 @@ from tink_rl.policy.modes import choose_mode
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.probes import Probe, ProbeCheck
 from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
-from tink_rl.transport.whole_update import WholeUpdate, in_background
+from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
@@ -248,29 +249,43 @@ class WeightSync:
             found = self._collect(source)
         if isinstance(found, LiveModel):
             return self._publish_live(found, watch, probe, synthetic=synthetic)
-        adapter = found.to(self._wire_dtype())
-        with watch(Phase.PACK):
-            header, buffer = packet.pack(
-                adapter.tensors,
-                mode=self.mode,
-                base_fingerprint=self._fingerprint or "",
-                rank=adapter.rank,
-                room=self._room,
-            )
         with watch(Phase.NORMALISE):
-            check_packed(header, buffer)
-        if self.current is not None and self._is_last(header, buffer):
-            return self._unchanged(self.current, watch)
+            adapter = found.to(self._wire_dtype())
         version = 0 if synthetic else self._next_version()
+        with watch(Phase.PACK):
+            outgoing = self._pack(adapter, version)
+        header, buffer = outgoing.header, outgoing.buffer
+        if self.current is not None and self._is_last(header, buffer):
+            outgoing.withdraw()
+            return self._unchanged(self.current, watch)
         if self.mode is SyncMode.FULL:
             # The packed copy: the live one may have changed when a lost server asks for it again.
+            check_packed(header, buffer)  # before the first byte of a whole update is written
             packed = Adapter(tensors=packet.unpack(header, buffer), rank=adapter.rank)
             old = self._last
             record = self._publish_whole(lambda: self._whole(packed), version, watch, probe)
             self._spare = old[1] if old is not None else None
             self._last = (header, buffer)
             return record
-        return self._publish_packet(header, buffer, version, watch, probe)
+        return self._publish_packet(outgoing, version, watch, probe)
+
+    def _pack(self, adapter: Adapter, version: int) -> Outgoing:
+        """The adapter as a packet; its header may be on its way already."""
+        header = packet.layout(
+            adapter.tensors,
+            mode=self.mode,
+            base_fingerprint=self._fingerprint or "",
+            rank=adapter.rank,
+        ).named(self.config.policy, version, 0)
+        outgoing = Outgoing(header, self._room(header.num_bytes))
+        is_packet = self.mode is not SyncMode.FULL
+        progress = self.fleet.announce(outgoing) if is_packet else None
+        try:
+            packet.fill(header, outgoing.buffer, adapter.tensors, progress)
+        except BaseException:
+            outgoing.withdraw()
+            raise
+        return outgoing
 
     def _room(self, num_bytes: int) -> torch.Tensor:
         # Kept at once: a publish that fails, or has nothing new, leaves it to the next one.
@@ -447,20 +462,17 @@ class WeightSync:
 
     def _publish_packet(
         self,
-        header: packet.PacketHeader,
-        buffer: torch.Tensor,
+        outgoing: Outgoing,
         version: int,
         watch: Stopwatch,
         probe: Probe | None,
     ) -> PublishRecord:
         name = f"{self.config.policy}@{version}"
-        named = header.named(self.config.policy, version, 0)
-        digest = in_background(lambda: packet.digest_of(named, buffer))
         retire = self._superseded()
-        held_s = self._twice(name, watch, lambda: self._send(named, buffer, digest, watch, retire))
+        held_s = self._twice(name, watch, lambda: self._send(outgoing, watch, retire))
         self._version = max(self._version, version)  # taken, whatever the probe says of it
         self._kept = [kept for kept in self._kept if kept not in retire]
-        named = replace(named, digest=digest())
+        named = replace(outgoing.header, digest=outgoing.digest())
         gap = None
         if probe is not None:
             with watch(Phase.VERIFY):
@@ -470,7 +482,7 @@ class WeightSync:
             version=version,
             digest=named.digest,
             mode=self.mode,
-            num_bytes=header.num_bytes,
+            num_bytes=named.num_bytes,
             seconds=watch.total,
             held_seconds=held_s,
             phase_seconds=watch.seconds,
@@ -479,7 +491,7 @@ class WeightSync:
         with watch(Phase.POINT):
             self.current = record
             self._spare = self._last[1] if self._last is not None else None
-            self._last = (named, buffer)
+            self._last = (named, outgoing.buffer)
             self._retire(name)
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
 
@@ -525,9 +537,7 @@ class WeightSync:
 
     def _send(
         self,
-        header: packet.PacketHeader,
-        buffer: torch.Tensor,
-        digest: Callable[[], str],
+        outgoing: Outgoing,
         watch: Stopwatch,
         retire: Sequence[str] = (),
     ) -> float:
@@ -540,11 +550,13 @@ class WeightSync:
 
         def stage(replica: Replica) -> None:
             stages[replica.url] = (
-                replica.send(header, buffer) if alone else replica.stage(header, buffer, digest)
+                outgoing.announced_stage() or replica.send(outgoing)
+                if alone
+                else replica.stage(outgoing)
             )
 
         def commit(replica: Replica) -> dict[str, Any]:
-            return replica.commit(stages[replica.url], retire, digest() if alone else None)
+            return replica.commit(stages[replica.url], retire, outgoing.digest() if alone else None)
 
         with watch(Phase.JOIN):
             self.fleet.each(lambda replica: replica.ensure_channel())
@@ -560,9 +572,9 @@ class WeightSync:
             answers = self.fleet.each(commit)
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
-                if answer["digest"] != digest():
+                if answer["digest"] != outgoing.digest():
                     raise errors.DigestMismatch(
-                        f"{replica.url} holds {answer['digest']}, sent was {digest()}",
+                        f"{replica.url} holds {answer['digest']}, sent was {outgoing.digest()}",
                         replica=replica.url,
                     )
         return max(float(answer["held_seconds"]) for answer in answers)
@@ -624,7 +636,7 @@ class WeightSync:
         self._twice(
             name,
             Stopwatch(),
-            lambda: self._send(header, buffer, lambda: header.digest, Stopwatch()),
+            lambda: self._send(Outgoing(header, buffer), Stopwatch()),
         )
         return True
 

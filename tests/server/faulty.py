@@ -66,14 +66,18 @@ class FaultyExtension(TinkWorkerExtension):
             writer._model.__dict__.pop("load_weights", None)
 
     def tink_serve(self, stage_id: Any, name: Any, path: Any, lora_id: Any) -> Any:
-        """Serve an adapter of zeros under the right digest (`drop-adapters`); or refuse (`serve`)."""
+        """Refuse on one of two ranks (`serve`)."""
         worker: Any = self
         if _fault() == "serve" and worker.rank == 1:
             return {"ok": False, **TinkError("injected: no slot on rank 1").to_wire()}
+        return super().tink_serve(stage_id, name, path, lora_id)
+
+    def _tink_fill(self, stage_id: Any, *slot: Any) -> Any:
+        """Serve an adapter of zeros under the right digest (`drop-adapters`)."""
         if _fault() == "drop-adapters":
             for tensor in self._tink().inbox.stages[stage_id].tensors.values():
                 tensor.zero_()
-        return super().tink_serve(stage_id, name, path, lora_id)
+        return super()._tink_fill(stage_id, *slot)
 
     def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
         """Damage a byte of a packet that came over HTTP."""

@@ -207,10 +207,10 @@ def test_server_that_dies_in_the_middle_of_a_publish_is_named_and_served_again_a
     replica = sync.fleet.replicas[0]
     control = replica._control
 
-    def dies_before(action, body, timeout_s):
+    def dies_before(action, *rest):
         if action == phase:
             os.killpg(mortal.pid, signal.SIGKILL)
-        return control(action, body, timeout_s)
+        return control(action, *rest)
 
     monkeypatch.setattr(replica, "_control", dies_before)
     with pytest.raises(errors.PublishFailed) as caught:

@@ -117,7 +117,7 @@ def test_version_is_current_only_after_every_replica_holds_it(servers, second, m
             assert_served(server, name, cases)
         stage = sync.fleet.replicas[1].stage
 
-        def refuse(header, buffer, digest):
+        def refuse(outgoing):
             raise errors.RankExceeded("refused by the second replica")
 
         sync.fleet.replicas[1].stage = refuse

@@ -14,6 +14,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION
 from tink_rl.weight_sync import WeightSync
@@ -43,7 +44,7 @@ def _packet(sync, adapter):
 
 
 def _stage(replica, header, buffer):
-    return replica.stage(header, buffer, lambda: header.digest)
+    return replica.stage(Outgoing(header, buffer))
 
 
 def _rename(adapter, old, new):

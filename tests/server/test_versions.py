@@ -22,6 +22,7 @@ from tests.policies import (
 from tests.tiny_models import VOCAB
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.policy import packet
 from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
 from tink_rl.transport.fleet import Replica
@@ -214,6 +215,24 @@ def test_every_transport_carries_both_modes(server, twin, transport):
                 assert_served(server, name, twin.clear_cases())
 
 
+def test_header_that_was_announced_and_not_sent_is_withdrawn(server, twin, monkeypatch):
+    with sync_to(server, twin.directory, "adapter", transport="shm") as sync:
+        [replica] = sync.fleet.replicas
+        stages, announce = [], replica.announce
+        replica.announce = lambda *args: stages.append(announce(*args)) or stages[-1]
+        twin.randomise(6)
+        name, cases = sync.publish(twin.model).name, twin.clear_cases()
+        assert not sync.publish(twin.model).published  # its bytes are those that are served
+        monkeypatch.setattr(packet, "fill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sync.publish(random_adapter(twin, 7))
+        assert len(stages) == 3
+        for stage_id in stages:
+            with pytest.raises(errors.UnknownVersion, match="nothing is staged"):
+                replica.commit(stage_id)
+        assert_served(server, name, cases)
+
+
 def test_auto_takes_gloo_where_shared_memory_does_not_reach(server, twin, monkeypatch, caplog):
     caplog.set_level("INFO", logger="tink_rl")
     create = shared_memory.Segment.create
@@ -291,11 +310,11 @@ def test_commit_that_is_fenced_off_while_requests_drain_writes_nothing_and_is_tr
         replica, fenced = sync.fleet.replicas[0], []
         control = replica._control
 
-        def commit_while_the_writer_joins_again(action, body, timeout_s):
+        def commit_while_the_writer_joins_again(action, *rest):
             if action != "commit" or fenced:
-                return control(action, body, timeout_s)
+                return control(action, *rest)
             with ThreadPoolExecutor(1) as pool:
-                commit = pool.submit(control, action, body, timeout_s)
+                commit = pool.submit(control, action, *rest)
                 while not replica.status().holding:
                     assert not commit.done()
                 assert replica.status().running == 1  # and so it drains

@@ -188,22 +188,52 @@ def pack(
     """
     import torch
 
-    ordered = sorted(tensors.items())
-    specs, num_bytes = _plan(ordered)
+    header = layout(tensors, mode=mode, base_fingerprint=base_fingerprint, rank=rank)
+    num_bytes = header.num_bytes
     buffer = room(num_bytes) if room else torch.empty(num_bytes, dtype=torch.uint8)
-    for spec, target, (_, tensor) in zip(specs, _views(buffer, specs), ordered, strict=True):
-        target.copy_(tensor.detach())
-        end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
-        if end < aligned:
-            buffer[end:aligned] = 0  # padding is hashed too
-    header = PacketHeader(
+    fill(header, buffer, tensors)
+    return header, buffer
+
+
+def layout(
+    tensors: Mapping[str, torch.Tensor], *, mode: SyncMode, base_fingerprint: str, rank: int
+) -> PacketHeader:
+    """The header (not sealed yet) of `tensors`, in order of their names; looks at no value.
+
+    Raises:
+        KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
+    """
+    specs, num_bytes = _plan(sorted(tensors.items()))
+    return PacketHeader(
         mode=mode,
         base_fingerprint=base_fingerprint,
         rank=rank,
         tensors=specs,
         num_bytes=num_bytes,
     )
-    return header, buffer
+
+
+def fill(
+    header: PacketHeader,
+    buffer: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Copy `tensors` to where `header`, which is their layout, says.
+
+    Args:
+        header: What `layout` gave.
+        buffer: `[num_bytes] uint8` on the CPU.
+        tensors: By name, on any device.
+        progress: Called with the number of bytes up to which the buffer is complete.
+    """
+    for spec, target in zip(header.tensors, _views(buffer, header.tensors), strict=True):
+        target.copy_(tensors[spec.name].detach())
+        end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
+        if end < aligned:
+            buffer[end:aligned] = 0  # padding is hashed too
+        if progress is not None:
+            progress(aligned)
 
 
 def seal(header: PacketHeader, buffer: torch.Tensor) -> PacketHeader:

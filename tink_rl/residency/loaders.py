@@ -15,6 +15,7 @@ from tink_rl.policy.store import AdapterStore
 from tink_rl.residency.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.residency.table import AdapterVersion
 from tink_rl.transport.fleet import Replica
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
 
@@ -111,7 +112,7 @@ class PluginLoader:
         replica = self._replica(name)
         try:
             replica.ensure_channel()
-            stage_id = replica.stage(header, buffer, lambda: header.digest)
+            stage_id = replica.stage(Outgoing(header, buffer))
             held = replica.commit(stage_id)["digest"]
         finally:
             replica.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,10 +19,11 @@ from tink_rl.policy import packet
 from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_packed
 from tink_rl.server.channels import Channels, Task
 from tink_rl.transport import communicator
-from tink_rl.transport.shared_memory import SegmentSpec
+from tink_rl.transport.shared_memory import Segment, SegmentSpec
 from tink_rl.types import SyncMode, Transport
 
 _NUM_SPARE_BUFFERS = 2
+_COPIED_BYTES = 2**20
 _MAX_ABS_WHOLE = 1e6
 """Largest magnitude of a whole weight: larger ones overflow and corrupt other requests too."""
 
@@ -88,8 +90,7 @@ class Inbox:
         if transport is Transport.SHM:
             spec = SegmentSpec.from_json(options["segment"])
             segment = self._channels.segment(header.epoch, spec, header.num_bytes)
-            packet_bytes = segment.buffer[: header.num_bytes]
-            return functools.partial(_copied, packet_bytes), torch.device("cpu")
+            return functools.partial(_copied, segment, options["timeout_s"]), torch.device("cpu")
         channel = self._channels.joined(header.epoch)
         receive = functools.partial(
             communicator.transfer, channel, src=options["src"], timeout_s=options["timeout_s"]
@@ -166,14 +167,21 @@ class Inbox:
         self._spare = [*self._spare, buffer][-_NUM_SPARE_BUFFERS:]
 
 
-def _copied(source: torch.Tensor, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Copy `source` into `buffer`, so that nobody else can write to it; gives each piece in turn."""
+def _copied(segment: Segment, timeout_s: float, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Copy the packet into `buffer`, where nobody else can write to it, as it is being filled.
+
+    Gives each piece in turn, while it is still in the cache.
+    """
+    deadline = time.monotonic() + timeout_s
     pieces = zip(
-        torch.split(buffer, communicator.PIECE_BYTES),
-        torch.split(source, communicator.PIECE_BYTES),
+        torch.split(buffer, _COPIED_BYTES),
+        torch.split(segment.buffer[: buffer.numel()], _COPIED_BYTES),
         strict=True,
     )
+    end = 0
     for piece, theirs in pieces:
+        end += piece.numel()
+        segment.wait_until_filled(end, deadline)
         yield piece.copy_(theirs)
 
 

@@ -190,9 +190,10 @@ class Policies:
         """
         staged = self.stages.find(body["stage_id"])
         self.leases.check(staged.header.policy, staged.header.epoch)
-        if body.get("digest") is not None:
+        sealed = body.get("digest") is not None
+        if sealed and not self.stages.is_checked_as_served(staged):
             await self.stages.check(staged, body)
-        if not staged.checked:
+        elif not sealed and not staged.checked:
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
         if staged.update is not None:
             raise errors.BadRequest("a bucket of a full update is not committed; call finish")
@@ -206,7 +207,7 @@ class Policies:
             self.leases.check(staged.header.policy, staged.header.epoch)
             self.check_mode(staged.header.mode, staged.header.policy)
             if staged.header.mode is SyncMode.ADAPTER:
-                work = self._commit_adapter(staged)
+                work = self._commit_adapter(staged, body)
             else:
                 work = self._commit_merged(
                     staged, float(body["drain_timeout_s"]), body["on_running"]
@@ -232,13 +233,14 @@ class Policies:
         last = self._last_version.get(version.policy, 0)
         self._last_version[version.policy] = max(version.version, last)
 
-    async def _commit_adapter(self, staged: Staged) -> float:
-        name, digest = staged.name, staged.header.digest
+    async def _commit_adapter(self, staged: Staged, body: dict[str, Any]) -> float:
+        name, digest = staged.name, str(body.get("digest") or staged.header.digest)
         path = f"{SCHEME}{name}/{digest[:16]}/{staged.stage_id.rpartition('~')[2]}"
         lora_id = self._models.lora_id_counter.inc(1)
         request = self._make_lora_request(lora_name=name, lora_int_id=lora_id, lora_path=path)
         try:
-            held = await self.workers.ask("tink_serve", staged.stage_id, name, path, lora_id)
+            timeout_s = float(body["timeout_s"])
+            held = await self.stages.serve(staged, digest, timeout_s, (name, path, lora_id))
             check_alike(name, digest, held)
         except TinkError:  # some workers may have it; what is served stays
             await self.workers.tell("tink_release", path, lora_id)

@@ -245,6 +245,20 @@ class TinkWorkerExtension:
         Raises:
             TinkError: vLLM refuses them.
         """
+        return self._tink_fill(stage_id, name, path, lora_id)
+
+    @_answers
+    def tink_sent_and_serve(
+        self, stage_id: str, digest: str, patience_s: float, name: str, path: str, lora_id: int
+    ) -> str | None:
+        """`tink_sent`, and `tink_serve` if the packet is here and right; None: it is on its way."""
+        inbox = self._tink().inbox
+        inbox.seal(stage_id, digest)
+        if inbox.state(stage_id, patience_s) != "done":
+            return None
+        return self._tink_fill(stage_id, name, path, lora_id)
+
+    def _tink_fill(self, stage_id: str, name: str, path: str, lora_id: int) -> str:
         from tink_rl.server.vllm_names import LoRARequest
 
         worker: Any = self

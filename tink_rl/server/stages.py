@@ -25,6 +25,7 @@ class Staged:
     stage_id: str
     name: str
     header: PacketHeader
+    transport: Transport
     update: Update | None = None
     """The full update that this is a bucket of."""
     checked: bool = False
@@ -57,6 +58,7 @@ class Stages:
             stage_id=f"{name}~{uuid.uuid4().hex[:8]}",
             name=name,
             header=header,
+            transport=transport,
             update=self._policies.updates.current if header.mode is SyncMode.FULL else None,
         )
         options = {
@@ -99,14 +101,53 @@ class Stages:
         await self.all_or_none(staged, work)
 
     async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
+        if any(state != "done" for state in await self._sent("tink_sent", staged, digest)):
+            await self._until_received(staged, timeout_s)
+        staged.checked = True
+
+    async def serve(
+        self, staged: Staged, digest: str, timeout_s: float, slot: tuple[str, str, int]
+    ) -> list[str | None]:
+        """Let every worker put the packet into a slot; the digests that they hold then.
+
+        Args:
+            staged: One that was checked, or `is_checked_as_served`.
+            digest: What the sender says.
+            timeout_s: For what is still to be copied.
+            slot: The version's name, its path, and its number in vLLM.
+
+        Raises:
+            TinkError: what is wrong with the packet, or why vLLM refuses it.
+        """
+        if not staged.checked:
+            held = await self._sent("tink_sent_and_serve", staged, digest, *slot)
+            if held != [None]:
+                return held
+            await self._until_received(staged, timeout_s)
+        return await self._workers.ask("tink_serve", staged.stage_id, *slot)
+
+    def is_checked_as_served(self, staged: Staged) -> bool:
+        """Whether checking and serving may be one call.
+
+        One worker: of several none serves before all have found the packet right. And bytes that are on
+        this machine once the sender says their digest: nobody waits for a peer within a commit.
+        """
+        return (
+            staged.header.mode is SyncMode.ADAPTER
+            and staged.transport in (Transport.SHM, Transport.HTTP)
+            and self._policies.world_size == 1
+        )
+
+    async def _sent(self, method: str, staged: Staged, digest: str, *args: Any) -> list[Any]:
+        """Tell the workers by `method` that all bytes were sent, and hash to `digest`."""
         staged.header = replace(staged.header, digest=digest)
         patience_s = 0.0 if self._policies.gate.num_running else _IDLE_PATIENCE_S
-        states = await self._workers.ask("tink_sent", staged.stage_id, digest, patience_s)
-        if any(state != "done" for state in states):
-            await self._workers.until_done(
-                "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
-            )
-        staged.checked = True
+        return await self._workers.ask(method, staged.stage_id, digest, patience_s, *args)
+
+    async def _until_received(self, staged: Staged, timeout_s: float) -> None:
+        await self._workers.until_done(
+            "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
+        )
 
     async def chunk(self, stage_id: str, offset: int, data: bytes) -> dict[str, Any]:
         """One chunk of a packet that travels as HTTP body."""

@@ -18,7 +18,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.loopback import is_local
-from tink_rl.policy.packet import PacketHeader
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.shared_memory import Segment, Shelf
 from tink_rl.transport.vllm_client import CHUNK_BYTES, VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus, Transport
@@ -177,8 +177,15 @@ class Replica:
         with contextlib.suppress(TinkError):
             self._control("leave", {"policy": self._config.policy, "epoch": epoch}, 5.0)
 
-    def _control(self, action: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        return self.client.control(action, body, timeout_s=timeout_s + _HTTP_SLACK_S)
+    def _control(
+        self,
+        action: str,
+        body: dict[str, Any],
+        timeout_s: float,
+        when_sent: Callable[[], Any] | None = None,
+    ) -> dict[str, Any]:
+        timeout_s += _HTTP_SLACK_S
+        return self.client.control(action, body, timeout_s=timeout_s, when_sent=when_sent)
 
     # -- one publish ------------------------------------------------------------------------------
 
@@ -189,43 +196,66 @@ class Replica:
             raise errors.ChannelLost("there is no channel; call ensure_channel() first")
         return int(self._joined["epoch"])
 
-    def stage(self, header: PacketHeader, buffer: torch.Tensor, digest: Callable[[], str]) -> str:
+    def stage(self, outgoing: Outgoing) -> str:
         """Send header, bytes and digest; the stage's id once every worker has checked them.
-
-        `digest` is called after the bytes are on their way, so that it may be computed meanwhile.
 
         Raises:
             TinkError: what is wrong; the server serves what it served before.
         """
-        stage_id = self.send(header, buffer)
-        self._check(stage_id, digest(), self._config.stage_timeout_s)
+        stage_id = self.send(outgoing)
+        self._check(stage_id, outgoing.digest(), self._config.stage_timeout_s)
         return stage_id
 
-    def send(self, header: PacketHeader, buffer: torch.Tensor, update_id: str | None = None) -> str:
+    def send(self, outgoing: Outgoing, update_id: str | None = None) -> str:
         """Send header and bytes; the stage's id. They are checked when the digest follows.
 
         Raises:
             TinkError: what is wrong with the header; the server serves what it served before.
         """
-        timeout_s = self._config.stage_timeout_s
-        header = header.named(header.policy, header.version, self.epoch)
-        assert self._joined is not None
-        transport = Transport(self._joined["transport"])
-        body = {
-            "header": header.to_json(),
-            "transport": transport,
-            "timeout_s": timeout_s,
-            "update_id": update_id,
-        }
-        if transport is Transport.SHM:
-            body["segment"] = vars(self._segment_with(buffer).spec)
-        stage_id = str(self._control("stage", body, timeout_s)["stage_id"])
+        buffer, transport = outgoing.buffer, self._transport_joined
+        segment = self._segment_with(buffer) if transport is Transport.SHM else None
+        stage_id = self._send_header(outgoing, segment, update_id)
+        outgoing.start_digest()
         # The header was accepted and every worker is receiving: only now do bytes travel.
         if transport is Transport.HTTP:
-            self._send_chunks(stage_id, buffer, timeout_s)
-        elif transport is not Transport.SHM:
-            self._broadcast(stage_id, buffer, timeout_s)
+            self._send_chunks(stage_id, buffer, self._config.stage_timeout_s)
+        elif segment is None:
+            self._broadcast(stage_id, buffer, self._config.stage_timeout_s)
         return stage_id
+
+    def announce(self, outgoing: Outgoing, when_sent: Callable[[], Any]) -> str:
+        """Send the header of a packet that is being packed into `shelf`'s memory; the stage's id.
+
+        Workers copy as it is filled. `when_sent` is called when the header is on its way.
+
+        Raises:
+            TinkError: what is wrong with the header; the server serves what it served before.
+        """
+        segment = self.shelf.holding(outgoing.buffer)
+        return self._send_header(outgoing, segment, None, when_sent)
+
+    def _send_header(
+        self,
+        outgoing: Outgoing,
+        segment: Segment | None,
+        update_id: str | None,
+        when_sent: Callable[[], Any] | None = None,
+    ) -> str:
+        header, timeout_s = outgoing.header, self._config.stage_timeout_s
+        body = {
+            "header": header.named(header.policy, header.version, self.epoch).to_json(),
+            "transport": self._transport_joined,
+            "timeout_s": timeout_s,
+            "update_id": update_id,
+            "segment": None if segment is None else vars(segment.spec),
+        }
+        return str(self._control("stage", body, timeout_s, when_sent)["stage_id"])
+
+    @property
+    def _transport_joined(self) -> Transport:
+        if self._joined is None:
+            raise errors.ChannelLost("there is no channel; call ensure_channel() first")
+        return Transport(self._joined["transport"])
 
     def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
         body = {
@@ -253,6 +283,7 @@ class Replica:
         """
         packed_in = self.shelf.holding(buffer)
         if packed_in is not None:
+            packed_in.fill(buffer.numel())
             return packed_in
         if self._segment is None or self._segment.buffer.numel() < buffer.numel():
             try:
@@ -261,6 +292,7 @@ class Replica:
                 self.do_without_shared_memory(error)
                 raise
         self._segment.buffer[: buffer.numel()].copy_(buffer)
+        self._segment.fill(buffer.numel())
         return self._segment
 
     def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
@@ -368,9 +400,7 @@ class Replica:
     def send_bucket(
         self,
         update_id: str,
-        header: PacketHeader,
-        buffer: torch.Tensor,
-        digest: Callable[[], str],
+        outgoing: Outgoing,
     ) -> None:
         """Send one bucket of a full update; returns once it is checked and written.
 
@@ -378,8 +408,8 @@ class Replica:
             TinkError: what is wrong; the update has ended.
         """
         config = self._config
-        stage_id = self.send(header, buffer, update_id)
-        self._check(stage_id, digest(), config.stage_timeout_s + config.commit_timeout_s)
+        stage_id = self.send(outgoing, update_id)
+        self._check(stage_id, outgoing.digest(), config.stage_timeout_s + config.commit_timeout_s)
 
     def finish_update(self, update_id: str, digest: str) -> dict[str, Any]:
         """Serve what was sent; `{"digest", "held_seconds"}` as the workers hold it then.
@@ -449,6 +479,19 @@ class Fleet:
             for replica in sharing:
                 replica.do_without_shared_memory(error)
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def announce(self, outgoing: Outgoing) -> Callable[[int], None] | None:
+        """Send the header of a packet that is still to be packed, where nobody waits for another replica.
+
+        Returns:
+            To be called with the number of bytes that are packed; None: nothing was announced.
+        """
+        segment = self._shelf.holding(outgoing.buffer)
+        if segment is None or len(self.replicas) > 1 or not self.replicas[0].shares_memory:
+            return None
+        segment.fill(0)
+        outgoing.announce(self.replicas[0])
+        return segment.fill
 
     def drop_room(self, room: torch.Tensor) -> None:
         """Let go of memory that `room` gave and that nobody packs into again."""

@@ -13,17 +13,20 @@ import fcntl
 import os
 import secrets
 import stat
+import time
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tink_rl.errors import BadRequest, SegmentUnreachable
+from tink_rl.errors import BadRequest, ChannelLost, SegmentUnreachable
 
 if TYPE_CHECKING:
     import torch
 
 _NONCE_BYTES = 64
-"""The nonce stands before the packet and keeps its bytes aligned."""
+_HEAD_BYTES = 128
+"""The nonce, then how far the packet is filled; the packet's bytes after them stay aligned."""
+_FILLED_AGAIN_S = 0.0002
 MAX_SEGMENTS = 4
 """Of one publisher, at once, on either side."""
 
@@ -38,7 +41,7 @@ class SegmentSpec:
     """File descriptor in process `pid`."""
     nonce: str
     num_bytes: int
-    """Room for a packet, without the nonce."""
+    """Room for a packet, without the head."""
 
     @classmethod
     def from_json(cls, data: Any) -> SegmentSpec:
@@ -61,10 +64,33 @@ class SegmentSpec:
 class Segment:
     """A mapped segment. The mapping lives as long as `buffer` is referred to."""
 
-    def __init__(self, spec: SegmentSpec, buffer: torch.Tensor) -> None:
+    def __init__(self, spec: SegmentSpec, memory: torch.Tensor) -> None:
+        import torch
+
         self.spec = spec
-        self.buffer = buffer
+        self.buffer = memory[_HEAD_BYTES:]
         """`[num_bytes] uint8`, shared."""
+        self._filled_1 = memory[_NONCE_BYTES : _NONCE_BYTES + 8].view(torch.int64)
+
+    def fill(self, num_bytes: int) -> None:
+        """Say that the packet is in `buffer` up to byte `num_bytes`; 0: it is to come."""
+        self._filled_1.fill_(num_bytes)
+
+    def wait_until_filled(self, num_bytes: int, deadline: float) -> None:
+        """Return when the other side has said so.
+
+        A reader that is too early all the same finds another digest.
+
+        Raises:
+            ChannelLost: it has not by `deadline` (of `time.monotonic`).
+        """
+        while int(self._filled_1) < num_bytes:
+            if time.monotonic() > deadline:
+                raise ChannelLost(
+                    f"the trainer filled {int(self._filled_1)} of {num_bytes} bytes in time; is it "
+                    "alive? publish again"
+                )
+            time.sleep(_FILLED_AGAIN_S)
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
@@ -73,7 +99,7 @@ class Segment:
         Raises:
             SegmentUnreachable: there is no shared memory here, or too little of it.
         """
-        nonce, size = secrets.token_hex(_NONCE_BYTES // 2), _NONCE_BYTES + num_bytes
+        nonce, size = secrets.token_hex(_NONCE_BYTES // 2), _HEAD_BYTES + num_bytes
         try:
             handle = os.memfd_create("tink-packet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (OSError, AttributeError) as error:
@@ -83,14 +109,14 @@ class Segment:
             os.posix_fallocate(handle, 0, size)
             os.pwrite(handle, nonce.encode(), 0)
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _seals())
-            buffer = _map(handle, size)
+            memory = _map(handle, size)
         except (OSError, RuntimeError) as error:  # torch's own word for a mapping that fails
             os.close(handle)
             raise SegmentUnreachable(
                 f"{size} bytes of shared memory are not to be had ({error})"
             ) from error
         spec = SegmentSpec(pid=os.getpid(), handle=handle, nonce=nonce, num_bytes=num_bytes)
-        segment = cls(spec, buffer)
+        segment = cls(spec, memory)
         weakref.finalize(segment, os.close, handle)
         return segment
 
@@ -101,7 +127,7 @@ class Segment:
         Raises:
             SegmentUnreachable: it cannot be opened here, or is something else.
         """
-        size = _NONCE_BYTES + spec.num_bytes
+        size = _HEAD_BYTES + spec.num_bytes
         try:
             flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
             handle = os.open(f"/proc/{spec.pid}/fd/{spec.handle}", flags)
@@ -172,5 +198,4 @@ def _map(handle: int, size: int) -> torch.Tensor:
     import torch
 
     path = f"/proc/self/fd/{handle}"
-    whole = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    return whole[_NONCE_BYTES:]
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +136,11 @@ class VLLMClient:
         timeout_s: float,
         content: bytes | None = None,
         params: Mapping[str, Any] | None = None,
+        when_sent: Callable[[], Any] | None = None,
     ) -> dict[str, Any]:
         """POST (GET without body) to a control route; its JSON.
+
+        `when_sent` is called when the last byte is on its way, to do something while the server does.
 
         Raises:
             PluginMissing: the server runs without the tink_rl plugin.
@@ -149,6 +152,8 @@ class VLLMClient:
             kwargs |= {"content": content, "params": params}
         elif body is not None:
             kwargs["json"] = body
+        if when_sent is not None:
+            kwargs["extensions"] = {"trace": _at_the_end_of_sending(when_sent)}
         method = "GET" if body is None and content is None else "POST"
         response = self._send(method, f"{_CONTROL}/{action}", timeout_s=timeout_s, **kwargs)
         if response.status_code == 200:
@@ -597,3 +602,13 @@ def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]
         "finish_reasons": [choice["finish_reason"] for choice in choices],
         "texts": [choice["text"] for choice in choices],
     }
+
+
+def _at_the_end_of_sending(call: Callable[[], Any]) -> Callable[[str, Any], None]:
+    """An httpx trace that calls `call` when a request has been written."""
+
+    def trace(event: str, _: Any) -> None:
+        if event.endswith("send_request_body.complete"):
+            call()
+
+    return trace

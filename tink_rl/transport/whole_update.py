@@ -8,12 +8,12 @@ nothing was written yet goes on as before, any other is NOT READY until a later 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tink_rl import errors
 from tink_rl.policy import packet
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.types import SyncMode
 
 if TYPE_CHECKING:
@@ -176,11 +176,9 @@ class WholeUpdate:
         )
         self._bucket, self._filled = {}, 0
         header = header.named(self._policy, self._version, 0)
-        digest = in_background(lambda: packet.digest_of(header, buffer))
-        self._fleet.each(
-            lambda replica: replica.send_bucket(self._ids[replica.url], header, buffer, digest)
-        )
-        self._chain.add(digest())
+        outgoing = Outgoing(header, buffer)
+        self._fleet.each(lambda replica: replica.send_bucket(self._ids[replica.url], outgoing))
+        self._chain.add(outgoing.digest())
         self.num_bytes += buffer.numel()
 
     def _room_for(self, num_bytes: int) -> torch.Tensor:
@@ -188,11 +186,3 @@ class WholeUpdate:
         if old is not None and old is not self._room:
             self._fleet.drop_room(old)
         return self._room[:num_bytes]
-
-
-def in_background(work: Callable[[], str]) -> Callable[[], str]:
-    """Start `work` in a thread; what is returned waits for it and gives its result."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="tink-digest")
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    return future.result

@@ -47,7 +47,7 @@ def main() -> None:
     ) as server:
         print(f"vLLM is up after {time.perf_counter() - start:.0f} s at {server.url}", flush=True)
         summary = _train_and_measure(server, base, arguments)
-    history = _history(run)
+    history = history_of(run)
     summary |= summarise(history)
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot(history, run / "demo.png")
@@ -143,7 +143,7 @@ def _show(line: str) -> None:
         )
 
 
-def _history(run: Path) -> list[dict[str, float]]:
+def history_of(run: Path) -> list[dict[str, float]]:
     state = json.loads((run / "trainer_state.json").read_text())
     return [row for row in state["log_history"] if "reward" in row]
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tink_rl")
 
-_COMPARED_WORDS = 2**15
 _TRIED_AGAIN = (
     errors.ChannelLost,
     errors.SegmentUnreachable,
@@ -253,34 +252,33 @@ class WeightSync:
             adapter = found.to(self._wire_dtype())
         version = 0 if synthetic else self._next_version()
         with watch(Phase.PACK):
-            outgoing = self._pack(adapter, version)
-        header, buffer = outgoing.header, outgoing.buffer
-        if self.current is not None and self._is_last(header, buffer):
-            outgoing.withdraw()
-            return self._unchanged(self.current, watch)
+            header = packet.layout(
+                adapter.tensors,
+                mode=self.mode,
+                base_fingerprint=self._fingerprint or "",
+                rank=adapter.rank,
+            ).named(self.config.policy, version, 0)
+            if self.current is not None and self._is_last(header, adapter):
+                return self._unchanged(self.current, watch)
+            outgoing = self._pack(header, adapter)
         if self.mode is SyncMode.FULL:
+            with watch(Phase.NORMALISE):  # before the first byte of a whole update is written
+                check_packed(header, outgoing.buffer)
             # The packed copy: the live one may have changed when a lost server asks for it again.
-            check_packed(header, buffer)  # before the first byte of a whole update is written
-            packed = Adapter(tensors=packet.unpack(header, buffer), rank=adapter.rank)
+            packed = Adapter(tensors=packet.unpack(header, outgoing.buffer), rank=adapter.rank)
             old = self._last
             record = self._publish_whole(lambda: self._whole(packed), version, watch, probe)
             self._spare = old[1] if old is not None else None
-            self._last = (header, buffer)
+            self._last = (header, outgoing.buffer)
             return record
         return self._publish_packet(outgoing, version, watch, probe)
 
-    def _pack(self, adapter: Adapter, version: int) -> Outgoing:
+    def _pack(self, header: packet.PacketHeader, adapter: Adapter) -> Outgoing:
         """The adapter as a packet; its header may be on its way already."""
-        header = packet.layout(
-            adapter.tensors,
-            mode=self.mode,
-            base_fingerprint=self._fingerprint or "",
-            rank=adapter.rank,
-        ).named(self.config.policy, version, 0)
         outgoing = Outgoing(header, self._room(header.num_bytes))
         is_packet = self.mode is not SyncMode.FULL
-        progress = self.fleet.announce(outgoing) if is_packet else None
         try:
+            progress = self.fleet.announce(outgoing) if is_packet else None
             packet.fill(header, outgoing.buffer, adapter.tensors, progress)
         except BaseException:
             outgoing.withdraw()
@@ -448,17 +446,16 @@ class WeightSync:
 
     # -- packets ----------------------------------------------------------------------------------
 
-    def _is_last(self, header: packet.PacketHeader, buffer: torch.Tensor) -> bool:
-        import torch
-
+    def _is_last(self, header: packet.PacketHeader, adapter: Adapter) -> bool:
+        """Whether these very bits are current; a rollout asks after each step, and nothing is packed then."""
         if self._last is None or not self._last[0].same_weights(header):
             return False
-        # In words of eight bytes: byte by byte it takes ten times as long. Piece by piece: after an
-        # optimizer step an early one differs, and the rest need not be read.
-        pieces = (
-            torch.split(b.view(torch.int64), _COMPARED_WORDS) for b in (self._last[1], buffer)
+        last, buffer = self._last
+        # After an optimizer step the first tensor differs already, and the rest need not be read.
+        return all(
+            packet.same_bits(packet.view(buffer, spec), adapter.tensors[spec.name])
+            for spec in last.tensors
         )
-        return all(old.equal(new) for old, new in zip(*pieces, strict=True))
 
     def _publish_packet(
         self,
@@ -469,7 +466,12 @@ class WeightSync:
     ) -> PublishRecord:
         name = f"{self.config.policy}@{version}"
         retire = self._superseded()
-        held_s = self._twice(name, watch, lambda: self._send(outgoing, watch, retire))
+        try:
+            held_s = self._twice(name, watch, lambda: self._send(outgoing, watch, retire))
+        except TinkError:
+            # Whatever else went wrong: broken weights are no checkpoint to resume from.
+            check_packed(outgoing.header, outgoing.buffer)
+            raise
         self._version = max(self._version, version)  # taken, whatever the probe says of it
         self._kept = [kept for kept in self._kept if kept not in retire]
         named = replace(outgoing.header, digest=outgoing.digest())

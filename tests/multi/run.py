@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 import tink_rl
-from tests.multi import fsdp_on_cpu
+from tests.multi import fsdp_on_cpu, zero3_on_cpu
 from tink_rl import SyncConfig, errors
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
@@ -151,20 +151,11 @@ def facts(trainer, snapshot):
     }
 
 
-def leave_kernel_uncompiled():
-    """Compiling DeepSpeed's kernel for `inference_all_reduce`, which training never calls, takes both
-    cores for a minute in every new environment."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def main(job):
     from accelerate import PartialState
 
     fsdp_on_cpu.enable()
-    leave_kernel_uncompiled()
+    zero3_on_cpu.leave_kernel_uncompiled()
     rank = PartialState(cpu=True).process_index
     found = {}
     try:

@@ -80,7 +80,14 @@ class FaultyExtension(TinkWorkerExtension):
         return super()._tink_fill(stage_id, *slot)
 
     def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
-        """Damage a byte of a packet that came over HTTP."""
+        self._tink_damage(stage_id)
+        return super().tink_sent(stage_id, digest, patience_s)
+
+    def tink_sent_and_serve(self, stage_id: Any, *rest: Any) -> Any:
+        self._tink_damage(stage_id)
+        return super().tink_sent_and_serve(stage_id, *rest)
+
+    def _tink_damage(self, stage_id: Any) -> None:
+        """Damage a byte of a packet that came over HTTP (`damage`)."""
         if _fault() == "damage":
             self._tink().inbox.stages[stage_id].buffer[3] ^= 1
-        return super().tink_sent(stage_id, digest, patience_s)

@@ -130,8 +130,9 @@ def test_probe_stops_a_run_whose_server_drops_every_adapter(faulty, twin, switch
         assert record.version >= 1 and record.probe_gap is not None and record.probe_gap < 1e-3
 
 
-def test_damage_on_the_way_is_tried_again_then_named(faulty, twin, switch):
-    with sync_to(faulty, twin.directory, "merged", transport="http") as sync:
+@pytest.mark.parametrize("mode", ["adapter", "merged"])
+def test_damage_on_the_way_is_tried_again_then_named(faulty, twin, switch, mode):
+    with sync_to(faulty, twin.directory, mode, transport="http") as sync:
         twin.randomise(1)
         name, cases = sync.publish(twin.model).name, twin.clear_cases()
         switch.write_text("damage")
@@ -175,61 +176,67 @@ def test_peer_that_dies_is_an_exception_within_the_deadline_and_the_next_publish
     sync.close()
 
 
-def _asked_again(sync, server, twin, cases):
-    """The next rollout finds the current version there, though nobody published."""
+def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mortal, twin):
+    sync = _sync(mortal, twin)
+    twin.randomise(3)
+    record, cases = sync.publish(twin.model), twin.clear_cases()
     generation = PolicyGeneration(
-        [server.client()],
+        [mortal.client()],
         SamplingSettings(
             max_completion_length=8, temperature=0.0, generation_kwargs={"ignore_eos": True}
         ),
-        current=lambda: sync.current.name,
+        current=lambda: record.name,
         sync=lambda: None,
         recover=sync.recover,
     )
-    _, tokens, _, _ = generation.generate([list(p) for p in cases], None, 1)
-    assert tokens == list(cases.values())
-    assert generation.last_model == sync.current.name
-
-
-def _published_again(sync, server, twin, cases):
-    twin.randomise(2)
-    assert_served(server, sync.publish(twin.model).name, twin.clear_cases())
-
-
-@pytest.mark.parametrize(("phase", "then"), [("stage", _asked_again), ("commit", _published_again)])
-def test_server_that_dies_in_the_middle_of_a_publish_is_named_and_served_again_after_its_restart(
-    mortal, twin, monkeypatch, caplog, phase, then
-):
-    sync = _sync(mortal, twin)
-    twin.randomise(1)
-    name, cases = sync.publish(twin.model).name, twin.clear_cases()
-    replica = sync.fleet.replicas[0]
-    control, before = replica._control, replica.incarnation
-
-    def dies_before(action, *rest):
-        if action == phase:
-            os.killpg(mortal.pid, signal.SIGKILL)
-        return control(action, *rest)
-
-    monkeypatch.setattr(replica, "_control", dies_before)
-    with pytest.raises(errors.PublishFailed) as caught:
-        sync.publish(random_adapter(twin, 2))
-    assert f"failed in {phase}" in caplog.text
-    assert caught.value.details["replica"] == mortal.url and sync.current.name == name
-    monkeypatch.undo()
+    before = sync.fleet.replicas[0].incarnation
     mortal.stop()
     mortal.start()
     assert mortal.client().status().incarnation != before
-    then(sync, mortal, twin, cases)
+    _, tokens, _, _ = generation.generate([list(p) for p in cases], None, 1)
+    assert tokens == list(cases.values())
+    assert generation.last_model == record.name
     sync.close()
 
 
-def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(mortal, twin):
-    sync = _sync(mortal, twin)
-    sync.publish(random_adapter(twin, 1))
-    os.killpg(mortal.pid, signal.SIGKILL)
-    with pytest.raises(errors.PublishFailed, match="can't be reached") as caught:
+def _publish_while_it_dies(sync, server, twin, monkeypatch, phase):
+    """A publish to a server that ends before it sees the request of `phase`; what was current."""
+    name = sync.publish(random_adapter(twin, 1)).name
+    replica = sync.fleet.replicas[0]
+    control = replica._control
+
+    def dies_before(action, *rest):
+        if action == phase:
+            os.killpg(server.pid, signal.SIGKILL)
+        return control(action, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(errors.PublishFailed) as caught:
+        patch.setattr(replica, "_control", dies_before)
         sync.publish(random_adapter(twin, 2))
+    assert caught.value.details["replica"] == server.url and sync.current.name == name
+
+
+def test_server_that_dies_as_it_is_published_to_is_served_again_after_its_restart(
+    mortal, twin, monkeypatch, caplog
+):
+    sync = _sync(mortal, twin)
+    _publish_while_it_dies(sync, mortal, twin, monkeypatch, "stage")
+    assert "failed in stage" in caplog.text
+    mortal.stop()
+    mortal.start()
+    twin.randomise(2)
+    assert_served(mortal, sync.publish(twin.model).name, twin.clear_cases())
+    sync.close()
+
+
+def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(
+    mortal, twin, monkeypatch, caplog
+):
+    sync = _sync(mortal, twin)
+    _publish_while_it_dies(sync, mortal, twin, monkeypatch, "commit")
+    assert "failed in commit" in caplog.text
+    with pytest.raises(errors.PublishFailed, match="can't be reached") as caught:
+        sync.publish(random_adapter(twin, 3))
     assert caught.value.details["replica"] == mortal.url
     assert caught.value.details["cause"] == "server_unreachable"
     with pytest.raises(errors.ServerUnreachable, match="The vLLM server can't be reached at"):

@@ -168,7 +168,7 @@ def test_trainer_on_another_base_is_told_before_anything_is_sent(server, tmp_pat
         WeightSync(server.url, base_model=other, config=config).open()
 
 
-def test_bad_adapter_does_not_reach_the_server(server, twin):
+def test_bad_adapter_is_not_served(server, twin):
     with sync_to(server, twin.directory, "adapter") as sync:
         with pytest.raises(errors.NonFiniteWeights, match="diverged"):
             sync.publish(_with(random_adapter(twin, 1), "lora_B", float("nan")))

@@ -119,3 +119,14 @@ def test_bad_value_anywhere_in_a_packet_names_its_tensor(dtype, value, error):
 def test_good_values_pass_in_one_dtype_and_in_several():
     check_packed(*_example())
     check_packed(*_pack({"a": torch.ones(3), "b": torch.ones(3).bfloat16()}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_are_told_from_equal_numbers(dtype):
+    packed = torch.tensor([[1.0, float("nan"), 0.0], [2.0, 3.0, 4.0]], dtype=dtype)
+    assert packet.same_bits(packed, packed.clone())
+    assert packet.same_bits(packed, packed.T.contiguous().T)  # however it lies in memory
+    for changed in (-0.0, 1e-30):
+        other = packed.clone()
+        other[0, 2] = changed
+        assert not packet.same_bits(packed, other)

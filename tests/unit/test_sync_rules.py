@@ -9,15 +9,19 @@ import time
 
 import httpx
 import pytest
+import torch
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.policy import packet
 from tink_rl.policy.modes import choose_mode
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.server.policies import Policies
+from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.probes import largest_gap
 from tink_rl.transport.shared_memory import Segment
+from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerStatus, SyncMode, Transport
@@ -163,6 +167,7 @@ def test_server_with_a_key_of_its_own_says_which_variable_to_set():
         client.models,
         lambda: client.generate([[1]], model="base"),
         lambda: client.load_lora("a", "somewhere"),
+        lambda: client.unload_lora("a"),
     ):
         with pytest.raises(errors.BadToken, match=r"wants its own --api-key.*set VLLM_API_KEY or"):
             ask()
@@ -209,6 +214,19 @@ def test_memory_of_a_publish_that_came_to_nothing_is_packed_into_again(sharing):
     other = sharing._room(1000)
     assert other.data_ptr() != room.data_ptr() and len(shelf._segments) == 2
     assert shelf.holding(room) is not None
+
+
+def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monkeypatch):
+    def lost(*_, **__):
+        raise errors.PublishFailed("the server is gone")
+
+    monkeypatch.setattr(sharing, "_twice", lost)
+    for value, error in ((0.5, errors.PublishFailed), (float("nan"), errors.NonFiniteWeights)):
+        tensors = {"m.lora_A.weight": torch.full((1, 16), value)}
+        settings = {"mode": SyncMode.ADAPTER, "base_fingerprint": "", "rank": 1}
+        outgoing = Outgoing(*packet.pack(tensors, **settings))
+        with pytest.raises(error):  # only what is not broken is a checkpoint to resume from
+            sharing._publish_packet(outgoing, 1, Stopwatch(), None)
 
 
 def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):

@@ -255,6 +255,17 @@ def unpack(header: PacketHeader, buffer: torch.Tensor) -> dict[str, torch.Tensor
     return {spec.name: view for spec, view in zip(header.tensors, views, strict=True)}
 
 
+def same_bits(packed: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` (of any device) is what was packed: a NaN equals itself, -0.0 does not equal 0.0.
+
+    Both have the same shape and dtype.
+    """
+    import torch
+
+    words = {4: torch.int32, 2: torch.int16}[packed.element_size()]
+    return packed.view(words).equal(tensor.detach().to(packed.device).view(words))
+
+
 def _views(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
     """`view` of every spec. At once where all have one dtype: an adapter has hundreds of tensors."""
     import torch

@@ -24,6 +24,7 @@ from tink_rl.types import SyncMode, Transport
 
 _NUM_SPARE_BUFFERS = 2
 _COPIED_BYTES = 2**20
+"""At once out of shared memory: what is copied is hashed while it is in a core's cache."""
 _MAX_ABS_WHOLE = 1e6
 """Largest magnitude of a whole weight: larger ones overflow and corrupt other requests too."""
 

@@ -181,7 +181,8 @@ class Policies:
     async def commit(self, body: dict[str, Any]) -> dict[str, Any]:
         """Serve a staged version and stop serving those of `retire`; answers what every worker then holds.
 
-        With a `digest` the packet is checked first: a publisher with one replica asks for both at once.
+        With a `digest` the packet is checked first, or as it is served: a publisher with one replica asks
+        for both at once.
 
         Raises:
             TinkError: what is wrong with the packet; nothing has changed.
@@ -190,11 +191,10 @@ class Policies:
         """
         staged = self.stages.find(body["stage_id"])
         self.leases.check(staged.header.policy, staged.header.epoch)
-        sealed = body.get("digest") is not None
-        if sealed and not self.stages.is_checked_as_served(staged):
-            await self.stages.check(staged, body)
-        elif not sealed and not staged.checked:
+        if not staged.checked and not body.get("digest"):
             raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
+        if not staged.checked and not self.stages.is_checked_as_served(staged):
+            await self.stages.check(staged, body)
         if staged.update is not None:
             raise errors.BadRequest("a bucket of a full update is not committed; call finish")
         retire = [str(name) for name in body.get("retire", ())]
@@ -234,7 +234,8 @@ class Policies:
         self._last_version[version.policy] = max(version.version, last)
 
     async def _commit_adapter(self, staged: Staged, body: dict[str, Any]) -> float:
-        name, digest = staged.name, str(body.get("digest") or staged.header.digest)
+        digest = staged.header.digest if staged.checked else str(body["digest"])
+        name = staged.name
         path = f"{SCHEME}{name}/{digest[:16]}/{staged.stage_id.rpartition('~')[2]}"
         lora_id = self._models.lora_id_counter.inc(1)
         request = self._make_lora_request(lora_name=name, lora_int_id=lora_id, lora_path=path)

@@ -234,6 +234,13 @@ class Replica:
         segment = self.shelf.holding(outgoing.buffer)
         return self._send_header(outgoing, segment, None, when_sent)
 
+    def end_announcement(self, outgoing: Outgoing, stage_id: str) -> None:
+        """Forget the stage of a packet that is not packed to its end; never raises."""
+        self.discard(stage_id)
+        segment = self.shelf.holding(outgoing.buffer)
+        if segment is not None:
+            segment.fill(outgoing.buffer.numel())  # workers wait for it
+
     def _send_header(
         self,
         outgoing: Outgoing,

@@ -1,6 +1,7 @@
 """A packet on its way from the trainer: its header may be at the server while its bytes are being packed.
 
-Hashing, and a server that reads a header, each take milliseconds; neither should wait for the other.
+A server takes milliseconds to read a header, as packing and hashing take here: on one machine they go on at
+the same time. Hashing never holds a header up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class Outgoing:
         if self._announced is not None:
             replica, stage_id = self._announced
             self._announced = None
-            with contextlib.suppress(TinkError):
-                replica.discard(stage_id.result())
+            with contextlib.suppress(Exception):  # what ended the packing is to be heard
+                replica.end_announcement(self, stage_id.result())
 
 
 def _in_thread(work: Callable[[], str]) -> Future[str]:

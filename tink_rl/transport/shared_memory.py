@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _NONCE_BYTES = 64
 _HEAD_BYTES = 128
 """The nonce, then how far the packet is filled; the packet's bytes after them stay aligned."""
-_FILLED_AGAIN_S = 0.0002
+_LOOK_AGAIN_S = (0.0002, 0.005)
+"""Between two looks at how far a packet is filled: at first, and after a while."""
 MAX_SEGMENTS = 4
 """Of one publisher, at once, on either side."""
 
@@ -84,13 +85,15 @@ class Segment:
         Raises:
             ChannelLost: it has not by `deadline` (of `time.monotonic`).
         """
+        pause_s, longest_s = _LOOK_AGAIN_S
         while int(self._filled_1) < num_bytes:
             if time.monotonic() > deadline:
                 raise ChannelLost(
                     f"the trainer filled {int(self._filled_1)} of {num_bytes} bytes in time; is it "
                     "alive? publish again"
                 )
-            time.sleep(_FILLED_AGAIN_S)
+            time.sleep(pause_s)
+            pause_s = min(longest_s, 1.2 * pause_s)
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:

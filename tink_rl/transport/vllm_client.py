@@ -302,7 +302,9 @@ class VLLMClient:
         body = {"lora_name": name}
         response = self._send("POST", "/v1/unload_lora_adapter", timeout_s=timeout_s, json=body)
         if response.status_code not in (200, 404):
-            text = payloads.error_text(payloads.json_or_text(response.text))
+            data = payloads.json_or_text(response.text)
+            payloads.check_key(response.status_code, data, self.base_url)
+            text = payloads.error_text(data)
             raise errors.BackendError(f"vLLM at {self.base_url} did not unload {name}: {text}")
 
     def complete(

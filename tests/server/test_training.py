@@ -128,10 +128,10 @@ def test_publish_that_fails_twice_ends_the_run_with_a_checkpoint(server, model_d
     trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server))
     send = trainer.policy_link.sync._send
 
-    def lose_the_wire_after_two_versions(header, *rest):
-        if header.version > trainer.policy_link.records[0].version + 1:
+    def lose_the_wire_after_two_versions(outgoing, *rest):
+        if outgoing.header.version > trainer.policy_link.records[0].version + 1:
             raise errors.ChannelLost("injected", replica=server.url)
-        return send(header, *rest)
+        return send(outgoing, *rest)
 
     def start_losing(*_):
         trainer.policy_link.sync._send = lose_the_wire_after_two_versions

@@ -131,7 +131,14 @@ def build(job, rank):
             r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False
         ),
         servers=job["server"],
-        sync=SyncConfig(token=job["token"], policy=job["policy"], **job.get("sync", {})),
+        sync=SyncConfig(
+            **{
+                "token": job["token"],
+                "policy": job["policy"],
+                "probe_every": 2,
+                **job.get("sync", {}),
+            }
+        ),
     )
     snapshot.trainer = trainer
     trainer.add_callback(snapshot)

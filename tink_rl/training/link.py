@@ -112,6 +112,10 @@ class PolicyLink:
             if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
                 self.sync.check_whole(self._model)
             self._prober.prove(self.sync, self.collector, partial(self._on_all, "probe_with"))
+            if self._config.probe_every and self.collector.sharding is Sharding.ZERO3:
+                logger.info(
+                    "ZeRO-3: only the first version is probed; rollout/logprob_gap goes on comparing"
+                )
 
         self.ranks.lead(work, self._duties())
         self._started = True
@@ -133,8 +137,7 @@ class PolicyLink:
                     f"{self.sync.mode.value} mode its next turn would come from another policy; "
                     "publish between rollouts, or set SyncConfig(mode='adapter')"
                 )
-            probing = self._config.probe_every and len(self.records) % self._config.probe_every == 0
-            probe = self._on_all("probe") if probing else None
+            probe = self._on_all("probe") if self._probes_now() else None
             record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
             return asdict(record)
 
@@ -145,6 +148,18 @@ class PolicyLink:
         if record.published:
             self.records.append(record)
         return record
+
+    def _probes_now(self) -> bool:
+        """Whether the next version is the first, or another `probe_every` later.
+
+        Under ZeRO-3 only the first is probed, before the first step: a forward whose modules come in
+        another order than in training (TRL fuses the head into the loss) leaves DeepSpeed's prefetching
+        with a parameter in flight, and a later step ends the run.
+        """
+        if self.records and self.collector.sharding is Sharding.ZERO3:
+            return False
+        every = self._config.probe_every
+        return every > 0 and len(self.records) % every == 0
 
     def pin(self, name: str | None) -> None:
         """Keep `name` served while a rollout goes on with it; None: it ended."""

@@ -1,4 +1,4 @@
-"""What the ranks that do not publish do when a server lost the version."""
+"""Which versions are probed, and what the other ranks do when a server lost the version."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tink_rl import SyncConfig, errors
+from tink_rl.policy.sharded import Sharding
 from tink_rl.training.link import PolicyLink
 
 NO_TIME = {
@@ -43,3 +44,22 @@ def test_other_ranks_wait_until_every_server_holds_the_version_again():
 def test_other_ranks_do_not_wait_for_ever():
     with pytest.raises(errors.UnknownVersion, match="--resume_from_checkpoint"):
         follower(_Replica(99), **NO_TIME).recover()
+
+
+@pytest.mark.parametrize(
+    ("sharding", "every", "expected"),
+    [
+        (Sharding.WHOLE, 2, [True, False, True, False]),
+        (Sharding.DTENSOR, 2, [True, False, True, False]),
+        (Sharding.ZERO3, 2, [True, False, False, False]),
+        (Sharding.WHOLE, 0, [False] * 4),
+    ],
+)
+def test_versions_that_are_probed(sharding, every, expected):
+    link = follower(probe_every=every)
+    link.collector = SimpleNamespace(sharding=sharding)
+    found = []
+    for num_published in range(4):
+        link.records = [object()] * num_published
+        found.append(link._probes_now())
+    assert found == expected

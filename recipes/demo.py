@@ -144,6 +144,7 @@ def _show(line: str) -> None:
 
 
 def history_of(run: Path) -> list[dict[str, float]]:
+    """The logged rows of the training steps that ended in `run`."""
     state = json.loads((run / "trainer_state.json").read_text())
     return [row for row in state["log_history"] if "reward" in row]
 

@@ -271,14 +271,13 @@ class WeightSync:
             self._spare = old[1] if old is not None else None
             self._last = (header, outgoing.buffer)
             return record
-        return self._publish_packet(outgoing, version, watch, probe)
+        return self._publish_packet(outgoing, watch, probe)
 
     def _pack(self, header: packet.PacketHeader, adapter: Adapter) -> Outgoing:
         """The adapter as a packet; its header may be on its way already."""
         outgoing = Outgoing(header, self._room(header.num_bytes))
-        is_packet = self.mode is not SyncMode.FULL
         try:
-            progress = self.fleet.announce(outgoing) if is_packet else None
+            progress = None if self.mode is SyncMode.FULL else self.fleet.announce(outgoing)
             packet.fill(header, outgoing.buffer, adapter.tensors, progress)
         except BaseException:
             outgoing.withdraw()
@@ -460,10 +459,10 @@ class WeightSync:
     def _publish_packet(
         self,
         outgoing: Outgoing,
-        version: int,
         watch: Stopwatch,
         probe: Probe | None,
     ) -> PublishRecord:
+        version = outgoing.header.version
         name = f"{self.config.policy}@{version}"
         retire = self._superseded()
         try:
@@ -515,18 +514,14 @@ class WeightSync:
             return work()
         except _TRIED_AGAIN as error:
             if tries == 1:
-                self._close_channels()  # the next publish joins again
+                self.fleet.close_channels()  # the next publish joins again
                 raise self._failed(name, watch, error) from error
             logger.warning("publish of %s failed in %s, trying again: %s", name, watch.phase, error)
-        self._close_channels()
+        self.fleet.close_channels()
         try:
             return work()
         except TinkError as error:
             raise self._failed(name, watch, error) from error
-
-    def _close_channels(self) -> None:
-        for replica in self.fleet.replicas:
-            replica.close()
 
     def _failed(self, name: str, watch: Stopwatch, error: TinkError) -> errors.PublishFailed:
         return errors.PublishFailed(

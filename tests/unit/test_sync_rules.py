@@ -226,7 +226,7 @@ def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monk
         settings = {"mode": SyncMode.ADAPTER, "base_fingerprint": "", "rank": 1}
         outgoing = Outgoing(*packet.pack(tensors, **settings))
         with pytest.raises(error):  # only what is not broken is a checkpoint to resume from
-            sharing._publish_packet(outgoing, 1, Stopwatch(), None)
+            sharing._publish_packet(outgoing, Stopwatch(), None)
 
 
 def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):

@@ -191,10 +191,11 @@ class Policies:
         """
         staged = self.stages.find(body["stage_id"])
         self.leases.check(staged.header.policy, staged.header.epoch)
-        if not staged.checked and not body.get("digest"):
-            raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
-        if not staged.checked and not self.stages.is_checked_as_served(staged):
-            await self.stages.check(staged, body)
+        if not staged.checked:
+            if not body.get("digest"):
+                raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
+            if not self.stages.is_checked_as_served(staged):
+                await self.stages.check(staged, body)
         if staged.update is not None:
             raise errors.BadRequest("a bucket of a full update is not committed; call finish")
         retire = [str(name) for name in body.get("retire", ())]

@@ -192,9 +192,14 @@ class Replica:
     @property
     def epoch(self) -> int:
         """Epoch of the open channel."""
+        return int(self._opened["epoch"])
+
+    @property
+    def _opened(self) -> dict[str, Any]:
+        """What the server answered when the channel was opened."""
         if self._joined is None:
             raise errors.ChannelLost("there is no channel; call ensure_channel() first")
-        return int(self._joined["epoch"])
+        return self._joined
 
     def stage(self, outgoing: Outgoing) -> str:
         """Send header, bytes and digest; the stage's id once every worker has checked them.
@@ -212,7 +217,7 @@ class Replica:
         Raises:
             TinkError: what is wrong with the header; the server serves what it served before.
         """
-        buffer, transport = outgoing.buffer, self._transport_joined
+        buffer, transport = outgoing.buffer, Transport(self._opened["transport"])
         segment = self._segment_with(buffer) if transport is Transport.SHM else None
         stage_id = self._send_header(outgoing, segment, update_id)
         outgoing.start_digest()
@@ -251,18 +256,12 @@ class Replica:
         header, timeout_s = outgoing.header, self._config.stage_timeout_s
         body = {
             "header": header.named(header.policy, header.version, self.epoch).to_json(),
-            "transport": self._transport_joined,
+            "transport": self._opened["transport"],
             "timeout_s": timeout_s,
             "update_id": update_id,
             "segment": None if segment is None else vars(segment.spec),
         }
         return str(self._control("stage", body, timeout_s, when_sent)["stage_id"])
-
-    @property
-    def _transport_joined(self) -> Transport:
-        if self._joined is None:
-            raise errors.ChannelLost("there is no channel; call ensure_channel() first")
-        return Transport(self._joined["transport"])
 
     def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
         body = {
@@ -404,11 +403,7 @@ class Replica:
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
         return str(self._control("begin", body, timeout_s)["update_id"])
 
-    def send_bucket(
-        self,
-        update_id: str,
-        outgoing: Outgoing,
-    ) -> None:
+    def send_bucket(self, update_id: str, outgoing: Outgoing) -> None:
         """Send one bucket of a full update; returns once it is checked and written.
 
         Raises:
@@ -523,10 +518,14 @@ class Fleet:
                 )
         return statuses[0]
 
-    def close(self) -> None:
-        """Give all leases back."""
+    def close_channels(self) -> None:
+        """Give all leases back; the next publish joins again."""
         for replica in self.replicas:
             replica.close()
+
+    def close(self) -> None:
+        """Give all leases back."""
+        self.close_channels()
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 

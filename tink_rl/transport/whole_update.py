@@ -80,11 +80,9 @@ class WholeUpdate:
             self._room = self._fleet.room(self._bucket_bytes)
             try:
                 self._fleet.each(begin)
-            except (
-                _LOST_CHANNEL
-            ):  # a restarted server knows nothing of the old one; no tensor was read yet
-                for replica in self._fleet.replicas:
-                    replica.close()
+            except _LOST_CHANNEL:
+                # A restarted server knows nothing of the old one; no tensor was read yet.
+                self._fleet.close_channels()
                 self._fleet.each(begin)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

@@ -106,3 +106,19 @@ def test_trl_reads_only_sync_weights_and_generate_of_its_vllm_object():
     # llm belongs to colocate, vllm_client to the check that we repeat ourselves.
     assert used <= {"sync_weights", "generate", "llm", "vllm_client"}
     assert "self._last_loaded_step" in source and "self.use_vllm" in source
+
+
+@pytest.mark.parametrize(("device", "num_modes"), [("cpu", 0), ("meta", 1)])
+def test_reload_makes_tensors_on_its_device_and_sets_no_mode_for_the_default(device, num_modes):
+    import torch
+    from torch.overrides import _get_current_function_mode_stack
+    from vllm.config import VllmConfig, get_current_vllm_config
+
+    from tink_rl.server.reloading import reloading
+
+    config = VllmConfig()
+    with reloading(config, torch.device(device)):
+        assert get_current_vllm_config() is config
+        assert torch.empty(1).device.type == device
+        assert len(_get_current_function_mode_stack()) == num_modes
+    assert torch.empty(1).device.type == "cpu"

@@ -15,6 +15,7 @@ import torch
 
 from tink_rl.server.golden import GoldenWeights
 from tink_rl.server.modules import Layer, Shard
+from tink_rl.server.reloading import reloading
 
 
 class Folder:
@@ -51,8 +52,6 @@ class Folder:
         mapping restores the base. No request may be running. On any exception the weights are in no
         defined state until a later fold succeeds.
         """
-        from tink_rl.server.vllm_names import set_current_vllm_config
-
         targets = {name.rsplit(".", 2)[0] for name in tensors}
         now = {
             name
@@ -61,7 +60,7 @@ class Folder:
         }
         todo = sorted(self._touched | now)
         self._touched |= now  # before writing: after a failure all of them must be folded again
-        with set_current_vllm_config(self._vllm_config), torch.device(self._device):
+        with reloading(self._vllm_config, self._device):
             for name in todo:
                 self.write_layer(self._layers[name], tensors)
         self._touched = now

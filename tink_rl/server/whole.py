@@ -20,6 +20,7 @@ from torch import nn
 from tink_rl.errors import IncompleteGroup
 from tink_rl.policy.fingerprint import read_checkpoint_tensor
 from tink_rl.server.layout import Group, Layout, own_tensors, put_back
+from tink_rl.server.reloading import reloading
 
 
 class WholeWriter:
@@ -119,14 +120,13 @@ class WholeWriter:
         from tink_rl.server.vllm_names import (
             finalize_layerwise_reload,
             initialize_layerwise_reload,
-            set_current_vllm_config,
         )
 
         if not groups:
             return
         self.touched |= {group.key for group in groups}  # before writing: it may fail midway
         modules = [self._modules[name] for group in groups for name in group.modules]
-        with set_current_vllm_config(self._vllm_config), torch.device(self._device):
+        with reloading(self._vllm_config, self._device):
             try:
                 for module in modules:
                     initialize_layerwise_reload(module)

@@ -1,4 +1,4 @@
-"""Reading and writing DTensor parameters, in a group of one; several ranks are in tests/multi."""
+"""Reading and writing DTensor parameters; training on several ranks is in tests/multi."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.policies import PeftTwin
+from tests.unit import gathering
 from tink_rl.policy.sharded import Sharding, read_whole, sharding_of, write_whole
 from tink_rl.training.probe import Prober
 
@@ -63,3 +64,21 @@ def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_
     with twin.collector.swapped(twin.collector.random_like(seed=3)) as _:
         twin.model(input_ids=torch.tensor([[3, 4, 5]]))
     assert twin.collector.sharding is Sharding.DTENSOR
+
+
+def test_what_four_ranks_hold_is_read_whole_on_each_however_it_is_cut(tmp_path):
+    torch.multiprocessing.spawn(gathering.read_on, args=(4, str(tmp_path / "store")), nprocs=4)
+
+
+def test_rows_of_one_dtype_are_gathered_at_once(mesh, monkeypatch):
+    calls = []
+    gather = dist.all_gather_into_tensor
+    monkeypatch.setattr(
+        dist, "all_gather_into_tensor", lambda *a, **k: (calls.append(a), gather(*a, **k))
+    )
+    layers = torch.nn.Sequential(*(torch.nn.Linear(3, 5) for _ in range(4)))
+    wanted = [p.detach().clone() for p in layers.parameters()]
+    fully_shard(layers, mesh=mesh)
+    found = read_whole(list(layers.parameters()))
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -6,6 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -58,6 +60,39 @@ def contract():
     yield start
     for server in started:
         server.close()
+
+
+class Vanishing(BaseHTTPRequestHandler):
+    """A static server that answers the probe, and ends the connection at every other request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_PUT(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body:
+            self.server.bodies.append(body)
+            self.close_connection = True
+            return
+        answer = json.dumps("prompts argument required").encode()
+        self.send_response(400)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def vanishing():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vanishing)
+    server.bodies = []
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 # -- the release's own resources ------------------------------------------------------------------
@@ -314,6 +349,13 @@ def test_what_is_no_megatron_server_is_said_to_be_none(contract):
 def test_unreachable_server_is_named_with_the_setting_to_correct():
     with pytest.raises(errors.EngineUnavailable, match=r"127\.0\.0\.1:9 .*MEGATRON_SERVER_URL"):
         run(MegatronBackend("http://127.0.0.1:9"), ["ab"])
+
+
+def test_request_whose_connection_ends_is_not_sent_again(vanishing):
+    backend = MegatronBackend(f"http://127.0.0.1:{vanishing.server_port}")
+    with pytest.raises(errors.EngineUnavailable, match="ServerDisconnectedError"):
+        run(backend, ["ab"])
+    assert len(vanishing.bodies) == 1
 
 
 def test_another_kind_of_server_at_the_same_url_is_probed_again(contract):

@@ -75,18 +75,25 @@ class MegatronClient:
         if session is not None:
             await session.close()
 
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # `total` off: the deadline is the caller's, and cancelling closes the connection.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
+            # The queue bounds what is under way; a limit here would only hide requests from it.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S)
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+            # aiohttp takes PUT for idempotent and sends it again when a connection breaks, but here a
+            # PUT is a generation, and that would run twice. No public switch; its test_utils does this.
+            self._session._retry_connection = False
+        return self._session
+
     # -- one door ---------------------------------------------------------------------------------
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> _Answer:
         """Status and body of one request; the caller holds the deadline (`asyncio.timeout`)."""
-        if self._session is None:
-            # `total` off: the deadline is the caller's, and cancelling closes the connection.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-            connector = aiohttp.TCPConnector(keepalive_timeout=payloads.IDLE_CONNECTION_S)
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
         url = f"{self.base_url}{path}"
         try:
-            async with self._session.request(
+            async with self._open().request(
                 method, url, json=body, allow_redirects=False
             ) as response:
                 return _Answer(response.status, await _read(response))

@@ -211,6 +211,22 @@ def test_a_client_that_leaves_cancels_its_request_wherever_it_is(queue):
     assert (backend.num_calls, backend.num_cancelled) == (1, 1)
 
 
+@pytest.mark.parametrize("end", ["leaves", "expires"])
+def test_a_queued_request_that_ends_lets_a_smaller_one_behind_it_start(queue, end):
+    backend = FakeBackend(latency_s=5.0)
+    jobs, _, accounts = queue(backend, max_running=4)
+    jobs.submit(_work(request_id="running", prompts=["x"] * 3))
+    seconds = 0.3 if end == "expires" else 20.0
+    large = jobs.submit(_work(request_id="large", prompts=["x"] * 4, timeout_s=seconds))
+    small = jobs.submit(_work(request_id="small"))
+    assert small.job.state is State.QUEUED
+    if end == "leaves":
+        large.leave()
+    wait_until(lambda: backend.running == 2, 3.0)
+    assert small.job.state is State.RUNNING
+    assert accounts.ends == {State.EXPIRED if end == "expires" else State.CANCELLED: 1}
+
+
 def test_a_client_that_vanishes_is_noticed_and_its_place_given_on(queue):
     backend = FakeBackend(latency_s=5.0)
     jobs, _, accounts = queue(backend, max_running=1)

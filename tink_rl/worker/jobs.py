@@ -239,6 +239,7 @@ class JobQueue:
             self._num_tickets -= 1
             if not job.tickets and not job.is_over and job.work.fingerprint is None:
                 self._cancel(job, errors.RequestCancelled("the client went away"))
+                self._start_next()  # it may have been the one for which the others had no room
 
     # -- run --------------------------------------------------------------------------------------
 
@@ -338,6 +339,7 @@ class JobQueue:
             if now > job.deadline:
                 self._queue.remove(job.key, job)
                 self._finish(job, State.EXPIRED, too_late(job))
+        self._start_next()  # what is behind an expired one may fit
         for job in [*self._queue.items(), *self._running]:
             for ticket in job.tickets:
                 if ticket.is_gone():

@@ -354,7 +354,11 @@ class VLLMBackend:
 
     @_counted
     def init_communicator(self, device: Any = "cpu") -> None:
-        """Open the channel for `update_model_weights`: NCCL between GPUs, gloo otherwise.
+        """Open the channel for `update_model_weights`: shared memory on one machine, else gloo.
+
+        Never NCCL, also between GPUs: it cannot connect two ranks on one GPU (docs/architecture.md). A
+        model on the CPU of a machine with a GPU always goes through gloo. A call that fails opens
+        nothing and holds nothing; once a channel is open, further calls do nothing.
 
         Args:
             device: Where the model that will be sent lies: "cuda", "cuda:1" or "cpu".
@@ -362,6 +366,8 @@ class VLLMBackend:
         Raises:
             ConfigError: no such device here.
             PluginMissing: the server was not started by `tink-rl serve`.
+            BaseMismatch: the server's base cannot be read here, or is another one.
+            ModeUnavailable: the server does not offer full mode.
             LeaseHeld: somebody else updates this server's weights.
         """
         with self._sync_lock:
@@ -391,8 +397,13 @@ class VLLMBackend:
                 token_file=self.settings.tink_token_file,
                 request_timeout_s=self.settings.tink_request_timeout,
             )
-            self._sync = WeightSync(self.client, base_model=directory, config=config)
-            self._sync.open()
+            sync = WeightSync(self.client, base_model=directory, config=config)
+            try:
+                sync.open()
+            except BaseException:  # an interrupted notebook cell must not keep a lease either
+                sync.close()
+                raise
+            self._sync = sync  # not before: the next call would take it for open
         return self._sync
 
     @_counted

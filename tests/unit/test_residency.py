@@ -23,6 +23,7 @@ from tink_rl.residency.names import MAX_TRIES, adapter_version
 from tink_rl.residency.table import AdapterVersion, Residency
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.vllm_backend import VLLMBackend
+from tink_rl.weight_sync import WeightSync
 
 # -- the table ----------------------------------------------------------------------------------------
 
@@ -1018,6 +1019,26 @@ def test_device_that_is_not_there_is_named(make, model_dir, monkeypatch):
     for device in ("cuda", "cuda:1", "tpu"):
         with pytest.raises(errors.ConfigError, match=f"device='{device}'.*expected 'cpu'"):
             backend.init_communicator(device)
+
+
+def test_communicator_that_could_not_be_opened_is_opened_anew(make, model_dir, monkeypatch):
+    calls = []
+
+    def open_(sync):
+        calls.append("open")
+        if calls == ["open"]:
+            raise errors.LeaseHeld("somebody else updates the weights")
+
+    monkeypatch.setattr(WeightSync, "open", open_)
+    monkeypatch.setattr(WeightSync, "close", lambda sync: calls.append("close"))
+    backend = make(fake_server(model_dir))
+    with pytest.raises(errors.LeaseHeld):
+        backend.init_communicator("cpu")
+    assert calls == ["open", "close"] and not backend.info()["communicator"]
+    backend.init_communicator("cpu")
+    assert calls == ["open", "close", "open"] and backend.info()["communicator"]
+    backend.init_communicator("cpu")
+    assert len(calls) == 3
 
 
 def test_look_that_is_doubted_while_it_is_taken_is_taken_again(monkeypatch):

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
+from tink_rl.loopback import http_url
 from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
@@ -116,7 +117,7 @@ class ServerOptions:
     def url(self) -> str:
         """Where a client on this machine reaches the server."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        return http_url(host, self.port)
 
 
 # -- before loading ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which addresses only this machine can reach. A leaf."""
+"""Addresses: which ones only this machine can reach, and how one stands in a URL. A leaf."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def is_local(url: str) -> bool:
         return is_loopback(urlsplit(url).hostname)
     except ValueError:  # no URL, as whoever dials it will say
         return False
+
+
+def http_url(host: str, port: int) -> str:
+    """`http://HOST:PORT`; an IPv6 address stands in brackets there, whether `host` has them or not."""
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

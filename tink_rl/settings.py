@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.errors import ConfigError
-from tink_rl.loopback import is_local
+from tink_rl.loopback import http_url, is_local
 from tink_rl.tokens import vllm_api_key
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -183,8 +183,7 @@ class Settings(BaseSettings):
     @property
     def host_url(self) -> str:
         """URL by VLLM_HOST and VLLM_PORT."""
-        host = _WILDCARDS.get(self.vllm_host, self.vllm_host)
-        return f"http://{host}:{self.vllm_port}"
+        return http_url(_WILDCARDS.get(self.vllm_host, self.vllm_host), self.vllm_port)
 
     @property
     def url(self) -> str:

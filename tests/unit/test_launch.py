@@ -63,6 +63,21 @@ def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
         launch.check_options(_options(model_dir))
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("[::1]", "http://[::1]:8000"),
+        ("2001:db8::1", "http://[2001:db8::1]:8000"),
+        ("server.example", "http://server.example:8000"),
+    ],
+)
+def test_url_of_a_server_can_be_dialled_whatever_its_host(host, url):
+    assert ServerOptions(model="m", host=host, port=8000).url == url
+
+
 def test_command_has_the_flags_of_its_mode(model_dir):
     merged = launch.command(
         _options(model_dir, mode="merged", extra_args=("--seed", "3")), has_gpu=False

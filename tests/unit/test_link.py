@@ -8,6 +8,7 @@ import pytest
 
 from tink_rl import SyncConfig, errors
 from tink_rl.policy.sharded import Sharding
+from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
 
 NO_TIME = {
@@ -27,6 +28,13 @@ class _Replica:
         if self._looks == 1 and self._after:
             raise errors.ServerUnreachable("it still starts")
         return SimpleNamespace(served=["policy@3"] if self._looks > self._after else [])
+
+
+def test_trls_host_may_be_an_ipv6_address():
+    args = SimpleNamespace(vllm_server_host="::1", vllm_server_port=8001)
+    (client,) = clients_of(None, SyncConfig(token="t" * 20), args)
+    assert client.base_url == "http://[::1]:8001"
+    client.close()
 
 
 def follower(*replicas, **changes):

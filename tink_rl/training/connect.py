@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tink_rl.config import SyncConfig
+from tink_rl.loopback import http_url
 from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
@@ -57,7 +58,7 @@ def _be_heard() -> None:
 def _url_of(args: Any) -> str:
     given = getattr(args, "vllm_server_base_url", None)
     host, port = (getattr(args, f"vllm_server_{name}", None) for name in ("host", "port"))
-    return given or f"http://{host or '127.0.0.1'}:{port or 8000}"
+    return given or http_url(host or "127.0.0.1", port or 8000)
 
 
 def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyLink:

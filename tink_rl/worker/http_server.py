@@ -25,6 +25,7 @@ from waitress.wasyncore import close_all
 
 from tink_rl.errors import ConfigError, PortTaken
 from tink_rl.launch import port_holder
+from tink_rl.loopback import http_url
 from tink_rl.worker.problems import body_of, code_of, new_request_id
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 
@@ -214,7 +215,7 @@ class HttpServer:
         for name in ("waitress.queue", "waitress"):
             logging.getLogger(name).setLevel(logging.ERROR)  # a full queue is no news here
         host, self.port = taken.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.url = http_url(host, self.port)
         self._map: dict[int, Any] = {}
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(num_threads)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 
 import pytest
 
-from tink_rl import errors, launch, placement
+from tink_rl import errors, launch, placement, tokens
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
@@ -202,6 +205,52 @@ def test_token_file_is_made_once_and_refused_if_others_can_read_it(tmp_path):
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         ensure_token_file(path)
+
+
+def test_token_file_that_another_process_is_still_writing_is_waited_for(tmp_path):
+    path = tmp_path / "token"
+    path.touch(0o600)
+    writer = threading.Timer(0.1, path.write_text, ["t" * 20 + "\n"])
+    writer.start()
+    assert ensure_token_file(path) == path
+    writer.join()
+
+
+@pytest.mark.parametrize("content", ["", "short"])
+def test_token_file_that_stays_too_short_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(tokens, "_WRITTEN_S", 0.05)
+    path = tmp_path / "token"
+    path.touch(0o600)
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="fewer than 16 characters; delete it"):
+        ensure_token_file(path)
+
+
+def test_processes_that_start_together_agree_on_one_token(tmp_path):
+    path = tmp_path / "deep" / "token"
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: ensure_token_file(path).read_text(), range(8)))
+    assert len(set(found)) == 1 and len(found[0].strip()) >= 16
+
+
+def test_token_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+    def full(handle, mode):
+        os.close(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokens.os, "fdopen", full)
+    path = tmp_path / "token"
+    with pytest.raises(ConfigError, match="No space left on device"):
+        ensure_token_file(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["file/token", "directory"])
+def test_token_file_that_cannot_be_made_or_read_is_named_with_the_way_out(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir(0o700)
+    with pytest.raises(ConfigError, match=f"{name} cannot .*TINK_TOKEN_FILE or --token-file"):
+        ensure_token_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(

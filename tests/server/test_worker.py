@@ -172,8 +172,8 @@ def test_a_hundred_clients_that_leave_leave_nothing_running(command, server, gol
         content = json.dumps(body).encode()
         connection = socket.create_connection((url.host, url.port), timeout=10)
         connection.sendall(
-            b"POST /api/v1/sample HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+            b"POST /api/v1/sample HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
+            b"\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
         )
         return connection
 

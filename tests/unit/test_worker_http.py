@@ -15,7 +15,7 @@ from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.worker.accounts import State
 from tink_rl.worker.app import ROUTES, blueprint
-from tink_rl.worker.auth import Scope
+from tink_rl.worker.auth import Scope, Tokens
 from tink_rl.worker.openapi import statuses
 from tink_rl.worker.readiness import Readiness
 from tink_rl.worker.schemas import MAX_BODY_BYTES
@@ -535,6 +535,57 @@ def test_without_a_sample_token_only_this_machine_samples(rig, remote, status):
     assert http.get("/livez", environ_overrides=environ).status_code == 200
     known = http.get("/api/v1/models", headers=_admin(), environ_overrides=environ)
     assert known.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:8001", 200),
+        ("LocalHost:8001", 200),
+        ("127.0.0.1:8001", 200),
+        ("127.8.8.8", 200),
+        ("[::1]:8001", 200),
+        ("evil.example:8001", 401),
+        ("localhost.evil.example", 401),
+        ("127.0.0.1.evil.example", 401),
+        ("10.0.0.7:8001", 401),
+        ("evil.example@127.0.0.1", 401),
+        ("127.0.0.1/evil.example", 401),
+        ("[::1", 401),
+        ("", 401),
+    ],
+)
+def test_without_a_sample_token_a_page_whose_name_was_pointed_here_does_not_sample(
+    rig, host, status
+):
+    before = rig.backend.num_calls
+    for route in ROUTES:
+        if route.scope is Scope.SAMPLE:
+            response = rig.http.open(
+                route.rule, method=route.method, json={"prompts": ["x"]}, headers={"Host": host}
+            )
+            assert response.status_code == status, route.rule
+            if status == 401:
+                message = _assert_problem(response, 401, "bad_token")["message"]
+                assert f"names host {host!r}" in message and "http://127.0.0.1:PORT" in message
+                assert "TINK_WORKER_SAMPLE_TOKEN_FILE" in message
+    assert rig.backend.num_calls - before == (status == 200)
+    known = rig.http.get("/api/v1/models", headers={"Host": host, **_admin()})
+    assert known.status_code == 200
+
+
+def test_a_request_without_a_host_needs_a_token():
+    tokens = Tokens(admin=ADMIN)
+    tokens.require(Scope.SAMPLE, f"Bearer {ADMIN}", "127.0.0.1", None)
+    with pytest.raises(errors.BadToken, match="names host ''"):
+        tokens.require(Scope.SAMPLE, None, "127.0.0.1", None)
+
+
+def test_a_sample_token_is_good_under_every_name():
+    with worker(sample_token=SAMPLE) as found:
+        headers = {"Host": "worker.example:8001", **_admin(SAMPLE)}
+        assert found.http.get("/api/v1/models", headers=headers).status_code == 200
 
 
 def test_a_sample_token_is_good_from_everywhere():

@@ -21,7 +21,7 @@ from tink_rl.worker.accounts import State
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 
 BODY = b'{"prompts": ["x"]}'
-GOOD = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(BODY)
+GOOD = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(BODY)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +97,21 @@ _RAW = {
     "both lengths": (_post(GOOD + b"Transfer-Encoding: chunked\r\n"), 400),
     "length twice": (_post(GOOD + b"Content-Length: 5\r\n"), 400),
     "same length twice": (_post(GOOD + b"Content-Length: %d\r\n" % len(BODY)), 400),
-    "negative length": (_post(b"Host: x\r\nContent-Length: -1\r\n"), 400),
-    "length with a sign": (_post(b"Host: x\r\nContent-Length: +18\r\n"), 400),
+    "negative length": (_post(b"Host: 127.0.0.1\r\nContent-Length: -1\r\n"), 400),
+    "length with a sign": (_post(b"Host: 127.0.0.1\r\nContent-Length: +18\r\n"), 400),
     "two hosts": (_post(GOOD + b"Host: y\r\n"), 400),
     "two tokens": (_post(GOOD + b"Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"), 400),
     "two types": (_post(GOOD + b"Content-Type: text/plain\r\n"), 400),
-    "unknown coding": (_post(b"Host: x\r\nTransfer-Encoding: gzip\r\n"), 501),
-    "chunked and gzip": (_post(b"Host: x\r\nTransfer-Encoding: gzip, chunked\r\n"), 501),
+    "unknown coding": (_post(b"Host: 127.0.0.1\r\nTransfer-Encoding: gzip\r\n"), 501),
+    "chunked and gzip": (_post(b"Host: 127.0.0.1\r\nTransfer-Encoding: gzip, chunked\r\n"), 501),
     "coding in 1.0": (
         _post(b"Transfer-Encoding: chunked\r\n", line=b"POST /api/v1/sample HTTP/1.0"),
         400,
     ),
-    "bad chunk": (_post(b"Host: x\r\nTransfer-Encoding: chunked\r\n", b"zz\r\nxx\r\n"), 400),
+    "bad chunk": (
+        _post(b"Host: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n", b"zz\r\nxx\r\n"),
+        400,
+    ),
     "space before colon": (_post(GOOD + b"X : y\r\n"), 400),
     "folded first line": (_post(b" folded: x\r\n" + GOOD), 400),
     "bare newline": (_post(GOOD + b"X: a\nY: b\r\n"), 400),
@@ -131,7 +134,10 @@ _RAW = {
     ),
     "options": (_post(line=b"OPTIONS /api/v1/sample HTTP/1.1"), 405),
     "gzip body": (_post(GOOD + b"Content-Encoding: gzip\r\n", b"\x1f\x8b" + b"\x00" * 16), 415),
-    "over the limit": (_post(b"Host: x\r\nContent-Length: 1073741824\r\n", b"x" * 1000), 413),
+    "over the limit": (
+        _post(b"Host: 127.0.0.1\r\nContent-Length: 1073741824\r\n", b"x" * 1000),
+        413,
+    ),
     "expecting": (_post(GOOD + b"Expect: 200-maybe\r\n"), 200),
 }
 
@@ -215,7 +221,7 @@ def test_a_client_that_sends_a_byte_at_a_time_is_told_to_hurry(monkeypatch, drip
 def test_slow_clients_do_not_hold_up_others(rig):
     slow = [_connect(rig) for _ in range(50)]
     for connection in slow:
-        connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\nHost: x\r\nContent-Le")
+        connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le")
     with _http(rig) as client:
         for i in range(20):
             response = client.post("/api/v1/sample", json={"prompts": [f"p{i}"]})
@@ -275,7 +281,9 @@ def test_five_hundred_arrivals_are_answered_or_refused_and_nothing_else():
 
 def _ask_and_leave(rig, body, after_s=0.05):
     content = json.dumps(body).encode()
-    head = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(content)
+    head = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(
+        content
+    )
     with _connect(rig) as connection:
         connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\n" + head + b"\r\n" + content)
         time.sleep(after_s)
@@ -366,7 +374,7 @@ def test_tokens_are_asked_for_over_the_wire_too():
     with worker(socket=True, sample_token=SAMPLE) as found:
         raw = _post(GOOD + b"Host-Override: livez\r\n")
         assert _exchange(found, raw)[0] == 401
-        assert _exchange(found, raw.replace(b"Host: x", b"Host: x/livez?"))[0] == 401
+        assert _exchange(found, raw.replace(b"Host: 127.0.0.1", b"Host: x/livez?"))[0] == 401
         assert _exchange(found, raw.replace(b"/api/v1/sample", b"//api/v1/sample"))[0] == 401
         assert _exchange(found, raw.replace(b"/api/v1/sample", b"/api%2fv1/sample"))[0] == 401
         with_token = GOOD + b"Authorization: Bearer %s\r\n" % ADMIN.encode()

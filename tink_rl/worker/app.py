@@ -78,8 +78,12 @@ def _guarded(service: WorkerService, route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
         g.request_id = new_request_id()
         try:
+            headers = request.headers
             service.tokens.require(
-                route.scope, request.headers.get("Authorization"), request.remote_addr
+                route.scope,
+                headers.get("Authorization"),
+                request.remote_addr,
+                headers.get("Host"),
             )
             service.start()
             response = route.view(service, **path)

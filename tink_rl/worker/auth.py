@@ -6,11 +6,13 @@ import hashlib
 import hmac
 from enum import IntEnum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tink_rl.errors import BadToken, WrongScope
 from tink_rl.loopback import is_loopback
 from tink_rl.tokens import ensure_token_file
 from tink_rl.worker.options import WorkerOptions
+from tink_rl.worker.problems import printable
 
 
 class Scope(IntEnum):
@@ -51,11 +53,17 @@ class Tokens:
             admin_file=file,
         )
 
-    def require(self, scope: Scope, authorization: str | None, remote: str | None = None) -> None:
+    def require(
+        self,
+        scope: Scope,
+        authorization: str | None,
+        remote: str | None = None,
+        host: str | None = None,
+    ) -> None:
         """Return if `authorization` (the header) carries a token for `scope`; admin's is good for all.
 
         Without a sample token `remote`, the caller's address, must be a loopback one to sample: whatever
-        app holds the routes, only it knows where it listens.
+        app holds the routes, only it knows where it listens. `host`, the header, must name one too.
 
         Raises:
             BadToken: no token, or one that is not ours.
@@ -64,7 +72,8 @@ class Tokens:
         if scope is Scope.OPEN:
             return
         is_unset = scope is Scope.SAMPLE and self._sample is None
-        if is_unset and is_loopback((remote or "").removeprefix("::ffff:")):
+        is_here = is_loopback((remote or "").removeprefix("::ffff:"))
+        if is_unset and is_here and _names_loopback(host):
             return
         given = _hash(_bearer(authorization))
         is_admin = hmac.compare_digest(given, self._admin)
@@ -76,6 +85,13 @@ class Tokens:
                 "this token is for sampling; the route wants the admin token (its file is named in "
                 "the worker's first lines)"
             )
+        if is_unset and is_here:
+            raise BadToken(
+                f"the request names host {printable(host or '')!r}, and without a token only requests "
+                "for this machine are answered: use http://127.0.0.1:PORT, or set "
+                "TINK_WORKER_SAMPLE_TOKEN_FILE=FILE (made if it does not exist), start the worker again "
+                "and send the token"
+            )
         if is_unset:
             raise BadToken(
                 f"sampling from {remote or 'an unknown address'} needs a token and this worker has "
@@ -86,6 +102,16 @@ class Tokens:
             "missing or wrong token; send `Authorization: Bearer TOKEN` with the token from the "
             f"{'admin' if scope is Scope.ADMIN else 'sample'} token file of the worker"
         )
+
+
+def _names_loopback(host: str | None) -> bool:
+    """Whether a Host header names this machine, as a web page that had its own name point here cannot."""
+    try:
+        parts = urlsplit(f"//{host}")
+    except ValueError:
+        return False
+    # "127.0.0.1/x" and "x@127.0.0.1" are no hosts, whatever a lenient parser makes of them
+    return parts.netloc == host and "@" not in host and is_loopback(parts.hostname)
 
 
 def _hash(token: str) -> bytes:

@@ -14,7 +14,7 @@ BASE = "stub-base"
 class StubVLLM:
     """Answers `/v1/models` and `/v1/completions`; a context manager."""
 
-    def __init__(self, latency_s: float = 0.0) -> None:
+    def __init__(self, latency_s: float = 0.0, base: str = BASE) -> None:
         self.latency_s = latency_s
         self.num_begun = 0
         self.num_completions = 0
@@ -28,7 +28,7 @@ class StubVLLM:
 
             def do_GET(self) -> None:
                 if self.path == "/v1/models":
-                    self._answer(200, {"data": [{"id": BASE, "root": BASE, "max_model_len": 256}]})
+                    self._answer(200, {"data": [{"id": base, "root": base, "max_model_len": 256}]})
                 else:
                     self._answer(404 if self.path != "/health" else 200, {})
 

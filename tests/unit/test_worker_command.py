@@ -131,6 +131,18 @@ def test_a_stock_server_is_sampled_through_the_worker(tmp_path):
         assert [m["model_id"] for m in models] == [BASE]
 
 
+@pytest.mark.parametrize("base", ["/models/Llama-3", "./base", "/m/" + "x" * 200])
+def test_a_base_that_is_served_as_a_path_is_listed_and_sampled(tmp_path, base):
+    with StubVLLM(base=base) as vllm, WorkerCommand(tmp_path, vllm=vllm.url) as command:
+        [model] = httpx.get(f"{command.url}/api/v1/models").json()["models"]
+        assert model["model_id"] == base and model["kind"] == "base"
+        body = {"prompts": ["x"], "model_id": model["model_id"]}
+        response = httpx.post(f"{command.url}/api/v1/sample", json=body)
+        assert response.status_code == 200, response.text
+        [completion] = response.json()["completions"]
+        assert completion["token_ids"] == [1, 2] and completion["model_id"] == base
+
+
 def test_the_blueprint_of_an_existing_app_takes_everything_from_the_environment(
     tmp_path, monkeypatch
 ):

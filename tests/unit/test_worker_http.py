@@ -18,7 +18,7 @@ from tink_rl.worker.app import ROUTES, blueprint
 from tink_rl.worker.auth import Scope, Tokens
 from tink_rl.worker.openapi import statuses
 from tink_rl.worker.readiness import Readiness
-from tink_rl.worker.schemas import MAX_BODY_BYTES
+from tink_rl.worker.schemas import MAX_BODY_BYTES, MODEL_ID
 
 NUM_BAD_REQUESTS = 5000
 
@@ -314,7 +314,11 @@ def test_a_bad_prompt_is_named_by_its_index(rig, prompts, named):
     [
         ({"model_id": ""}, "model_id"),
         ({"model_id": "../x"}, "model_id"),
-        ({"model_id": "x" * 129}, "model_id"),
+        ({"model_id": "./../x"}, "model_id"),
+        ({"model_id": "//x"}, "model_id"),
+        ({"model_id": "/"}, "model_id"),
+        ({"model_id": "x" * 256}, "model_id"),
+        ({"model_id": "/" + "x" * 255}, "model_id"),
         ({"model_id": "a\x00"}, "model_id"),
         ({"model_id": 5}, "model_id"),
         ({"request_id": "a b"}, "request_id"),
@@ -335,6 +339,20 @@ def test_a_bad_field_is_named(rig, fields, named):
     response = rig.http.post("/api/v1/sample", json={"prompts": ["x"], **fields})
     assert named in _assert_problem(response, 400, "bad_request")["message"]
     assert rig.backend.num_calls == before
+
+
+def test_a_pattern_that_was_not_met_is_shown_as_it_is(rig):
+    message = _assert_problem(rig.sample(model_id="../x"), 400)["message"]
+    assert message == f"model_id='../x': string should match pattern '{MODEL_ID}'"
+
+
+@pytest.mark.parametrize("name", ["/models/Llama-3", "./base", "/" + "x" * 254, "meta/Llama-3"])
+def test_a_name_that_the_server_serves_by_path_is_sampled(name):
+    with worker(backend=FakeBackend([name])) as found:
+        response = found.sample(["x"], model_id=name)
+        assert response.status_code == 200, response.text
+        [completion] = response.json["completions"]
+        assert completion["token_ids"] == answer_of(name, "x")
 
 
 _BODIES = [

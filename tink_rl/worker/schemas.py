@@ -35,7 +35,9 @@ MAX_STOP_CHARS = 64
 MAX_BIASES = 300
 MAX_TIMEOUT_S = 3600.0
 ADAPTER_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._@/-]{0,127}$"
+MODEL_ID = r"^(/|\./)?[A-Za-z0-9][A-Za-z0-9._@/-]*$"
+"""Also of a directory: vLLM serves a base under the path that it was started with."""
+MAX_MODEL_ID_CHARS = 255
 REQUEST_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -225,6 +227,7 @@ class SampleRequest(_Strict):
     model_id: str | None = Field(
         default=None,
         pattern=MODEL_ID,
+        max_length=MAX_MODEL_ID_CHARS,
         description="A registered adapter, `id@N` for its version N, or another name that the "
         "server serves. Left out: the base model.",
     )
@@ -432,7 +435,8 @@ def _explain(error: ValidationError) -> str:
         return (
             f"{name}{'' if first['msg'].startswith(('.', '[')) or not name else ': '}{first['msg']}"
         )
-    return f"{name}={_short(first['input'])}: {first['msg'].lower()}"
+    message = first["msg"]  # only its first letter: it may show a pattern
+    return f"{name}={_short(first['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def sample_response(

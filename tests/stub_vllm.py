@@ -12,11 +12,13 @@ BASE = "stub-base"
 
 
 class StubVLLM:
-    """Answers `/v1/models` and `/v1/completions`; a context manager."""
+    """Answers `/v1/models`, `/v1/completions` and `/v1/load_lora_adapter`; a context manager."""
 
-    def __init__(self, latency_s: float = 0.0, base: str = BASE) -> None:
+    def __init__(self, latency_s: float = 0.0, base: str = BASE, load_s: float = 0.0) -> None:
         self.latency_s = latency_s
+        self.load_s = load_s
         self.num_begun = 0
+        self.num_loads = 0
         self.num_completions = 0
         stub = self
 
@@ -34,6 +36,10 @@ class StubVLLM:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/v1/load_lora_adapter":
+                    stub.num_loads += 1
+                    time.sleep(stub.load_s)
+                    return self._answer(200, {})
                 if body.get("max_tokens", 1) > 1:  # not for canaries
                     stub.num_begun += 1
                     time.sleep(stub.latency_s)

@@ -16,11 +16,13 @@ import httpx
 import pytest
 from flask import Flask
 
+from tests.adapters import write_adapter
 from tests.stub_vllm import BASE, StubVLLM
 from tests.worker_rig import WorkerCommand, in_threads, wait_until
 from tink_rl import placement
 from tink_rl.errors import BadToken, ConfigError, NotSupportedByBackend
 from tink_rl.settings import Settings
+from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker import build
 from tink_rl.worker.app import blueprint
 from tink_rl.worker.auth import Scope, Tokens
@@ -103,6 +105,45 @@ def test_requests_that_outlast_the_drain_are_cut_off_with_503(tmp_path):
         response, code = in_threads(2, client)
         assert response.status_code == 503 and code == 0
         assert response.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_worker_with_a_load_that_hangs_ends_within_seconds_of_saying_that_it_stopped(tmp_path):
+    adapter = write_adapter(tmp_path / "runs" / "a")
+    with (
+        StubVLLM(load_s=60.0) as vllm,
+        WorkerCommand(
+            *(tmp_path, "--adapter-root", str(tmp_path / "runs")),
+            vllm=vllm.url,
+            TINK_ALLOW_UNVERIFIED_BASE="true",
+        ) as command,
+    ):
+        body = {"adapter_id": "math", "lora_path": str(adapter)}
+        with command.http() as http:
+            made = http.post("/api/v1/adapters", json=body, headers=command.admin)
+            assert made.status_code == 200, made.text
+            asked = {"prompts": ["x"], "model_id": "math", "timeout_s": 1.0}
+            assert http.post("/api/v1/sample", json=asked).status_code == 504
+        assert vllm.num_loads == 1
+        command.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopped; 0 requests were cut off" in command.text, 15.0)
+        assert command.process.wait(5.0) == 0
+        assert "Traceback" not in command.text
+
+
+def test_a_worker_that_stops_closes_its_backend_once(tmp_path, monkeypatch):
+    closed = []
+    close = VLLMBackend.close
+    monkeypatch.setattr(VLLMBackend, "close", lambda self: (closed.append(self), close(self)))
+    options = WorkerOptions(admin_token_file=str(tmp_path / "token"))
+    with StubVLLM() as vllm:
+        settings = {"base_url": vllm.url, "tink_store_dir": str(tmp_path / "store")}
+        service = build.build_service(Settings.load(settings), options).start()
+        assert service.models()[0].model_id == BASE and not closed
+        assert [service.stop(), service.stop()] == [0, 0]
+    [backend] = closed
+    assert backend is service.backend.backend
+    with pytest.raises(ConfigError, match="was closed"):
+        backend.client.model_cards()
 
 
 def test_more_clients_than_files_are_answered_or_refused_and_the_worker_lives(tmp_path):

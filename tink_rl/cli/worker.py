@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 import threading
+import time
 from typing import Any
 
 from tink_rl import placement
 from tink_rl.cli.console import say
+
+_LAST_S = 1.0
+"""What threads get to end by themselves once the worker has stopped."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +55,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT; 0 once everything under way was answered."""
+    """Serve until SIGTERM or SIGINT; 0 once everything under way was answered.
+
+    Ends the process itself if a thread of the backend still waits for its server then.
+    """
     from tink_rl.worker.options import load_options
 
     options = load_options(
@@ -96,7 +105,24 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     server.stop()
     thread.join(10.0)
     say(f"stopped; {num_cut} requests were cut off")
+    _end_if_threads_wait()
     return 0
+
+
+def _end_if_threads_wait() -> None:
+    """End the process with 0 if other threads would keep it; returns once there are none.
+
+    A thread that loads an adapter or looks at a wedged vLLM ends only at the deadline of its request,
+    minutes later, and Python joins it before it exits: a supervisor would have to kill a worker that
+    has long answered everybody. Daemons count: those of an executor are joined all the same.
+    """
+    deadline = time.monotonic() + _LAST_S
+    while threading.active_count() > 1:
+        if time.monotonic() > deadline:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        time.sleep(0.01)
 
 
 def _say_ready(url: str, service: Any) -> None:

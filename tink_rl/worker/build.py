@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.settings import Settings
@@ -24,8 +24,8 @@ def build_service(settings: Settings, options: WorkerOptions) -> WorkerService:
         ConfigError: a setting, an option or a token file is not usable.
     """
     tokens = Tokens.from_options(options)  # first: the backend may read the file that this makes
-    backend, adapters = _backend(settings)
-    return WorkerService(backend, adapters, options=options, tokens=tokens)
+    backend, adapters, close = _backend(settings)
+    return WorkerService(backend, adapters, options=options, tokens=tokens, on_stop=close)
 
 
 def service_from_environment() -> WorkerService:
@@ -40,16 +40,17 @@ def join_roots(roots: Sequence[str]) -> str | None:
     return os.pathsep.join(roots) or None
 
 
-def _backend(settings: Settings) -> tuple[Backend, Adapters | None]:
+def _backend(settings: Settings) -> tuple[Backend, Adapters | None, Callable[[], None]]:
+    """What samples, who keeps its adapters, and what closes that which the backend only borrows."""
     if settings.samples_with == "megatron":
         from tink_rl.worker.backends.megatron import MegatronBackend
 
-        return MegatronBackend(settings.megatron_server_url), None
+        return MegatronBackend(settings.megatron_server_url), None, lambda: None
     from tink_rl.vllm_backend import VLLMBackend
     from tink_rl.worker.backends.vllm import VLLMSampler
 
     vllm = VLLMBackend(settings)
-    return VLLMSampler(vllm), _FromStrangers(vllm)
+    return VLLMSampler(vllm), _FromStrangers(vllm), vllm.close
 
 
 class _FromStrangers:

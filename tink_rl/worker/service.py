@@ -53,6 +53,7 @@ class WorkerService:
         options: WorkerOptions | None = None,
         tokens: Tokens | None = None,
         readiness: Readiness | None = None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         """Put the parts together; starts nothing.
 
@@ -62,6 +63,8 @@ class WorkerService:
             options: Limits; from the environment if None.
             tokens: Who may do what; from the options' files if None.
             readiness: For tests.
+            on_stop: Called once by the `stop` that ends a started worker: closes what `backend` leaves
+                to its owner.
 
         Raises:
             ConfigError: an option, a token file or the ledger is not usable.
@@ -88,6 +91,7 @@ class WorkerService:
         self._registering = threading.BoundedSemaphore(_MAX_REGISTRATIONS)
         self._listing = threading.BoundedSemaphore(_MAX_LISTINGS)
         self._start_lock = threading.Lock()
+        self._on_stop: Callable[[], None] | None = on_stop
         self._process: int | None = None
         """The process that it was started in."""
 
@@ -114,13 +118,22 @@ class WorkerService:
         return self
 
     def stop(self) -> int:
-        """Refuse new requests, let those under way finish, end; how many were cut off."""
+        """Refuse new requests, let those under way finish, end; how many were cut off. Idempotent."""
         if self._process != os.getpid():
             return 0
         num_cut = self.queue.drain(self.options.drain_s)
-        self.queue.close()
+        try:
+            self.queue.close()
+        finally:  # also if the backend's own end took too long
+            self._close_owned()
         self.accounts.close()
         return num_cut
+
+    def _close_owned(self) -> None:
+        with self._start_lock:
+            on_stop, self._on_stop = self._on_stop, None
+        if on_stop is not None:
+            on_stop()
 
     def not_ready_reason(self) -> str | None:
         """Why requests should go elsewhere, or None."""

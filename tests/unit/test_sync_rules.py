@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from tink_rl.policy.modes import choose_mode
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.server.policies import Policies
+from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.probes import largest_gap
 from tink_rl.transport.shared_memory import Segment
@@ -125,6 +127,20 @@ def test_lease_expires_only_unrenewed_and_epochs_grow():
         leases.check("p", first.epoch)
     leases.release("p", first.epoch)
     leases.check("p", second.epoch)
+
+
+def test_gate_waits_for_the_requests_up_to_a_ticket_however_many_come_after_it():
+    async def run():
+        gate = Gate()
+        old = await gate.enter()
+        last = gate.last_ticket
+        await gate.enter()
+        assert not await gate.drained(0.01, last)
+        gate.leave(old)
+        assert await gate.drained(0.01, last)
+        assert not await gate.drained(0.01)
+
+    asyncio.run(run())
 
 
 def test_gate_holds_new_requests_and_waits_only_for_older_ones():
@@ -317,3 +333,11 @@ def test_abort_ends_requests_that_reach_the_engine_after_it():
         assert policies.gate.num_running == 0
 
     asyncio.run(run())
+
+
+def test_fleet_of_two_is_asked_again_after_it_was_closed():
+    two = [SimpleNamespace(url=f"http://127.0.0.1:{port}", close=lambda: None) for port in (1, 2)]
+    fleet = Fleet(two)
+    for _ in range(2):
+        assert fleet.each(lambda replica: replica.url[-1]) == ["1", "2"]
+        fleet.close()

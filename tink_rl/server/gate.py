@@ -67,9 +67,17 @@ class Gate:
         """Admit the held requests and new ones."""
         self._open.set()
 
-    async def drained(self, timeout_s: float) -> bool:
-        """True once nothing runs that was admitted before this call; False after `timeout_s`."""
-        last = self._last_ticket
+    @property
+    def last_ticket(self) -> int:
+        """Of the request that was admitted last."""
+        return self._last_ticket
+
+    async def drained(self, timeout_s: float, last: int | None = None) -> bool:
+        """True once nothing runs that was admitted up to the ticket `last`; False after `timeout_s`.
+
+        Without `last`: that was admitted before this call.
+        """
+        last = self._last_ticket if last is None else last
         try:
             async with asyncio.timeout(timeout_s):
                 while any(ticket <= last for ticket in self._running):

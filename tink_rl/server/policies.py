@@ -27,6 +27,8 @@ from tink_rl.server.writers import Writers
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode
 
 logger = logging.getLogger("tink_rl.server")
+_STILL_RUNNING_S = 60.0
+"""After so long a replaced version says that it waits for its requests."""
 _ABORT_AGAIN_S = 0.1
 """How long what was aborted may take to end before what came after it is aborted too."""
 
@@ -425,8 +427,9 @@ class Policies:
     async def _release(self, served: Served) -> None:
         """Free an adapter once every request that was admitted while it had its name has ended."""
         self._draining[served.path] = served
+        last = self.gate.last_ticket  # later ones found it under its name no more
         try:
-            while not await self.gate.drained(60.0):
+            while not await self.gate.drained(_STILL_RUNNING_S, last):
                 logger.info("tink_rl: %s waits for running requests", served.name)
             await self.workers.ask("tink_release", served.path, served.lora_id)
         finally:

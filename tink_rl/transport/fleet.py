@@ -438,11 +438,7 @@ class Fleet:
         self._shelf = Shelf()
         for replica in self.replicas:
             replica.shelf = self._shelf
-        self._pool = (
-            ThreadPoolExecutor(len(self.replicas), thread_name_prefix="tink-fleet")
-            if len(self.replicas) > 1
-            else None
-        )
+        self._pool: ThreadPoolExecutor | None = None
 
     def each(self, work: Callable[[Replica], T]) -> list[T]:
         """`work(replica)` on all at once, in order of the replicas.
@@ -450,8 +446,10 @@ class Fleet:
         Raises:
             TinkError: the first that failed, with the replica's URL in its details, after all ended.
         """
-        if self._pool is None:
+        if len(self.replicas) == 1:
             return [_named(work, self.replicas[0])]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(len(self.replicas), thread_name_prefix="tink-fleet")
         futures = [self._pool.submit(_named, work, replica) for replica in self.replicas]
         failures = [f.exception() for f in futures]
         for failure in failures:
@@ -524,10 +522,11 @@ class Fleet:
             replica.close()
 
     def close(self) -> None:
-        """Give all leases back."""
+        """Give all leases and threads back; what is asked later takes them anew."""
         self.close_channels()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
 
 
 def _named(work: Callable[[Replica], T], replica: Replica) -> T:

@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as PlainGRPOTrainer
@@ -94,6 +95,47 @@ def test_evaluate_before_training_publishes_first_and_is_not_sent_twice(
     assert len(trainer.policy_link.records) == 1
     trainer.train()
     assert len(trainer.policy_link.records) == 2
+
+
+def test_best_model_that_is_loaded_at_the_end_is_served_named_and_evaluated(
+    server, model_dir, tmp_path
+):
+    num_calls = 0
+
+    def worse_and_worse(completions, **_):
+        nonlocal num_calls
+        num_calls += 1
+        return [len(set(text)) - 100.0 * num_calls for text in completions]
+
+    trainer = make_trainer(
+        server,
+        model_dir,
+        tmp_path,
+        sync=settings(server, policy="best"),
+        extra={"reward_funcs": worse_and_worse, "eval_dataset": PROMPTS.select(range(4))},
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    best, left = (
+        json.loads((tmp_path / folder / "tink_policy.json").read_text())
+        for folder in ("checkpoint-1", ".")
+    )
+    assert left["digest"] == best["digest"] and left["version"] > best["version"]
+    link = trainer.policy_link
+    assert server.client().status().served[link.current] == best["digest"]
+    with torch.no_grad():
+        next(p for n, p in trainer.model.named_parameters() if "lora_B" in n).add_(0.1)
+    trainer.evaluate()
+    assert len(link.records) == 6 and link.records[-1].digest != best["digest"]
+    assert trainer.vllm_generation.last_model == link.current
 
 
 def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(

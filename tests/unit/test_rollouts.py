@@ -92,24 +92,46 @@ def test_group_has_distinct_seeds_that_any_run_finds_again():
         assert not set(seeds(other)) & set(seeds(batch)), change
 
 
-def test_two_ranks_draw_what_one_process_draws():
-    whole, _ = first_turn()
-    left, _ = first_turn(rank=0, prompts=[[1], [1], [2], [2]])
-    right, _ = first_turn(rank=1, prompts=[[3], [3], [4], [4]])
-    assert seeds(left) + seeds(right) == seeds(whole)
+def seeds_of_two_ranks(prompts):
+    """Each has one half of the batch, and hears of the other's prompts."""
+    half = len(prompts) // 2
+    everywhere = [hash(tuple(prompt)) for prompt in prompts]
+    found = []
+    for rank, mine in enumerate((prompts[:half], prompts[half:])):
+        batch, _ = first_turn(rank=rank, prompts=mine, gather=lambda _: everywhere)
+        found += seeds(batch)
+    return found
 
 
-def test_group_that_two_ranks_share_draws_no_sample_twice():
-    left, _ = first_turn(rank=0, prompts=[[1], [1], [2]])
-    right, _ = first_turn(rank=1, prompts=[[2], [3], [3]])
-    whole, _ = first_turn(prompts=[[1], [1], [2], [2], [3], [3]])
-    assert seeds(left) + seeds(right) == seeds(whole)
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[1], [1], [2], [2], [3], [3], [4], [4]],
+        pytest.param([[1], [1], [2], [2], [3], [3]], id="ranks share a group"),
+        pytest.param([[1], [1], [2], [2], [3], [3], [1], [1]], id="ranks share a prompt"),
+    ],
+)
+def test_two_ranks_draw_what_one_process_draws_and_nothing_twice(prompts):
+    whole, _ = first_turn(prompts=prompts)
+    assert seeds_of_two_ranks(prompts) == seeds(whole)
+    assert len(set(seeds(whole))) == len(prompts)
 
 
 def test_same_prompt_in_two_neighbouring_groups_is_two_groups():
     batch, server = first_turn(prompts=[[1], [1], [1], [1]])
     assert len(set(seeds(batch))) == 4
     assert sorted(len(r["prompts"]) for r in server.requests) == [1, 1]
+
+
+def test_prompt_of_many_groups_is_never_sampled_twice_under_one_seed():
+    made, _ = generation(SeededServer())
+    with made.rollout(RolloutBatch(run_seed=0, num_generations=2)) as batch:
+        made.generate([[1]] * 40, None, 2)
+        histories = [[1, *turns[0].completion_ids, ANSWER] for turns in batch.turns]
+        first = seeds(batch)
+        made.generate(histories, None, 2)
+    second = [turns[1].seed for turns in batch.turns]
+    assert len(set(first)) == len(set(second)) == 40
 
 
 def test_completions_come_back_in_the_order_of_the_prompts_over_any_number_of_replicas():
@@ -218,8 +240,9 @@ def test_logged_rollout_says_how_each_of_its_turns_is_sampled_again(tmp_path):
 
 def test_fresh_run_begins_its_log_anew_and_a_resumed_one_goes_on(tmp_path):
     def write(step):
-        batch, _ = first_turn(step=step)
-        RolloutLog(tmp_path, Letters(), rank=0, sampling={}).write(batch, "d", [{}] * 8)
+        log = RolloutLog(tmp_path, Letters(), rank=0, sampling={})
+        log.begin(step)
+        log.write(first_turn(step=step)[0], "d", [{}] * 8)
 
     write(0)
     write(0)
@@ -234,6 +257,27 @@ def test_fresh_run_begins_its_log_anew_and_a_resumed_one_goes_on(tmp_path):
     write(2)
     rows = list(read_rollouts(path))
     assert [row["step"] for row in rows] == [0] * 8 + [2] * 9 and rows[8] == evaluated
+
+
+def test_evaluation_before_training_takes_nothing_from_the_log_and_stays_in_it(tmp_path):
+    def evaluate_then(step):
+        log = RolloutLog(tmp_path, Letters(), rank=0, sampling={})
+        log.write(first_turn(phase="eval")[0], "d", [{}] * 8)
+        evaluated = phases()
+        log.begin(step)
+        log.write(first_turn(step=step)[0], "d", [{}] * 8)
+        return evaluated
+
+    def phases():
+        rows = read_rollouts(tmp_path / "rollouts.jsonl")
+        return [(row["step"], row["phase"]) for row in rows][::8]
+
+    evaluate_then(0)
+    assert phases() == [(0, "eval"), (0, "train")]
+    assert evaluate_then(3) == [(0, "eval"), (0, "train"), (0, "eval")]
+    assert phases() == [(0, "eval"), (0, "train"), (0, "eval"), (3, "train")]
+    evaluate_then(0)
+    assert phases() == [(0, "eval"), (0, "train")]
 
 
 def test_line_that_a_killed_run_left_half_written_ends_the_log(tmp_path):

@@ -16,7 +16,9 @@ def make_trainer(version=3):
         policy_link=SimpleNamespace(
             records=[], sync=SimpleNamespace(current=SimpleNamespace(version=version))
         ),
-        vllm_generation=SimpleNamespace(total_seconds=0.0, last_model=f"policy@{version - 1}"),
+        vllm_generation=SimpleNamespace(
+            total_seconds=0.0, last_trained_model=f"policy@{version - 1}"
+        ),
         _metrics={"train": defaultdict(list)},
         train=lambda: None,
     )

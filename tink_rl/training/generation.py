@@ -80,6 +80,8 @@ class PolicyGeneration:
         self._batch: RolloutBatch | None = None
         self.last_model = ""
         """The version that sampled the last batch."""
+        self.last_trained_model = ""
+        """The version that sampled the last batch to train on."""
         self.last_seconds = 0.0
         self.total_seconds = 0.0
         """Of all calls so far: a step may sample several times, or not at all."""
@@ -140,6 +142,8 @@ class PolicyGeneration:
         self.last_seconds = time.perf_counter() - start
         self.total_seconds += self.last_seconds
         self.last_model = batch.model
+        if batch.phase == "train":
+            self.last_trained_model = batch.model
         batch.add(asks, answers)
         rows = [row for answer in answers for row in answer]  # asks stand in the prompts' order
         self.last_num_tokens = sum(len(row["completion_ids"]) for row in rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ ROLLOUT_FILE = "rollouts.jsonl"
 LANES = 8
 """Requests of one turn: prompts are dealt to so many, and a request has one seed.
 
-Prompts of one lane share the stream of random numbers (each of a group's completions has its own).
+Prompts of one lane share the stream of random numbers (each of a group's completions has its own). A
+prompt that stands in several groups has a lane in each.
 One request per prompt would share none, but costs 70 ms of a 106 ms rollout of 16 x 8 short
 completions on two cores; eight requests cost less than 10."""
 
@@ -73,9 +74,13 @@ class RolloutBatch:
     process and two draw the same seeds."""
     model: str = ""
     """`policy@N`, set by the first turn; later turns are sampled from it whatever is published."""
+    gather: Callable[[list[int]], list[int]] = list
+    """Numbers of this rank and of all others, in order of the ranks; the first turn is planned on all."""
     turns: list[list[Turn]] = field(default_factory=list)
     """By row, then by turn."""
     num_turns: int = 0
+    _is_repeated: list[bool] = field(default_factory=list)
+    """By row: its prompt stands in another group of the batch too."""
 
     def place(self, row: int) -> tuple[int, int]:
         """`(group, index in it)` of a local row, counted over all ranks."""
@@ -89,30 +94,40 @@ class RolloutBatch:
         """
         if self.num_turns == 0:
             self.turns = [[] for _ in prompts]
+            if self.run_seed is not None:
+                self._is_repeated = self._find_repeated(prompts)
             return self._first_turn(prompts)
-        lanes = max(1, LANES // self.num_generations)
-        asks = []
-        for row, prompt in zip(self._continued(prompts), prompts, strict=True):
-            group, index = self.place(row)
-            asks.append(Ask(prompt_ids=prompt, rows=[row], seed=self._seed(group % lanes, index)))
-        return asks
+        num_lanes = max(1, LANES // self.num_generations)
+        return [
+            Ask(prompt_ids=prompt, rows=[row], seed=self._seed(row, num_lanes))
+            for row, prompt in zip(self._continued(prompts), prompts, strict=True)
+        ]
+
+    def _find_repeated(self, prompts: Sequence[list[int]]) -> list[bool]:
+        keys = [hash(tuple(prompt)) for prompt in prompts]  # of numbers: alike in every process
+        groups: dict[int, set[int]] = {}
+        for place, key in enumerate(self.gather(keys)):
+            groups.setdefault(key, set()).add(place // self.num_generations)
+        return [len(groups[key]) > 1 for key in keys]
 
     def _first_turn(self, prompts: Sequence[list[int]]) -> list[Ask]:
         asks: list[Ask] = []
         last_group = -1
         for row, prompt in enumerate(prompts):
-            group, index = self.place(row)
+            group, _ = self.place(row)
             if group == last_group and asks[-1].prompt_ids == prompt:
                 asks[-1].rows.append(row)
             else:
-                seed = self._seed(group % LANES, index)
-                asks.append(Ask(prompt_ids=prompt, rows=[row], seed=seed))
+                asks.append(Ask(prompt_ids=prompt, rows=[row], seed=self._seed(row, LANES)))
             last_group = group
         return asks
 
-    def _seed(self, lane: int, index: int) -> int | None:
+    def _seed(self, row: int, num_lanes: int) -> int | None:
         if self.run_seed is None:
             return None
+        group, index = self.place(row)
+        # One prompt under one seed is one completion: groups of the same prompt must not share a lane.
+        lane = LANES + group if self._is_repeated[row] else group % num_lanes
         parts = (self.run_seed, self.phase, self.step, self.draw, self.num_turns, lane)
         return derive_seed(*parts) + index
 
@@ -171,7 +186,7 @@ class RolloutLog:
     def __init__(
         self, directory: str | Path, tokenizer: Any, *, rank: int, sampling: dict[str, Any]
     ):
-        """Store; the file is opened by the first write.
+        """Store; nothing is written.
 
         Args:
             directory: The run's output_dir.
@@ -182,7 +197,8 @@ class RolloutLog:
         name = ROLLOUT_FILE if rank == 0 else f"rollouts-rank{rank}.jsonl"
         self.path = Path(directory) / name
         self._tokenizer, self._sampling = tokenizer, _worth_logging(sampling)
-        self._begun = False
+        self._num_others: int | None = None
+        """How many rows of the file this object did not write; None: it wrote none."""
 
     def write(
         self, batch: RolloutBatch, digest: str, scores: Sequence[dict[str, Any]]
@@ -195,22 +211,32 @@ class RolloutLog:
             scores: Per row what the trainer made of it: `reward`, `rewards`, `advantage`.
         """
         rows = [self._row(batch, row, digest, score) for row, score in enumerate(scores)]
-        if not self._begun:
-            self._begin(batch.step)
+        if self._num_others is None:
+            self._keep(lambda row, is_own: True)
         with self.path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return rows
 
-    def _begin(self, step: int) -> None:
-        """A run from step 0 begins a new log; a resumed one goes on after the rows before its step."""
+    def begin(self, step: int) -> None:
+        """Training begins: from step 0 with a new log, resumed after the rows before its step.
+
+        What was written here before (an evaluation of the base) belongs to a run from step 0.
+        """
+        self._keep(lambda row, is_own: _is_before(row, step) if step else is_own)
+
+    def _keep(self, is_kept: Callable[[dict[str, Any], bool], bool]) -> None:
+        """Drop the other rows, and a line that was left half written; told which rows are our own."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".tmp")
+        num_others = 0
         with partial.open("w") as file:
-            if step and self.path.is_file():
-                before = (row for row in read_rollouts(self.path) if _is_before(row, step))
-                file.writelines(json.dumps(row) + "\n" for row in before)
+            for i, row in enumerate(read_rollouts(self.path) if self.path.is_file() else ()):
+                is_own = self._num_others is not None and i >= self._num_others
+                if is_kept(row, is_own):
+                    file.write(json.dumps(row) + "\n")
+                    num_others += not is_own
         partial.replace(self.path)
-        self._begun = True
+        self._num_others = num_others
 
     def _row(
         self, batch: RolloutBatch, row: int, digest: str, score: dict[str, Any]

@@ -104,7 +104,7 @@ class RunLog(TrainerCallback):
             "share/syncing": syncing / total,
             "share/training": max(0.0, total - sampling - syncing) / total,
         }
-        sampled = generation.last_model.rpartition("@")[2]
+        sampled = generation.last_trained_model.rpartition("@")[2]
         if sampled:
             found["rollout/staleness"] = float(self._version - int(sampled))
         metrics.add(self._trainer._metrics["train"], found)

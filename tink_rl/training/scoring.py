@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
 from tink_rl.training.link import PolicyLink
@@ -47,6 +49,11 @@ class RolloutScope:
         if self._score is not None:
             self._trainer._calculate_rewards = self._remember_rewards
 
+    def begin_log(self, step: int) -> None:
+        """Training begins at `step`."""
+        if self._every:
+            self._log.begin(step)
+
     def generate_and_score(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch of rollouts, all turns from one version; logged."""
         self._rewards_BF = None
@@ -72,6 +79,7 @@ class RolloutScope:
             draw=self._draw,
             rank=trainer.accelerator.process_index,
             num_generations=getattr(trainer, name, 1),
+            gather=gather_object if trainer.accelerator.num_processes > 1 else list,
         )
 
     def _remember_rewards(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +101,7 @@ class RolloutScope:
 
 
 def _note_sequence_gap(trainer: Any, batch: RolloutBatch, output: dict[str, Any]) -> None:
-    """RLOO compares whole sequences only: the largest |trainer - sampler| of their logprobs."""
+    """RLOO compares whole sequences only: the largest |trainer - sampler| of their logprobs, on any rank."""
     if "old_logps" not in output:
         return
     gaps = [
@@ -106,5 +114,7 @@ def _note_sequence_gap(trainer: Any, batch: RolloutBatch, output: dict[str, Any]
         )
         if any(mask) and turns[0].logprobs is not None
     ]
+    if trainer.accelerator.num_processes > 1:
+        gaps = gather_object(gaps)
     if gaps:
         metrics.add(trainer._metrics[batch.phase], {"rollout/sequence_logprob_gap": max(gaps)})

@@ -40,6 +40,7 @@ class _RolloutCallback(PublishCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See `PublishCallback`."""
+        self._scope.begin_log(state.global_step)
         super().on_train_begin(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         self._last_step_end = time.perf_counter()
@@ -52,6 +53,14 @@ class _RolloutCallback(PublishCallback):
         now = time.perf_counter()
         metrics.add(self._trainer._metrics["train"], {"step_seconds": now - self._last_step_end})
         self._last_step_end = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See `PublishCallback`; `load_best_model_at_end` has put other weights there after the last step."""
+        self._sync()
+        super().on_train_end(args, state, control)
+        self._trainer._last_loaded_step = (
+            -1
+        )  # the next evaluation compares first: more may be loaded
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show a few of the last rollouts as a wandb table, where the run reports there."""

@@ -136,6 +136,7 @@ def test_best_model_that_is_loaded_at_the_end_is_served_named_and_evaluated(
     trainer.evaluate()
     assert len(link.records) == 6 and link.records[-1].digest != best["digest"]
     assert trainer.vllm_generation.last_model == link.current
+    link.close()
 
 
 def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(

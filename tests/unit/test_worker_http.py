@@ -346,7 +346,9 @@ def test_a_pattern_that_was_not_met_is_shown_as_it_is(rig):
     assert message == f"model_id='../x': string should match pattern '{MODEL_ID}'"
 
 
-@pytest.mark.parametrize("name", ["/models/Llama-3", "./base", "/" + "x" * 254, "meta/Llama-3"])
+@pytest.mark.parametrize(
+    "name", ["/models/Llama-3", "./base", "/" + "x" * 254, "meta/Llama-3", "llama:8b"]
+)
 def test_a_name_that_the_server_serves_by_path_is_sampled(name):
     with worker(backend=FakeBackend([name])) as found:
         response = found.sample(["x"], model_id=name)

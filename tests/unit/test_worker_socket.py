@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +14,6 @@ import pytest
 
 from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
-from tink_rl.errors import ConfigError
 from tink_rl.worker import http_server
 from tink_rl.worker.accounts import State
 from tink_rl.worker.schemas import MAX_BODY_BYTES
@@ -70,27 +68,6 @@ def test_a_good_request_written_by_hand_is_answered(rig):
     status, _, body = _exchange(rig, _post())
     assert status == 200
     assert json.loads(body)["completions"][0]["token_ids"] == answer_of(None, "x")
-
-
-def test_a_worker_on_an_ipv6_address_says_a_url_that_can_be_dialled():
-    try:
-        taken = http_server.bind("::1", 0)
-    except ConfigError:
-        pytest.skip("this machine has no IPv6")
-    server = http_server.HttpServer(_say_fine, taken, num_threads=1)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        assert server.url == f"http://[::1]:{server.port}"
-        assert httpx.get(server.url, verify=False, trust_env=False).text == "fine"
-    finally:
-        server.stop()
-        thread.join(10)
-
-
-def _say_fine(environ, start_response):
-    start_response("200 OK", [("Content-Length", "4")])
-    return [b"fine"]
 
 
 _RAW = {

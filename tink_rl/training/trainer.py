@@ -58,9 +58,8 @@ class _RolloutCallback(PublishCallback):
         """See `PublishCallback`; `load_best_model_at_end` has put other weights there after the last step."""
         self._sync()
         super().on_train_end(args, state, control)
-        self._trainer._last_loaded_step = (
-            -1
-        )  # the next evaluation compares first: more may be loaded
+        # The next evaluation compares first: more may be loaded until then.
+        self._trainer._last_loaded_step = -1
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show a few of the last rollouts as a wandb table, where the run reports there."""

@@ -347,7 +347,8 @@ def test_a_pattern_that_was_not_met_is_shown_as_it_is(rig):
 
 
 @pytest.mark.parametrize(
-    "name", ["/models/Llama-3", "./base", "/" + "x" * 254, "meta/Llama-3", "llama:8b"]
+    "name",
+    ["/models/Llama-3", "./base", "/" + "x" * 254, "meta/Llama-3", "llama:8b", ".cache/base"],
 )
 def test_a_name_that_the_server_serves_by_path_is_sampled(name):
     with worker(backend=FakeBackend([name])) as found:

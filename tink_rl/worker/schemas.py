@@ -35,7 +35,7 @@ MAX_STOP_CHARS = 64
 MAX_BIASES = 300
 MAX_TIMEOUT_S = 3600.0
 ADAPTER_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-MODEL_ID = r"^(/|\./)?[A-Za-z0-9_][A-Za-z0-9._@:+=~/-]*$"
+MODEL_ID = r"^(/|\./)?\.?[A-Za-z0-9_][A-Za-z0-9._@:+=~/-]*$"
 """Also of a directory: vLLM serves a base under the path that it was started with."""
 MAX_MODEL_ID_CHARS = 255
 REQUEST_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"

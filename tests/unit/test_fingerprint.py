@@ -7,7 +7,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.adapters import write_adapter
+from tests.hub_cache import cache_snapshot
 from tests.tiny_models import make_model
 from tink_rl.errors import ConfigError
 from tink_rl.policy.fingerprint import (
@@ -59,3 +62,106 @@ def test_what_is_no_model_says_what_was_found(base, tmp_path):
     file.write_bytes(b"\xff" * 8 + b"{}")
     with pytest.raises(ConfigError, match="not a safetensors"):
         base_fingerprint(base)
+
+
+# -- what else lies in the folder -------------------------------------------------------------------
+
+
+def in_shards(directory, model_dir, name="shards"):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"), dtype=torch.float32)
+    model.save_pretrained(directory / name, max_shard_size="300KB")
+    return directory / name
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "model.fp16.safetensors",
+        "optimizer.safetensors",
+        "model-00009-of-00009.safetensors",
+    ],
+)
+def test_only_what_is_loaded_counts(beside, sharded, model_dir, tmp_path):
+    base = in_shards(tmp_path, model_dir)
+    if not sharded:
+        base = shutil.copytree(model_dir("qwen3"), tmp_path / "single")
+    save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, base / beside)
+    assert base_fingerprint(base) == base_fingerprint(model_dir("qwen3"))
+    assert set(checkpoint_index(base)) == set(checkpoint_index(model_dir("qwen3")))
+
+
+def test_single_file_beside_an_index_must_hold_the_same(model_dir, tmp_path):
+    base = in_shards(tmp_path, model_dir)
+    single = shutil.copy(model_dir("qwen3") / "model.safetensors", base)
+    assert base_fingerprint(base) == base_fingerprint(model_dir("qwen3"))
+    tensors = load_file(single)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, single, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="holds two models"):
+        base_fingerprint(base)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', "1 are not there"),
+        ('{"weight_map": {}}', "names 0 files"),
+        ('{"weight_map": ["a"]}', "no weight_map"),
+        ("{}", "no weight_map"),
+        ("", "no weight_map"),
+    ],
+)
+def test_damaged_index_is_said(index, words, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match=words):
+        checkpoint_index(tmp_path)
+
+
+def test_adapter_given_as_a_base_is_named_so(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="is an adapter, not a base"):
+        checkpoint_index(tmp_path / "adapter")
+
+
+# -- the hub's cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(model_dir, tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    cache_snapshot(cache, "acme/tiny", model_dir("qwen3"), "main")
+    other = make_model("qwen3", tmp_path / "v2", seed=1)
+    commit = cache_snapshot(cache, "acme/tiny", other, "v2", "refs/pr/1").name
+    return cache, other, commit
+
+
+def test_revision_of_a_hub_id_is_its_own_base(hub, model_dir):
+    cache, other, commit = hub
+    assert base_fingerprint(local_model_dir("acme/tiny")) == base_fingerprint(model_dir("qwen3"))
+    for revision in ("v2", commit, "refs/pr/1"):
+        found = local_model_dir("acme/tiny", revision=revision, cache_dir=cache)
+        assert base_fingerprint(found) == base_fingerprint(other)
+
+
+def test_revision_that_is_not_cached_names_those_that_are(hub):
+    cache, _, _ = hub
+    words = r"revision 'v3'.*\(cached: main, refs/pr/1, v2\).*hf download acme/tiny --revision v3"
+    with pytest.raises(ConfigError, match=words):
+        local_model_dir("acme/tiny", revision="v3", cache_dir=cache)
+
+
+def test_subfolder_of_a_repository_is_its_own_base(model_dir, tmp_path):
+    shutil.copytree(model_dir("qwen3"), tmp_path / "repo" / "inner")
+    cache_snapshot(tmp_path / "hub", "acme/many", tmp_path / "repo", "main")
+    for model in (tmp_path / "repo", "acme/many"):
+        found = local_model_dir(model, subfolder="inner", cache_dir=tmp_path / "hub")
+        assert base_fingerprint(found) == base_fingerprint(model_dir("qwen3"))
+    with pytest.raises(ConfigError, match=r"no subfolder 'outer'; it has \['inner'\]"):
+        local_model_dir(tmp_path / "repo", subfolder="outer")

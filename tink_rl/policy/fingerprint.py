@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +20,10 @@ from tink_rl.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_BESIDE = re.compile(r"(adapter_model|consolidated)[^/]*\.safetensors$")
+"""Files that are no part of a checkpoint in the names of transformers."""
 _MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 64
 _NUM_SAMPLES = 6
@@ -41,46 +47,140 @@ class CheckpointTensor:
     end: int
 
 
-def local_model_dir(model: str | Path) -> Path:
+def local_model_dir(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    cache_dir: str | Path | None = None,
+) -> Path:
     """The directory of `model`: itself, or the cached snapshot of a hub id.
 
+    Args:
+        model: A directory or a hub id.
+        revision: Branch, tag, `refs/pr/N` or commit of a hub id; None: its main branch.
+        subfolder: Of the model in it, as `from_pretrained(..., subfolder=...)` takes it.
+        cache_dir: The hub cache; None: the default one.
+
     Raises:
-        ConfigError: neither a directory nor a cached hub id.
+        ConfigError: neither a directory nor a cached hub id, or it has no such subfolder.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    found = path if path.is_dir() else _snapshot(str(model), revision, cache_dir)
+    if not subfolder:
+        return found
+    if not (found / subfolder).is_dir():
+        folders = sorted(p.name for p in found.iterdir() if p.is_dir())[:8]
+        raise ConfigError(f"{found} has no subfolder {subfolder!r}; it has {folders}")
+    return found / subfolder
+
+
+def _snapshot(model: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), local_files_only=True))
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        pinned = f" --revision {revision}" if revision else ""
+        at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"base model {str(model)!r}: neither a directory nor a model in the local hub cache; "
-            f"`hf download {model}` fetches it"
+            f"base model {model!r}{at}: neither a directory nor a model in the local hub cache"
+            f"{_cached_revisions(model, cache_dir)}; `hf download {model}{pinned}` fetches it"
         ) from error
 
 
-def checkpoint_index(model: str | Path) -> dict[str, CheckpointTensor]:
-    """Every tensor of the checkpoint's `*.safetensors`, by name.
+def _cached_revisions(model: str, cache_dir: str | Path | None) -> str:
+    """` (cached: v2)`: the branches and tags of `model` that are cached; empty if none is."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
+    refs = cache / repo_folder_name(repo_id=model, repo_type="model") / "refs"
+    found = sorted(p.relative_to(refs).as_posix() for p in refs.rglob("*") if p.is_file())
+    return f" (cached: {', '.join(found[:8])})" if found else ""
+
+
+# -- which files are the checkpoint -----------------------------------------------------------------
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files of `directory` that a model is loaded from, whatever else lies there; sorted.
+
+    The index's files where there is an index, else `model.safetensors`. Not a consolidated copy in
+    Mistral's names, not an adapter, not a variant such as `model.fp16.safetensors`.
 
     Raises:
-        ConfigError: there are none, or a file is not safetensors.
+        ConfigError: there are none, a file of the index is missing, or transformers and vLLM would load
+            different tensors.
     """
-    directory = local_model_dir(model)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        found = sorted(p.name for p in directory.iterdir())[:8]
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if index.is_file():
+        indexed = _indexed_files(index)
+        if single.is_file() and indexed != [single]:
+            _check_equal(single, index, indexed)
+        return indexed
+    if single.is_file():
+        return [single]
+    # vLLM takes whatever is there; transformers would not load such a directory.
+    found = [f for f in sorted(directory.glob("*.safetensors")) if not _BESIDE.match(f.name)]
+    if not found:
+        raise _no_checkpoint(directory)
+    return found
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = sorted(index.parent / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{directory} holds no *.safetensors (found {found}); save the base with "
-            "save_pretrained(..., safe_serialization=True)"
+            f"{index} has no weight_map of tensor names to file names; save the base again"
+        ) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise ConfigError(
+            f"{index} names {len(files)} files, of which {len(missing)} are not there "
+            f"(first {missing[:1]}); download or copy the model again"
         )
-    index: dict[str, CheckpointTensor] = {}
-    for file in files:
-        for tensor in _read_header(file):
-            index[tensor.name] = tensor
-    return index
+    return files
+
+
+def _check_equal(single: Path, index: Path, indexed: list[Path]) -> None:
+    # transformers loads `single`, vLLM the indexed files: right as long as they hold the same.
+    if _digest_of(_entries([single])) != _digest_of(_entries(indexed)):
+        raise ConfigError(
+            f"{single.parent} holds two models: transformers loads {single.name}, vLLM the files of "
+            f"{index.name}, and they differ; remove the one that is not meant"
+        )
+
+
+def _no_checkpoint(directory: Path) -> ConfigError:
+    if (directory / "adapter_config.json").is_file():
+        return ConfigError(
+            f"{directory} is an adapter, not a base model; give the base that its adapter_config.json "
+            "names as base_model_name_or_path"
+        )
+    found = sorted(p.name for p in directory.iterdir())[:8]
+    return ConfigError(
+        f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE} (found {found}); save the base with "
+        "transformers' save_pretrained(), which writes safetensors"
+    )
+
+
+def checkpoint_index(model: str | Path) -> dict[str, CheckpointTensor]:
+    """Every tensor of the checkpoint that `model` is loaded from, by name.
+
+    Raises:
+        ConfigError: see `checkpoint_files`; or a file is not safetensors.
+    """
+    return _entries(checkpoint_files(local_model_dir(model)))
+
+
+def _entries(files: Iterable[Path]) -> dict[str, CheckpointTensor]:
+    return {tensor.name: tensor for file in files for tensor in _read_header(file)}
 
 
 def _read_header(file: Path) -> list[CheckpointTensor]:
@@ -132,13 +232,18 @@ def base_fingerprint(model: str | Path) -> str:
     Raises:
         ConfigError: no config.json, or no safetensors.
     """
+    directory = local_model_dir(model)
+    digest = _digest_of(checkpoint_index(directory), first=_canonical_config(directory))
+    return digest[:32]
+
+
+def _digest_of(entries: Mapping[str, CheckpointTensor], first: bytes = b"") -> str:
     from blake3 import blake3
 
-    directory = local_model_dir(model)
-    hasher = blake3(_canonical_config(directory))
+    hasher = blake3(first)
     handles: dict[Path, BinaryIO] = {}
     try:
-        for name, entry in sorted(checkpoint_index(directory).items()):
+        for name, entry in sorted(entries.items()):
             hasher.update(f"{name}|{entry.dtype}|{list(entry.shape)}|".encode())
             if entry.file not in handles:
                 handles[entry.file] = entry.file.open("rb")
@@ -147,7 +252,7 @@ def base_fingerprint(model: str | Path) -> str:
         for handle in handles.values():
             handle.close()
     digest: str = hasher.hexdigest()
-    return digest[:32]
+    return digest
 
 
 def _canonical_config(directory: Path) -> bytes:

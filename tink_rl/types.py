@@ -157,6 +157,8 @@ class ServerStatus:
     """Golden weights: tier, bytes, budget."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of vllm, torch and tink_rl in the server."""
+    amx: bool | None = None
+    """Whether vLLM's workers may use AMX's tile registers; None: torch reports no AMX there."""
     draining: dict[str, int] = field(default_factory=dict)
     """Dropped names whose host copy waits for running requests."""
     running: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.policies import PeftTwin, random_adapter, sync_to
 from tink_rl.cli import main
@@ -28,6 +29,11 @@ def test_server_of_tink_rl_serve_has_nothing_to_mend(server, model_dir):
     # The plan made from headers is what the workers really keep.
     plan = plan_memory(read_shape(model_dir("qwen3")), ServePlan(dtype="float32"))
     assert plan.golden == status.golden["bytes"]
+
+
+def test_worker_may_use_the_tile_registers_of_its_cpu(server):
+    has_amx = torch.cpu._is_amx_tile_supported()
+    assert server.client().status().amx is (True if has_amx else None)
 
 
 def test_other_base_and_wrong_token_are_blockers(server, model_dir):

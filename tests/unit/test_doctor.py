@@ -229,6 +229,7 @@ def a_status(**changes):
         ({"reason": "a fold failed", "state": "not_ready"}, Level.BLOCKER, "a fold failed"),
         ({"device": "cuda"}, Level.WARNING, "bfloat16 halves"),
         ({"dtype": "bfloat16"}, Level.NOTE, "rounds W + BA"),
+        ({"dtype": "bfloat16", "amx": False}, Level.BLOCKER, "tile registers"),
     ],
 )
 def test_status_that_is_not_right_is_found(changes, level, text):

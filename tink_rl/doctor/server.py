@@ -80,6 +80,9 @@ def _served(status: ServerStatus) -> str:
 
 def _dtype(status: ServerStatus) -> Finding:
     text = f"weights {status.dtype} on {status.device}, up to {status.max_model_len} tokens"
+    if status.amx is False and status.dtype == "bfloat16" and status.device == "cpu":
+        text += "; the kernel keeps AMX's tile registers from it, which bf16 attention uses"
+        return blocker("dtype", text, "--dtype float32, or a kernel or sandbox that grants them")
     if status.dtype == "float32" and status.device != "cpu":
         return warning("dtype", text, "--dtype bfloat16 halves memory and time on a GPU")
     if status.dtype != "float32" and "merged" in status.modes:

@@ -1,5 +1,5 @@
 """`vllm.general_plugins` entry: lets vLLM's LoRA manager load adapters that were staged in memory, and
-its processes share a small machine.
+its processes share a small machine and use the CPU's tile registers.
 
 vLLM calls `register` in every process it starts, possibly more than once.
 """
@@ -19,6 +19,9 @@ _PAUSE_S = 0.0002
 
 def register() -> None:
     """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager."""
+    from tink_rl.server.amx import ask_for_tiles
+
+    ask_for_tiles()
     _wait_asleep()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 

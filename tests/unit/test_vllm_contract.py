@@ -32,6 +32,17 @@ def test_names_of_vllm_are_where_they_were():
     assert "sched_yield()" in inspect.getsource(names.shm_broadcast.SpinCondition.wait)
 
 
+def test_fields_of_a_request_are_vllms():
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    from tink_rl.transport.request_fields import CHAT_FIELDS, ELSEWHERE, FIELDS
+
+    assert set(FIELDS) == set(CompletionRequest.model_fields)
+    assert set(CHAT_FIELDS) == set(ChatCompletionRequest.model_fields)
+    assert not set(ELSEWHERE) & set(FIELDS)
+
+
 def test_engine_client_has_the_methods_that_a_commit_needs():
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from tink_rl.errors import ConfigError
+from tink_rl.errors import ConfigError, SamplingRefused
+from tink_rl.training.generation import SamplingSettings
+from tink_rl.transport.request_fields import distribution_changes
 from tink_rl.types import ServerStatus
 
 _TESTED_TRL = "1.16"
@@ -60,19 +62,46 @@ def check_trainer(trainer: Any, supported: tuple[type, ...]) -> None:
         )
 
 
-def check_arguments(args: Any) -> None:
-    """Check a trainer's arguments, before it is built.
+def check_generation_kwargs(args: Any) -> None:
+    """Check what a trainer's arguments add to its requests, as far as no server is needed for it.
 
     Raises:
-        ConfigError: colocated vLLM was asked for, requests would carry a fixed seed or number, or
-            VESPO with a mode that TRL refuses.
+        ConfigError: names the entry, and what to do instead.
     """
-    fixed = sorted({"seed", "n"} & set(args.generation_kwargs or ()))
+    given = {k: v for k, v in (args.generation_kwargs or {}).items() if v is not None}
+    fixed = sorted({"seed", "n"} & set(given))
     if fixed:
         raise ConfigError(
             f"generation_kwargs sets {', '.join(fixed)}: every step would sample alike; seeds follow "
             "from the trainer's seed=..., and num_generations is the number"
         )
+    temperature = given.get("temperature", args.temperature)
+    if temperature != args.temperature:
+        raise ConfigError(
+            f"generation_kwargs['temperature']={temperature!r}, and the trainer scores with "
+            f"temperature={args.temperature}: the two must be one; set temperature={temperature!r} as the "
+            "argument, and take it out of generation_kwargs"
+        )
+    if given.get("max_tokens", 0) > args.max_completion_length:
+        raise ConfigError(
+            f"generation_kwargs['max_tokens']={given['max_tokens']} exceeds "
+            f"max_completion_length={args.max_completion_length}, by which the trainer cuts and scales; "
+            "raise that one, and take max_tokens out of generation_kwargs"
+        )
+    try:
+        SamplingSettings.of(args).fields()
+    except SamplingRefused as error:
+        raise ConfigError(error.message) from error
+
+
+def check_arguments(args: Any) -> None:
+    """Check a trainer's arguments, before it is built.
+
+    Raises:
+        ConfigError: colocated vLLM was asked for, requests would carry what must not or cannot be sent,
+            or VESPO with a mode that TRL refuses.
+    """
+    check_generation_kwargs(args)
     if args.use_vllm and args.vllm_mode == "colocate":
         raise ConfigError(
             "vllm_mode='colocate': this trainer samples from a server; set vllm_mode='server' (and "
@@ -108,17 +137,11 @@ def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
             "without, so the importance ratio is noise; set lora_dropout=0 or disable_dropout=True",
             stacklevel=3,
         )
-    truncated = {
-        "top_p": args.top_p not in (None, 1.0),
-        "top_k": bool(args.top_k) and args.top_k > 0,
-        "min_p": bool(args.min_p),
-        "repetition_penalty": args.repetition_penalty not in (None, 1.0),
-    }
-    if corrected and any(truncated.values()):
-        names = ", ".join(name for name, used in truncated.items() if used)
+    changes = distribution_changes(SamplingSettings.of(args).fields())
+    if corrected and changes:
         warnings.warn(
-            f"{names} change what the sampler's logprobs mean (they are renormalised over the tokens "
-            "that are left), so the importance ratio is biased; leave them at their defaults",
+            f"{', '.join(changes)} change what the sampler's logprobs mean (they are renormalised over the "
+            "tokens that are left), so the importance ratio is biased; leave them at their defaults",
             stacklevel=3,
         )
     if args.max_completion_length >= status.max_model_len:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tink_rl.errors import ConfigError, UnknownVersion
 from tink_rl.training.rollouts import Ask, RolloutBatch
+from tink_rl.transport.payloads import sampling_fields
 from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
@@ -49,6 +50,28 @@ class SamplingSettings:
             "structured_outputs_regex": self.structured_outputs_regex,
             "generation_kwargs": self.generation_kwargs,
         }
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request by vLLM's names, `generation_kwargs` and structured outputs merged in.
+
+        Raises:
+            SamplingRefused: one of them is not taken.
+        """
+        return sampling_fields(**self.as_request())
+
+    @classmethod
+    def of(cls, args: Any) -> SamplingSettings:
+        """The settings of a trainer's arguments."""
+        return cls(
+            max_completion_length=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            generation_kwargs=args.generation_kwargs,
+        )
 
 
 class PolicyGeneration:

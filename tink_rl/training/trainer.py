@@ -118,16 +118,6 @@ def attach(
 
 def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> PolicyGeneration:
     args = trainer.args
-    settings = SamplingSettings(
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        structured_outputs_regex=args.vllm_structured_outputs_regex,
-        generation_kwargs=args.generation_kwargs,
-    )
 
     def check(status: ServerStatus) -> None:
         checks.check_sampling(args, status, dropout=link.collector.dropout)
@@ -138,7 +128,7 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
 
     return _MeasuredGeneration(
         clients,
-        settings,
+        SamplingSettings.of(args),
         current=lambda: link.current,
         sync=sync,
         recover=link.recover,

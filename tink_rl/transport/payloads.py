@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tink_rl import errors
+from tink_rl.transport.request_fields import check_fields
 from tink_rl.types import Completion, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -104,6 +105,32 @@ def completion_payload(
     if stream:
         payload["stream"] = True
     return payload
+
+
+def sampling_fields(
+    *,
+    structured_outputs_regex: str | None = None,
+    generation_kwargs: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """The fields of a request of TRL's arguments: what is sent beside prompt and model.
+
+    `generation_kwargs` win over `fields`, as they do in TRL; one of them that is None changes nothing.
+
+    Raises:
+        SamplingRefused: a name or value that is not taken; two grammars.
+    """
+    extra = {k: v for k, v in (generation_kwargs or {}).items() if v is not None}
+    check_fields(extra, shown="generation_kwargs[{!r}]".format)
+    if structured_outputs_regex is not None:
+        regex = {"regex": structured_outputs_regex}
+        if extra.get("structured_outputs", regex) != regex:
+            raise errors.SamplingRefused(
+                f"structured_outputs_regex={structured_outputs_regex!r} and "
+                f"generation_kwargs['structured_outputs']={extra['structured_outputs']!r}: set one of them"
+            )
+        fields["structured_outputs"] = regex
+    return {**fields, **extra}
 
 
 def check_payload(payload: Mapping[str, Any]) -> None:

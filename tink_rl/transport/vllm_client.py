@@ -369,20 +369,21 @@ class VLLMClient:
         payload: dict[str, Any] = {
             "model": model or self.model or self.models()[0],
             "prompt": [p if isinstance(p, str) else list(p) for p in prompts],
-            "n": n,
-            "repetition_penalty": repetition_penalty,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "max_tokens": max_tokens,
-            "logprobs": logprobs,
+            **payloads.sampling_fields(
+                n=n,
+                repetition_penalty=repetition_penalty,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+                structured_outputs_regex=structured_outputs_regex,
+                generation_kwargs=generation_kwargs,
+            ),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        if structured_outputs_regex is not None:
-            payload["structured_outputs"] = {"regex": structured_outputs_regex}
-        payload |= generation_kwargs or {}
         # The prefix cache must never answer one version with another one's keys and values.
         payload.setdefault("cache_salt", payloads.salt(payload["model"]))
         choices = self.complete(payload, expected=len(prompts) * payload["n"])["choices"]

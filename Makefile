@@ -5,7 +5,7 @@ MODE ?= auto
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
 
-.PHONY: setup browser demo test check docs bench format clean
+.PHONY: setup browser demo test test-long check docs bench format clean
 
 setup: .venv/.done
 
@@ -40,8 +40,14 @@ browser:
 demo: setup
 	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE)
 
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
+
 test: setup browser
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PYTEST) -m "not long"
+
+# What takes minutes by itself; .ci/run runs both.
+test-long: setup browser
+	$(PYTEST) -m long
 
 check: setup
 	.venv/bin/ruff check .

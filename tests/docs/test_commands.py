@@ -168,6 +168,7 @@ def test_whole_script_of_the_quickstart_trains(servers, model_dir, tmp_path):
 
 @pytest.mark.server
 @pytest.mark.recipe
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_quickstart_trains_against_a_server_in_another_terminal(tmp_path):
     serve, train = (

@@ -17,6 +17,8 @@ KINDS = {
     "fsdp2": "tests/multi/cpu_fsdp2.yaml",
     "zero3": "accelerate_configs/cpu_zero3.yaml",
 }
+# DeepSpeed starts for minutes on two cores.
+_BY_KIND = [pytest.param(k, marks=pytest.mark.long if k == "zero3" else ()) for k in KINDS]
 
 
 class Runs:
@@ -66,7 +68,7 @@ def runs(servers, model_dir, tmp_path_factory):
             drop_all(server, sync)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _BY_KIND)
 def test_collected_adapter_is_bit_for_bit_the_single_process_one(runs, kind):
     _, alone = runs.alone()
     ranks, out = runs.fine(kind)
@@ -78,7 +80,7 @@ def test_collected_adapter_is_bit_for_bit_the_single_process_one(runs, kind):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _BY_KIND)
 def test_only_rank_0_publishes_and_every_rank_samples_what_it_published(runs, kind):
     ranks, _ = runs.fine(kind)
     assert sorted(ranks) == [0, 1]
@@ -91,14 +93,14 @@ def test_only_rank_0_publishes_and_every_rank_samples_what_it_published(runs, ki
         assert facts["sampled_from"] == f"{kind}-fine@{STEPS}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _BY_KIND)
 def test_logprobs_of_the_server_are_those_of_the_trainer(runs, kind):
     ranks, _ = runs.fine(kind)
     assert len(ranks[0]["history"]) == STEPS
     assert max(row["rollout/logprob_gap"] for row in ranks[0]["history"]) <= 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _BY_KIND)
 def test_two_processes_are_one(runs, kind):
     ranks, out = runs.fine(kind)
     assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
@@ -112,7 +114,7 @@ def test_version_that_the_server_lost_is_published_again_for_all_ranks(runs):
     assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _BY_KIND)
 def test_last_version_answers_as_the_collected_adapter(runs, model_dir, kind):
     ranks, out = runs.fine(kind)
     twin = PeftTwin(model_dir("qwen3"))
@@ -127,7 +129,10 @@ def test_last_version_answers_as_the_collected_adapter(runs, model_dir, kind):
     [
         ("ddp", "reward on rank 1", "RankFailed", "rank 1 failed: ValueError: no reward for this"),
         ("fsdp2", "collect on rank 1", "RankFailed", "rank 1 failed: MemoryError: no memory to"),
-        ("zero3", "publish on rank 0", "PublishFailed", "could not be published"),
+        pytest.param(
+            *("zero3", "publish on rank 0", "PublishFailed", "could not be published"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_failure_on_one_rank_ends_the_run_on_all_with_the_same_error(
@@ -142,6 +147,7 @@ def test_failure_on_one_rank_ends_the_run_on_all_with_the_same_error(
     assert ranks[failed]["message"] in other["message"]
 
 
+@pytest.mark.long
 def test_publish_that_fails_leaves_a_whole_checkpoint_also_of_a_partitioned_model(runs):
     _, ranks, _, out = runs.get("zero3", "publish on rank 0")
     assert f"--resume_from_checkpoint {out}/checkpoint-2" in ranks[0]["message"]

@@ -74,6 +74,7 @@ def assert_server_ran_and_stopped(num_processes):
     assert num_processes[-1] == 1  # the kernel still lives, nothing of the server does
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_grpo_notebook_trains_draws_and_stops_its_server(tmp_path, monkeypatch):
     path = ROOT / "notebooks/1_grpo.ipynb"
@@ -84,6 +85,7 @@ def test_grpo_notebook_trains_draws_and_stops_its_server(tmp_path, monkeypatch):
     assert outputs[-1] == "False"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_modes_notebook_gets_the_same_tokens_in_every_mode(tmp_path, monkeypatch):
     path = ROOT / "notebooks/2_modes.ipynb"
@@ -96,6 +98,7 @@ def test_modes_notebook_gets_the_same_tokens_in_every_mode(tmp_path, monkeypatch
     assert re.search(rf"adapter{row}merged{row}full{row}", text)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_versions_notebook_serves_all_checkpoints_and_exports_the_best(tmp_path, monkeypatch):
     path = ROOT / "notebooks/3_versions.ipynb"

@@ -23,8 +23,8 @@ from tink_rl.policy.fingerprint import (
     CheckpointTensor,
     base_fingerprint,
     checkpoint_index,
-    local_model_dir,
 )
+from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.shapes import check_trained_on
 from tink_rl.policy.support import changes_base, needs, unsupported_reasons
@@ -65,7 +65,12 @@ class Exported:
 
 
 def export(
-    source: str | Path, output: str | Path, *, merged: bool = False, base: str | None = None
+    source: str | Path,
+    output: str | Path,
+    *,
+    merged: bool = False,
+    base: str | None = None,
+    revision: str | None = None,
 ) -> Exported:
     """Write the policy of `source` to the new directory `output`.
 
@@ -74,6 +79,7 @@ def export(
         output: Must not exist, or be empty; appears whole or not at all.
         merged: Fold the adapter into the base instead of writing the adapter.
         base: Directory or hub id of the base; None: what the adapter's config names.
+        revision: Branch, tag or commit of a hub id; None: what the run trained on, where it says.
 
     Raises:
         ConfigError: no adapter in `source`, `output` is taken, or the base is not at hand.
@@ -101,7 +107,7 @@ def export(
     )
     with _whole(target) as partial:
         if merged:
-            base_dir = local_model_dir(base_name)
+            base_dir = _base_dir(base_name, revision, {**config, **policy} if base is None else {})
             trained_on = policy.get("base_fingerprint")
             check_trained_on(
                 trained_on,
@@ -116,6 +122,12 @@ def export(
         _copy(directory, partial, (*_TOKENIZER_FILES, POLICY_FILE))
         (partial / "README.md").write_text(model_card(exported))
     return exported
+
+
+def _base_dir(name: str, revision: str | None, said: Mapping[str, Any]) -> Path:
+    pinned = revision or said.get("base_revision") or said.get("revision")
+    subfolder = str(said.get("base_subfolder") or "")
+    return local_model_dir(name, revision=pinned, subfolder=subfolder)
 
 
 def find_adapter(source: str | Path) -> Path:

@@ -28,6 +28,7 @@ from pathlib import Path
 from tink_rl import errors, placement
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
 from tink_rl.loopback import http_url
+from tink_rl.policy.model_dir import model_to_serve
 from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
@@ -66,6 +67,10 @@ class ServerOptions:
 
     model: str
     """Directory of the base model, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None: its main branch."""
+    subfolder: str = ""
+    """Of the model in that directory or repository."""
     mode: str = "both"
     """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     host: str = "127.0.0.1"
@@ -143,35 +148,8 @@ def check_options(options: ServerOptions) -> ServerOptions:
             f"--max-lora-rank {options.max_lora_rank}: vLLM has kernels for "
             f"{', '.join(map(str, LORA_RANKS))}{hint}"
         )
-    _check_model(options.model)
-    return replace(options, port=_free_port(options.host, options.port))
-
-
-def _check_model(model: str) -> None:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise errors.ModelNotFound(
-                f"model directory {model!r} has no config.json; expected a saved transformers model"
-            )
-        return
-    # `models/base` may be either; beside a folder `models` it is a path with a slip.
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    looks_like_path = looks_like_path or path.parent.is_dir()
-    offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True", "yes")
-    if not looks_like_path and not offline:
-        return  # a hub id: vLLM downloads it
-    from tink_rl.policy.fingerprint import local_model_dir
-
-    try:
-        if looks_like_path:
-            raise ConfigError("not a directory")
-        local_model_dir(model)
-    except ConfigError as error:
-        raise errors.ModelNotFound(
-            f"model {model!r} was not found (neither a directory nor in the local hub cache); check the "
-            "path, or `hf download` it first"
-        ) from error
+    model = model_to_serve(options.model, options.revision, options.subfolder)
+    return replace(options, model=model, subfolder="", port=_free_port(options.host, options.port))
 
 
 def _free_port(host: str, port: int) -> int:
@@ -216,6 +194,9 @@ def command(options: ServerOptions, *, has_gpu: bool) -> list[str]:
         cpu_loras = options.max_cpu_loras or 2 * options.max_loras
         line += ["--enable-lora", "--max-lora-rank", str(options.max_lora_rank)]
         line += ["--max-loras", str(options.max_loras), "--max-cpu-loras", str(cpu_loras)]
+    line += _in_transformers_names(options)
+    if options.revision is not None:
+        line += ["--revision", options.revision]
     if options.max_model_len is not None:
         line += ["--max-model-len", str(options.max_model_len)]
     if not has_gpu:
@@ -226,6 +207,23 @@ def command(options: ServerOptions, *, has_gpu: bool) -> list[str]:
     if share is not None and has_gpu:
         line += ["--gpu-memory-utilization", str(share)]
     return line + list(options.extra_args)
+
+
+def _in_transformers_names(options: ServerOptions) -> list[str]:
+    """Where vLLM would take Mistral's consolidated files: the files that the trainer loads instead.
+
+    Of a hub id nobody has looked yet whether it has some; without them the flags change nothing.
+    """
+    directory = Path(options.model).expanduser()
+    if directory.is_dir() and not any(directory.glob("consolidated*.safetensors")):
+        return []
+    given = {word.partition("=")[0].replace("_", "-") for word in options.extra_args}
+    return [
+        word
+        for flag in ("--config-format", "--load-format")
+        if flag not in given
+        for word in (flag, "hf")
+    ]
 
 
 def environment(

@@ -147,6 +147,8 @@ class ServerStatus:
     device: str
     served: dict[str, str]
     """Name `policy@N` -> digest of every version that can be sampled."""
+    base_revision: str | None = None
+    """Commit of the hub's that is served; None: the base is a directory."""
     merged: str | None = None
     """The version folded into the weights, or None for the base."""
     full: str | None = None

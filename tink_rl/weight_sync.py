@@ -138,9 +138,10 @@ class WeightSync:
 
     def _check_base(self, status: ServerStatus) -> None:
         if status.base_fingerprint != self._fingerprint:
+            commit = f" at {status.base_revision[:12]}" if status.base_revision else ""
             raise errors.BaseMismatch(
                 f"the trainer's base {self._base_model!r} is not the one that is served "
-                f"({status.base_model!r}); serve the directory that the trainer loads",
+                f"({status.base_model!r}{commit}); serve the directory that the trainer loads",
                 given=self._fingerprint,
                 expected=status.base_fingerprint,
             )

@@ -16,9 +16,9 @@ from tink_rl.errors import ConfigError
 from tink_rl.policy.fingerprint import (
     base_fingerprint,
     checkpoint_index,
-    local_model_dir,
     read_checkpoint_tensor,
 )
+from tink_rl.policy.model_dir import local_model_dir
 
 
 @pytest.fixture
@@ -53,8 +53,13 @@ def test_index_reads_the_tensors_that_transformers_wrote(base):
 def test_what_is_no_model_says_what_was_found(base, tmp_path):
     with pytest.raises(ConfigError, match="hf download"):
         local_model_dir("nobody/nothing")
-    with pytest.raises(ConfigError, match="safetensors"):
+    with pytest.raises(ConfigError, match=r"no model itself, its subfolders \['base'\] do"):
         checkpoint_index(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="safetensors"):
+        checkpoint_index(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="made in memory"):
+        checkpoint_index("")
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5])
     with pytest.raises(ConfigError, match="truncated"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -16,6 +17,7 @@ from fnmatch import fnmatch
 
 import pytest
 
+from tests.hub_cache import cache_snapshot
 from tink_rl import errors, launch, placement, tokens
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
@@ -79,6 +81,63 @@ def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
 )
 def test_url_of_a_server_can_be_dialled_whatever_its_host(host, url):
     assert ServerOptions(model="m", host=host, port=8000).url == url
+
+
+@pytest.mark.parametrize(
+    ("beside", "extra", "expected"),
+    [
+        (None, (), []),
+        ("consolidated.safetensors", (), ["--config-format", "hf", "--load-format", "hf"]),
+        ("consolidated.safetensors", ("--load-format=dummy",), ["--config-format", "hf"]),
+        ("consolidated.safetensors", ("--load_format", "dummy"), ["--config-format", "hf"]),
+        ("adapter_model.safetensors", (), []),
+    ],
+)
+def test_mistrals_own_files_are_not_what_is_served(beside, extra, expected, tmp_path):
+    if beside:
+        (tmp_path / beside).touch()
+    options = ServerOptions(model=str(tmp_path), extra_args=extra)
+    line = launch.command(options, has_gpu=False)
+    assert [word for word in line if word in ("--config-format", "--load-format", "hf")] == [
+        word for word in [*expected, *extra] if word in ("--config-format", "--load-format", "hf")
+    ]
+    assert "--load-format" in launch.command(ServerOptions(model="acme/tiny"), has_gpu=False)
+
+
+@pytest.fixture
+def only_v2_is_cached(model_dir, tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    (tmp_path / "repo").mkdir()
+    shutil.copytree(model_dir("qwen3"), tmp_path / "repo" / "inner")
+    cache_snapshot(cache, "acme/many", tmp_path / "repo", "v2")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return cache_snapshot(cache, "acme/tiny", model_dir("qwen3"), "v2", "refs/pr/1")
+
+
+def test_revision_is_looked_for_and_handed_on(only_v2_is_cached):
+    for revision in ("v2", "refs/pr/1", only_v2_is_cached.name):
+        options = launch.check_options(ServerOptions(model="acme/tiny", revision=revision))
+        line = launch.command(options, has_gpu=False)
+        assert line[line.index("--revision") + 1] == revision
+        assert line[line.index("--model") + 1] == "acme/tiny"
+    with pytest.raises(errors.ModelNotFound, match=r"'acme/tiny' was not found.*cached: .*v2"):
+        launch.check_options(ServerOptions(model="acme/tiny"))
+    with pytest.raises(errors.ModelNotFound, match="--revision v3"):
+        launch.check_options(ServerOptions(model="acme/tiny", revision="v3"))
+
+
+def test_subfolder_is_served_as_a_directory(only_v2_is_cached, tmp_path):
+    given = {"subfolder": "inner", "revision": "v2"}
+    options = launch.check_options(ServerOptions(model="acme/many", **given))
+    line = launch.command(options, has_gpu=False)
+    assert line[line.index("--model") + 1].endswith("/inner")
+    local = launch.check_options(ServerOptions(model=str(tmp_path / "repo"), subfolder="inner"))
+    assert local.model == str(tmp_path / "repo" / "inner")
+    with pytest.raises(errors.ModelNotFound, match=r"no config.json.*--subfolder inner"):
+        launch.check_options(ServerOptions(model=str(tmp_path / "repo")))
+    with pytest.raises(errors.ModelNotFound, match="no subfolder 'outer'"):
+        launch.check_options(ServerOptions(model="acme/many", revision="v2", subfolder="outer"))
 
 
 def test_command_has_the_flags_of_its_mode(model_dir):

@@ -43,6 +43,33 @@ def test_fields_of_a_request_are_vllms():
     assert not set(ELSEWHERE) & set(FIELDS)
 
 
+def test_loader_asks_which_files_to_load_where_ours_answers():
+    from tink_rl.server.vllm_names import default_loader
+
+    source = inspect.getsource(default_loader.DefaultModelLoader._prepare_weights)
+    assert "filter_duplicate_safetensors_files(" in source
+    original = inspect.unwrap(default_loader.filter_duplicate_safetensors_files)
+    assert parameters(original) == ["hf_weights_files", "hf_folder", "index_file"]
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER
+
+    assert "hf" in _LOAD_FORMAT_TO_MODEL_LOADER and "hf" in _CONFIG_FORMAT_TO_CONFIG_PARSER
+
+
+def test_loader_leaves_out_what_is_no_checkpoint(tmp_path):
+    from tink_rl.server.base_files import load_only_the_checkpoint
+    from tink_rl.server.vllm_names import default_loader
+
+    load_only_the_checkpoint()
+    names = ["model.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"]
+    for name in names:
+        (tmp_path / name).touch()
+    given, folder = [f"{tmp_path}//{name}" for name in names], f"{tmp_path}/"
+    choose = default_loader.filter_duplicate_safetensors_files
+    assert choose(given, folder, "model.safetensors.index.json") == given[:1]
+    assert choose(given, folder, "consolidated.safetensors.index.json") == given
+
+
 def test_engine_client_has_the_methods_that_a_commit_needs():
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -31,6 +31,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--model", help="base model directory: memory plan, and is it what URL serves?"
     )
     doctor.add_argument(
+        "--revision", help="of --model or --trl, where that is a hub id: branch, tag or commit"
+    )
+    doctor.add_argument("--subfolder", default="", help="of --model or --trl")
+    doctor.add_argument(
         "--adapter", metavar="DIR", help="PEFT directory: what each mode does with it"
     )
     doctor.add_argument(
@@ -67,6 +71,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
 
     findings: list[Finding] = []
     status = None
+    _resolve(arguments)
     if arguments.trl:
         from tink_rl.doctor.trl_sync import check_trl
 
@@ -93,6 +98,16 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     if arguments.adapter:
         findings += check_adapter(arguments.adapter, status)
     return findings
+
+
+def _resolve(arguments: argparse.Namespace) -> None:
+    """Put the directory in the place of a model at a revision or in a subfolder."""
+    from tink_rl.policy.model_dir import local_model_dir
+
+    where = {"revision": arguments.revision, "subfolder": arguments.subfolder}
+    for name in ("model", "trl"):
+        if (model := getattr(arguments, name)) and any(where.values()):
+            setattr(arguments, name, str(local_model_dir(model, **where)))
 
 
 def _quiet() -> None:

@@ -23,6 +23,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     export.add_argument("--merged", action="store_true", help="fold the adapter into the base")
     export.add_argument("--base", help="directory or hub id; default: what the adapter names")
+    export.add_argument(
+        "--revision", help="of a hub id: branch, tag or commit; default: what the run says"
+    )
     export.set_defaults(run=run)
 
 
@@ -30,7 +33,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Export, and say what was written."""
     from tink_rl.export import export
 
-    done = export(arguments.source, arguments.output, merged=arguments.merged, base=arguments.base)
+    done = export(
+        arguments.source,
+        arguments.output,
+        merged=arguments.merged,
+        base=arguments.base,
+        revision=arguments.revision,
+    )
     kind = "merged model" if done.merged else "adapter"
     say(f"{kind} {done.policy or ''} written to {done.path}, with a model card".replace("  ", " "))
     if Path(done.base).exists():

@@ -25,6 +25,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         allow_abbrev=False,
     )
     serve.add_argument("model", help="model directory or hub id (--model MODEL does as well)")
+    serve.add_argument("--revision", help="branch, tag or commit of a hub id")
+    serve.add_argument(
+        "--subfolder", default="", help="of the model in its directory or repository"
+    )
     serve.add_argument("--mode", default="both", help="merged, adapter, both (default) or full")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, help="default: VLLM_PORT, else 8000")
@@ -62,6 +66,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     settings = Settings.load()
     options = ServerOptions(
         model=arguments.model,
+        revision=arguments.revision,
+        subfolder=arguments.subfolder,
         mode=arguments.mode,
         host=arguments.host,
         port=_first(arguments.port, settings.set_value("vllm_port"), 8000),

@@ -12,7 +12,7 @@ import torch
 from tink_rl import errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
-from tink_rl.policy.fingerprint import local_model_dir
+from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.policy.peft_dir import CONFIG_FILE, WEIGHTS_FILE, strict_json
 from tink_rl.policy.support import (
     EMBEDDING,

@@ -12,7 +12,8 @@ from typing import Any
 
 from tink_rl import placement
 from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
-from tink_rl.policy.fingerprint import checkpoint_index, local_model_dir
+from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.policy.model_dir import local_model_dir
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tink_rl.errors import ConfigError
+from tink_rl.policy.model_dir import local_model_dir, models_below
 
 if TYPE_CHECKING:
     import torch
@@ -45,62 +46,6 @@ class CheckpointTensor:
     begin: int
     """First byte in the file."""
     end: int
-
-
-def local_model_dir(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str = "",
-    cache_dir: str | Path | None = None,
-) -> Path:
-    """The directory of `model`: itself, or the cached snapshot of a hub id.
-
-    Args:
-        model: A directory or a hub id.
-        revision: Branch, tag, `refs/pr/N` or commit of a hub id; None: its main branch.
-        subfolder: Of the model in it, as `from_pretrained(..., subfolder=...)` takes it.
-        cache_dir: The hub cache; None: the default one.
-
-    Raises:
-        ConfigError: neither a directory nor a cached hub id, or it has no such subfolder.
-    """
-    path = Path(model).expanduser()
-    found = path if path.is_dir() else _snapshot(str(model), revision, cache_dir)
-    if not subfolder:
-        return found
-    if not (found / subfolder).is_dir():
-        folders = sorted(p.name for p in found.iterdir() if p.is_dir())[:8]
-        raise ConfigError(f"{found} has no subfolder {subfolder!r}; it has {folders}")
-    return found / subfolder
-
-
-def _snapshot(model: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        pinned = f" --revision {revision}" if revision else ""
-        at = f" at revision {revision!r}" if revision else ""
-        raise ConfigError(
-            f"base model {model!r}{at}: neither a directory nor a model in the local hub cache"
-            f"{_cached_revisions(model, cache_dir)}; `hf download {model}{pinned}` fetches it"
-        ) from error
-
-
-def _cached_revisions(model: str, cache_dir: str | Path | None) -> str:
-    """` (cached: v2)`: the branches and tags of `model` that are cached; empty if none is."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    cache = Path(cache_dir or constants.HF_HUB_CACHE)
-    refs = cache / repo_folder_name(repo_id=model, repo_type="model") / "refs"
-    found = sorted(p.relative_to(refs).as_posix() for p in refs.rglob("*") if p.is_file())
-    return f" (cached: {', '.join(found[:8])})" if found else ""
 
 
 # -- which files are the checkpoint -----------------------------------------------------------------
@@ -162,6 +107,11 @@ def _no_checkpoint(directory: Path) -> ConfigError:
         return ConfigError(
             f"{directory} is an adapter, not a base model; give the base that its adapter_config.json "
             "names as base_model_name_or_path"
+        )
+    if inner := models_below(directory):
+        return ConfigError(
+            f"{directory} holds no model itself, its subfolders {inner[:8]} do; give {directory}/"
+            f"{inner[0]}, or subfolder={inner[0]!r}"
         )
     found = sorted(p.name for p in directory.iterdir())[:8]
     return ConfigError(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tink_rl import errors
-from tink_rl.policy.fingerprint import base_fingerprint, local_model_dir
+from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
@@ -99,10 +100,12 @@ def look(client: VLLMClient) -> ServerView:
 
 def base_dir(view: ServerView | None, named: str | None) -> Path | None:
     """Directory of the served base model that can be read here: the server's own, else `named`."""
+    status = view.status if view is not None else None
+    revision = status.base_revision if status is not None else None
     for candidate in (view.root if view is not None else None, named):
         if candidate:
             with contextlib.suppress(errors.ConfigError):
-                return local_model_dir(candidate)
+                return local_model_dir(candidate, revision=revision)
     return None
 
 

@@ -19,7 +19,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkError
-from tink_rl.policy.fingerprint import base_fingerprint, local_model_dir
+from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.policy.model_dir import commit_of, local_model_dir
 from tink_rl.server.gate import GATE, GateMiddleware
 from tink_rl.server.policies import Policies
 from tink_rl.types import SyncMode
@@ -58,7 +59,7 @@ class TinkEndpoints:
         config = engine_client.vllm_config
         _check_layout(config, args)
         modes = _modes(config)
-        model_dir = str(local_model_dir(config.model_config.model))
+        model_dir = str(_model_dir(config))
         facts = await asyncio.to_thread(_facts, config, model_dir)
         policies = Policies(
             engine=engine_client,
@@ -138,11 +139,21 @@ def _modes(config: Any) -> tuple[SyncMode, ...]:
     return modes
 
 
+def _model_dir(config: Any) -> Path:
+    """The files that vLLM loaded: at its revision, in its download directory."""
+    return local_model_dir(
+        config.model_config.model,
+        revision=config.model_config.revision,
+        cache_dir=config.load_config.download_dir,
+    )
+
+
 def _facts(config: Any, model_dir: str) -> dict[str, Any]:
     model, lora = config.model_config, config.lora_config
     return {
         "world_size": config.parallel_config.world_size,
         "base_fingerprint": base_fingerprint(model_dir),
+        "base_revision": commit_of(Path(model_dir)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_lora_rank": lora.max_lora_rank if lora else 0,
         "max_loras": lora.max_loras if lora else 0,

@@ -12,6 +12,8 @@ import os
 import time
 from typing import Any
 
+from tink_rl.server.base_files import load_only_the_checkpoint
+
 logger = logging.getLogger("tink_rl.server")
 _PAUSE_S = 0.0002
 """Between two looks of a waiting process; a step of the smallest model takes 10 ms."""
@@ -23,6 +25,7 @@ def register() -> None:
 
     ask_for_tiles()
     _wait_asleep()
+    load_only_the_checkpoint()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 
     current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager

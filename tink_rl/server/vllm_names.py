@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.model_loader import default_loader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -45,6 +46,7 @@ __all__ = [
     "PEFTHelper",
     "QKVParallelLinear",
     "RowParallelLinear",
+    "default_loader",
     "finalize_layerwise_reload",
     "get_layerwise_info",
     "initialize_layerwise_reload",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tink_rl.config import SyncConfig
 from tink_rl.loopback import http_url
+from tink_rl.policy.model_dir import loaded_from
 from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
@@ -77,7 +78,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         trainer.accelerator,
         clients=clients,
         config=sync,
-        base_model=model.get_base_model().name_or_path if hasattr(model, "get_base_model") else "",
+        base_model=_base_of(model, trainer.args),
         prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
         rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
@@ -85,6 +86,12 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
     live.keep_offline_without_login(trainer.args)
     trainer.train = _closing_on_error(trainer.train, link)
     return link
+
+
+def _base_of(model: Any, args: Any) -> str:
+    if not hasattr(model, "get_base_model"):
+        return ""
+    return loaded_from(model.get_base_model(), getattr(args, "model_init_kwargs", None))
 
 
 def _closing_on_error(train: Callable[..., Any], link: PolicyLink) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy.collect import collector_for
+from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.modes import check_fits
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
@@ -75,7 +76,7 @@ class PolicyLink:
             accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
         )
         self._model, self._accelerator, self._prober = model, accelerator, prober
-        self._config = config
+        self._config, self._base_model = config, base_model
         self._current = ""
         self._digests: dict[str, str] = {}
         self._started = False
@@ -227,6 +228,7 @@ class PolicyLink:
             "digest": record.digest if published else None,
             "mode": record.mode.value,
             "base_fingerprint": self.sync.status.base_fingerprint,
+            **place_in_hub(self._base_model),
         }
         path = Path(directory) / POLICY_FILE
         partial = path.with_suffix(".tmp")

@@ -149,6 +149,10 @@ class ServerStatus:
     """Name `policy@N` -> digest of every version that can be sampled."""
     base_revision: str | None = None
     """Commit of the hub's that is served; None: the base is a directory."""
+    vocab_size: int | None = None
+    """Rows of the served embedding: token ids are below it."""
+    max_prompts: int = 1024
+    """Prompts that one request may hold."""
     merged: str | None = None
     """The version folded into the weights, or None for the base."""
     full: str | None = None

@@ -317,6 +317,7 @@ class VLLMBackend:
                 payloads.completion_payload(asked, target.name, checked),
                 timeout_s=max(0.001, deadline - time.monotonic()),
                 expected=len(asked) * checked.n,
+                limits=self.server.request_limits(),
             )
             return payloads.as_completions(answer["choices"], checked, **target.origin())
 

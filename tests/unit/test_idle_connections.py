@@ -44,8 +44,14 @@ class Closing(BaseHTTPRequestHandler):
         if idle:
             self.close_connection = True
             return
-        body = json.dumps(ANSWER).encode()
-        self.send_response(200)
+        self.answer(200, ANSWER)
+
+    def do_GET(self):
+        self.answer(404, {"detail": "Not Found"})
+
+    def answer(self, status, data):
+        body = json.dumps(data).encode()
+        self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()

@@ -54,10 +54,54 @@ def test_payload_carries_every_parameter_under_vllms_name_and_a_salt_per_model()
     json.dumps(found)
 
 
-@pytest.mark.parametrize("name", payloads.NEVER_FORWARDED)
-def test_what_could_stop_the_engine_is_never_sent(name):
-    with pytest.raises(errors.SamplingRefused, match=name):
-        payloads.check_payload({"model": "m", name: "x"})
+BASE = {"model": "m", "prompt": [[1, 2]], "n": 1, "max_tokens": 4}
+LIMITS = payloads.Limits(vocab_size=64, max_model_len=8, max_prompts=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: {"x": 1}}, name) for name in ("chat_template", "extra_args", "vllm_xargs")),
+        ({"echo": True}, "echo"),
+        ({"stream": True}, "stream"),
+        ({"no_such": 1}, "no_such"),
+        ({"prompt": [[1], [63, 64]]}, r"prompts\[1\] holds 64; the served vocabulary .* 0 to 63"),
+        ({"prompt": [[-1]]}, "holds -1"),
+        ({"prompt": [64]}, "holds 64"),
+        ({"prompt": [[]]}, "is empty"),
+        ({"prompt": []}, "prompts is empty"),
+        ({"prompt": ["fine", "no \ud83d"]}, r"prompts\[1\] holds half a surrogate pair"),
+        ({"logit_bias": {"64": 1.0}}, "logit_bias holds 64"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias holds 'x'"),
+        ({"stop_token_ids": [64]}, "stop_token_ids holds 64"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids holds -1"),
+        (
+            {"max_tokens": 7},
+            r"prompts\[0\] has 2 tokens, and max_tokens=7 .* takes 8 .*--max-model-len",
+        ),
+        ({"stop": ["\ud83d"]}, "stop cannot be sent"),
+        ({"user": "\udc00"}, "user cannot be sent"),
+        ({"structured_outputs": {"regex": object()}}, "structured_outputs cannot be sent"),
+    ],
+    ids=str,
+)
+def test_what_a_server_must_not_get_is_refused_by_name(change, message):
+    payloads.check_payload(BASE, LIMITS)
+    with pytest.raises(errors.SamplingRefused, match=message):
+        payloads.check_payload({**BASE, **change}, LIMITS)
+
+
+def test_what_fits_to_the_last_token_is_sent_as_it_is():
+    found = {**BASE, "prompt": [[63] * 4, "\U0001f600\x00"], "logit_bias": {"63": 1.0}}
+    assert json.loads(payloads.check_payload(found, LIMITS)) == found
+    assert payloads.check_payload({**BASE, "prompt": [[2**31 - 1]]})  # of an unknown vocabulary
+
+
+def test_prompts_are_split_in_order_by_what_a_server_takes():
+    parts = payloads.split({**BASE, "prompt": ["a", [1], "b"]}, 2)
+    assert [part["prompt"] for part in parts] == [["a", [1]], ["b"]]
+    for whole in (["a", "b"], [1, 2, 3], "abc"):
+        assert payloads.split({**BASE, "prompt": whole}, 2) == [{**BASE, "prompt": whole}]
 
 
 @pytest.mark.parametrize(

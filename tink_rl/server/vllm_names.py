@@ -6,9 +6,10 @@ Imported only inside vLLM's processes.
 
 from __future__ import annotations
 
+from vllm import envs
 from vllm.config import set_current_vllm_config
 from vllm.distributed.device_communicators import shm_broadcast
-from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -30,12 +31,14 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker import lora_model_runner_mixin
 
 TESTED_VLLM = ("0.31.0",)
 
 __all__ = [
     "TESTED_VLLM",
+    "InputProcessor",
     "LRUCacheWorkerLoRAManager",
     "LinearBase",
     "LoRAAdapterNotFoundError",
@@ -47,6 +50,8 @@ __all__ = [
     "QKVParallelLinear",
     "RowParallelLinear",
     "default_loader",
+    "VLLMValidationError",
+    "envs",
     "finalize_layerwise_reload",
     "get_layerwise_info",
     "initialize_layerwise_reload",

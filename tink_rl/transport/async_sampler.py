@@ -100,11 +100,11 @@ class AsyncSampler:
     async def _post(
         self, payload: Mapping[str, Any], timeout_s: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        payloads.check_payload(payload)
+        body = payloads.check_payload(payload, stream=bool(payload.get("stream")))
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
             async with self._open().post(
-                self.base_url + _PATH, json=payload, timeout=timeout
+                self.base_url + _PATH, data=body, headers=payloads.JSON, timeout=timeout
             ) as response:
                 yield response
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:

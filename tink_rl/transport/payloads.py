@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tink_rl import errors
@@ -18,8 +19,9 @@ from tink_rl.transport.request_fields import check_fields
 from tink_rl.types import Completion, SamplingParams
 
 Prompt = str | Sequence[int]
-NEVER_FORWARDED = ("chat_template", "chat_template_kwargs", "extra_args")
-"""vLLM 0.31 can be stopped by a template, and `extra_args` reaches the engine unchecked."""
+MAX_PROMPTS = 1024
+"""What vLLM takes in one request, unless its VLLM_MAX_COMPLETION_PROMPTS says otherwise."""
+JSON = {"content-type": "application/json"}
 IDLE_CONNECTION_S = 2.0
 """A connection that was not used for so long is not used again. uvicorn, and so vLLM, closes idle ones
 after 5 s (`tink-rl serve` lets it keep them for 60 s); a request that is written at that moment is lost
@@ -28,6 +30,19 @@ _SAME_NAME = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "ignore_eos"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request to one server may hold, as far as that is known: `Limits(vocab_size=151936)`"""
+
+    vocab_size: int | None = None
+    """Rows of the served embedding; an id beyond them ends the engine of vLLM 0.31."""
+    max_model_len: int | None = None
+    max_prompts: int = MAX_PROMPTS
+
+
+NO_LIMITS = Limits()
 
 
 def salt(model: str) -> str:
@@ -94,21 +109,27 @@ def completion_payload(
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "cache_salt": salt(model),
-        **{name: getattr(params, name) for name in _SAME_NAME},
+        **_fields_of(params),
     }
-    if params.stop:
-        payload["stop"] = list(params.stop)
-    if params.stop_token_ids:
-        payload["stop_token_ids"] = list(params.stop_token_ids)
-    if params.logit_bias:
-        payload["logit_bias"] = {str(key): value for key, value in params.logit_bias.items()}
     if stream:
         payload["stream"] = True
     return payload
 
 
+def _fields_of(params: SamplingParams) -> dict[str, Any]:
+    fields = {name: getattr(params, name) for name in _SAME_NAME}
+    if params.stop:
+        fields["stop"] = list(params.stop)
+    if params.stop_token_ids:
+        fields["stop_token_ids"] = list(params.stop_token_ids)
+    if params.logit_bias:
+        fields["logit_bias"] = {str(key): value for key, value in params.logit_bias.items()}
+    return fields
+
+
 def sampling_fields(
     *,
+    chat: bool = False,
     structured_outputs_regex: str | None = None,
     generation_kwargs: Mapping[str, Any] | None = None,
     **fields: Any,
@@ -121,7 +142,7 @@ def sampling_fields(
         SamplingRefused: a name or value that is not taken; two grammars.
     """
     extra = {k: v for k, v in (generation_kwargs or {}).items() if v is not None}
-    check_fields(extra, shown="generation_kwargs[{!r}]".format)
+    check_fields(extra, chat=chat, shown="generation_kwargs[{!r}]".format)
     if structured_outputs_regex is not None:
         regex = {"regex": structured_outputs_regex}
         if extra.get("structured_outputs", regex) != regex:
@@ -133,14 +154,81 @@ def sampling_fields(
     return {**fields, **extra}
 
 
-def check_payload(payload: Mapping[str, Any]) -> None:
-    """Raise `SamplingRefused` if the payload holds something that is never sent to a server."""
-    refused = sorted(set(payload) & set(NEVER_FORWARDED))
-    if refused:
-        raise errors.SamplingRefused(
-            f"{refused} are never sent to a server (vLLM 0.31 can be stopped by a template); "
-            "apply the chat template in the trainer and send token ids"
-        )
+def check_payload(
+    payload: Mapping[str, Any], limits: Limits = NO_LIMITS, *, stream: bool = False
+) -> bytes:
+    """The body that is sent for `payload`, once all of it was checked: the one door to a server.
+
+    Args:
+        payload: As it is sent, everything merged into it.
+        limits: Of the server, as far as they are known.
+        stream: Whether the caller reads a stream.
+
+    Raises:
+        SamplingRefused: a field, a value, a token id or a length that the server must not get.
+    """
+    chat = "messages" in payload
+    fields = {k: v for k, v in payload.items() if not (stream and k == "stream")}
+    check_fields(fields, chat=chat, ours=True)
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        check_ids([_as_id(key) for key in payload.get(name) or ()], limits.vocab_size, name)
+    if not chat:
+        prompts = as_prompts(payload.get("prompt"))
+        check_prompts(prompts, limits.vocab_size)
+        _check_lengths(prompts, payload.get("max_tokens") or 16, limits.max_model_len)
+    return _encoded(payload)
+
+
+def split(payload: Mapping[str, Any], max_prompts: int) -> list[dict[str, Any]]:
+    """`payload` as requests of at most `max_prompts` prompts each, in order.
+
+    vLLM draws the k-th completion of every prompt from `seed + k`, whatever stands beside it, so that
+    seeds mean the same in one request and in several.
+    """
+    prompts = payload.get("prompt")
+    if not isinstance(prompts, list) or len(prompts) <= max_prompts or type(prompts[0]) is int:
+        return [dict(payload)]
+    starts = range(0, len(prompts), max_prompts)
+    return [{**payload, "prompt": prompts[i : i + max_prompts]} for i in starts]
+
+
+def _as_id(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, limit: int | None) -> None:
+    if limit is None:
+        return
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and len(prompt) + max_tokens > limit:
+            raise errors.SamplingRefused(
+                f"prompts[{i}] has {len(prompt)} tokens, and max_tokens={max_tokens} may follow: the "
+                f"server takes {limit} for both; shorten the prompt, lower max_tokens (of a trainer: "
+                "max_completion_length), or restart the server with a larger --max-model-len"
+            )
+
+
+def _encoded(payload: Mapping[str, Any]) -> bytes:
+    """Strict JSON in UTF-8.
+
+    Raises:
+        SamplingRefused: names the field that cannot be written so.
+    """
+    try:
+        return _json(payload)
+    except (TypeError, ValueError):  # UnicodeEncodeError is one
+        for name, value in payload.items():
+            try:
+                _json(value)
+            except (TypeError, ValueError) as error:
+                raise errors.SamplingRefused(
+                    f"{name} cannot be sent as JSON: {error}; expected plain numbers, texts, lists and dicts"
+                ) from error
+        raise
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
@@ -153,18 +241,30 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise errors.SamplingRefused(f"prompts[{i}] is empty; expected text or token ids")
-        if not isinstance(prompt, str):
+        if isinstance(prompt, str):
+            _check_text(prompt, f"prompts[{i}]")
+        else:
             check_ids(prompt, vocab_size, f"prompts[{i}]")
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise errors.SamplingRefused(
+            f"{where} holds half a surrogate pair, {text[error.start]!a} at {error.start}: no text that can "
+            "be sent; decode what it came from with errors='replace'"
+        ) from error
 
 
 def check_ids(ids: Sequence[int], vocab_size: int | None, where: str) -> None:
     """Raise `SamplingRefused` unless every id is an integer in [0, vocab_size)."""
     limit = vocab_size if vocab_size is not None else 2**31
-    for token in ids:
-        if type(token) is not int or not 0 <= token < limit:
-            raise errors.SamplingRefused(
-                f"{where} holds {token!r}; expected token ids from 0 to {limit - 1}"
-            )
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < limit):
+        return
+    bad = next(i for i in ids if type(i) is not int or not 0 <= i < limit)
+    known = "the served vocabulary has" if vocab_size is not None else "expected"
+    raise errors.SamplingRefused(f"{where} holds {bad!r}; {known} token ids from 0 to {limit - 1}")
 
 
 def check_params(params: SamplingParams, vocab_size: int | None) -> None:
@@ -173,29 +273,7 @@ def check_params(params: SamplingParams, vocab_size: int | None) -> None:
     An id outside the vocabulary corrupts other requests of the batch on some vLLM versions
     (CVE-2026-93840), so with an unknown vocabulary no parameter that names ids is let through.
     """
-    for name, low, high in (
-        ("max_tokens", 1, 2**31 - 1),
-        ("min_tokens", 0, params.max_tokens),
-        ("n", 1, 2**31 - 1),
-        ("temperature", 0.0, 1e4),
-        ("top_p", 0.0, 1.0),
-        ("top_k", -1, 2**31 - 1),
-        ("min_p", 0.0, 1.0),
-        ("repetition_penalty", 0.0, 1e4),
-        ("presence_penalty", -2.0, 2.0),
-        ("frequency_penalty", -2.0, 2.0),
-        ("seed", -(2**63), 2**63 - 1),
-        ("logprobs", 0, 2**31 - 1),
-    ):
-        _check_number(name, getattr(params, name), low, high)
-    if params.top_p == 0 or params.repetition_penalty == 0:
-        raise errors.SamplingRefused("top_p and repetition_penalty must be above 0")
-    if params.temperature == 0 and params.n > 1:
-        raise errors.SamplingRefused(
-            f"n={params.n} with temperature=0: greedy completions are all the same; set n=1"
-        )
-    if not all(isinstance(text, str) and text for text in params.stop):
-        raise errors.SamplingRefused(f"stop={params.stop!r}: expected texts that are not empty")
+    check_fields(_fields_of(params))
     named = list(params.stop_token_ids) + list(params.logit_bias or {})
     if named and vocab_size is None:
         raise errors.SamplingRefused(
@@ -204,20 +282,6 @@ def check_params(params: SamplingParams, vocab_size: int | None) -> None:
         )
     check_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
     check_ids(list(params.logit_bias or {}), vocab_size, "logit_bias")
-    for value in (params.logit_bias or {}).values():
-        _check_number("logit_bias", value, -100.0, 100.0)
-
-
-_WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "seed", "logprobs")
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if value is None and name in ("seed", "logprobs"):
-        return
-    allowed = (int,) if name in _WHOLE else (int, float)
-    if type(value) not in allowed or not low <= value <= high:
-        kind = "a whole number" if name in _WHOLE else "a number"
-        raise errors.SamplingRefused(f"{name}={value!r}: expected {kind} from {low:g} to {high:g}")
 
 
 # -- what is answered -------------------------------------------------------------------------------

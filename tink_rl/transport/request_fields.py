@@ -60,7 +60,7 @@ def _refused(effect: Effect, why: str, *off: Any) -> Field:
 
 _DIST = Effect.DISTRIBUTION
 _STREAM = "answers come whole; leave it out"
-_PROMPT_CUT = "the rest of the prompt would be trained on, but not sampled from; shorten the prompts themselves"
+_PROMPT_CUT = "what is cut off would be trained on, but not sampled from; shorten the prompts"
 _UNCHECKED = "it reaches the engine unchecked; leave it out"
 _TEMPLATE = (
     "vLLM 0.31 can be stopped by a template, so it is never sent to a server; apply it in the trainer "
@@ -175,7 +175,8 @@ _BEAMS = "no counterpart: vLLM samples here, without beams"
 _BIAS = "vLLM's name is logit_bias={id: -100}"
 _NONE = "vLLM has no counterpart; leave it out"
 ELSEWHERE: dict[str, str] = {
-    "max_new_tokens": "that is transformers' name; vLLM's is max_tokens (of a trainer: max_completion_length)",
+    "max_new_tokens": "that is transformers' name; vLLM's is max_tokens (of a trainer: "
+    "max_completion_length)",
     "max_length": "that is transformers' name; vLLM's is max_tokens, which counts the completion only",
     "min_new_tokens": "that is transformers' name; vLLM's is min_tokens",
     "min_length": "that is transformers' name; vLLM's is min_tokens, which counts the completion only",

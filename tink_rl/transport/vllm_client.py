@@ -18,6 +18,7 @@ import httpx
 
 from tink_rl import errors
 from tink_rl.transport import payloads
+from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.types import ServerStatus, SyncMode
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class VLLMClient:
         self._fleet: Fleet | None = None
         self._update: WholeUpdate | None = None
         self.model: str | None = None
+        self._limits: Limits | None = None
         if connection_timeout > 0:
             self.wait_until_reachable(connection_timeout)
 
@@ -307,6 +309,33 @@ class VLLMClient:
             text = payloads.error_text(data)
             raise errors.BackendError(f"vLLM at {self.base_url} did not unload {name}: {text}")
 
+    def limits(self) -> Limits:
+        """What a request to this server may hold, as far as it says; asked once, and after a failure."""
+        if self._limits is None:
+            try:
+                self._limits = self._look_for_limits()
+            except (ConnectionError, TimeoutError, errors.NotReady):
+                return NO_LIMITS  # the request itself says why nobody answers
+            except (errors.TinkError, LookupError, TypeError, ValueError):
+                self._limits = NO_LIMITS  # a server that says nothing of itself that can be read
+        return self._limits
+
+    def _look_for_limits(self) -> Limits:
+        from tink_rl.policy.shapes import vocab_size
+
+        try:
+            status = self.status()
+        except (errors.PluginMissing, errors.BadToken):
+            card = self.model_cards()[0]
+            return Limits(
+                vocab_size=vocab_size(card.get("root")), max_model_len=card.get("max_model_len")
+            )
+        return Limits(
+            vocab_size=status.vocab_size,
+            max_model_len=status.max_model_len,
+            max_prompts=status.max_prompts,
+        )
+
     def complete(
         self,
         payload: Mapping[str, Any],
@@ -314,23 +343,63 @@ class VLLMClient:
         path: str = "/v1/completions",
         timeout_s: float | None = None,
         expected: int | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> dict[str, Any]:
         """POST a sampling payload; the answer, once `payloads.read_answer` found nothing wrong.
+
+        More prompts than the server takes at once are asked for in several requests, in order.
 
         Raises:
             UnknownVersion: the server does not serve `payload["model"]`; nothing was generated.
             SamplingRefused, EngineUnavailable, BackendError, ServerUnreachable, RequestTimeout.
         """
-        payloads.check_payload(payload)
         deadline_s = self._request_timeout_s if timeout_s is None else timeout_s
-        response = self._send("POST", path, timeout_s=deadline_s, json=payload)
-        return payloads.read_answer(
-            response.status_code,
-            payloads.json_or_text(response.text),
-            model=payload["model"],
-            url=self.base_url,
-            expected=expected,
-        )
+        body = payloads.check_payload(payload, limits)
+        parts = payloads.split(payload, limits.max_prompts)
+        if len(parts) == 1:
+            return self._complete(payload, body, path, deadline_s, expected)
+        deadline = time.monotonic() + deadline_s
+        answers = [
+            self._complete(
+                part,
+                payloads.check_payload(part, limits),
+                path,
+                max(0.001, deadline - time.monotonic()),
+                len(part["prompt"]) * part.get("n", 1),
+            )
+            for part in parts
+        ]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        return {**answers[0], "choices": choices}
+
+    def _sample(self, payload: Mapping[str, Any], expected: int) -> dict[str, Any]:
+        """`complete` within the server's limits, which it is asked for before the first request."""
+        if self._limits is None:
+            payloads.check_payload(payload)  # what is wrong anywhere needs no server
+        return self.complete(payload, expected=expected, limits=self.limits())
+
+    def _complete(
+        self,
+        payload: Mapping[str, Any],
+        body: bytes,
+        path: str,
+        timeout_s: float,
+        expected: int | None,
+    ) -> dict[str, Any]:
+        try:
+            response = self._send(
+                "POST", path, timeout_s=timeout_s, content=body, headers=payloads.JSON
+            )
+            return payloads.read_answer(
+                response.status_code,
+                payloads.json_or_text(response.text),
+                model=payload["model"],
+                url=self.base_url,
+                expected=expected,
+            )
+        except (errors.UnknownVersion, ConnectionError, errors.NotReady):
+            self._limits = None  # another server may answer here next
+            raise
 
     def generate(
         self,
@@ -353,22 +422,21 @@ class VLLMClient:
 
         Returns:
             TRL's keys: `prompt_ids` [P][T], `completion_ids` [P*n][T], `logprobs` and
-            `logprob_token_ids` [P*n][T][1 + logprobs] (None if `logprobs` is None), and ours: `model`
-            (the version that sampled), `finish_reasons` [P*n], `texts` [P*n].
+            `logprob_token_ids` [P*n][T][<= 1 + logprobs], the sampled token's first, then the most likely
+            ones (None if `logprobs` is None), and ours: `model` (the version that sampled),
+            `finish_reasons` [P*n], `texts` [P*n]; `prompt_logprobs` [P], as vLLM writes them, if asked for.
 
         Raises:
             UnknownVersion: the server does not serve `model`.
-            SamplingRefused: vLLM refused the parameters.
+            SamplingRefused: what the server must not get, by name, or what vLLM refused.
         """
         if features is not None:
             raise errors.SamplingRefused(
                 "images are not supported by this client; use a text model, or TRL's own client"
             )
-        if not prompts:
-            raise errors.SamplingRefused("prompts is empty; expected at least one")
         payload: dict[str, Any] = {
             "model": model or self.model or self.models()[0],
-            "prompt": [p if isinstance(p, str) else list(p) for p in prompts],
+            "prompt": payloads.as_prompts(prompts),
             **payloads.sampling_fields(
                 n=n,
                 repetition_penalty=repetition_penalty,
@@ -385,8 +453,9 @@ class VLLMClient:
             "return_tokens_as_token_ids": True,
         }
         # The prefix cache must never answer one version with another one's keys and values.
-        payload.setdefault("cache_salt", payloads.salt(payload["model"]))
-        choices = self.complete(payload, expected=len(prompts) * payload["n"])["choices"]
+        payload["cache_salt"] = payloads.salt(payload["model"])
+        expected = len(prompts) * payload["n"]
+        choices = self._sample(payload, expected)["choices"]
         return _as_trl(choices, payload["n"], payload["model"])
 
     def chat(
@@ -420,23 +489,25 @@ class VLLMClient:
             )
         shared: dict[str, Any] = {
             "model": model or self.model or self.models()[0],
-            "n": n,
-            "repetition_penalty": repetition_penalty,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "max_tokens": max_tokens,
-            "logprobs": logprobs is not None,
-            "top_logprobs": logprobs or 0,
+            **payloads.sampling_fields(
+                chat=True,
+                n=n,
+                repetition_penalty=repetition_penalty,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                max_tokens=max_tokens,
+                logprobs=logprobs is not None,
+                top_logprobs=logprobs or 0,
+                structured_outputs_regex=structured_outputs_regex,
+                generation_kwargs=generation_kwargs,
+            ),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             **({"tools": list(tools)} if tools else {}),
         }
-        if structured_outputs_regex is not None:
-            shared["structured_outputs"] = {"regex": structured_outputs_regex}
-        shared |= generation_kwargs or {}
-        shared.setdefault("cache_salt", payloads.salt(shared["model"]))
+        shared["cache_salt"] = payloads.salt(shared["model"])
         choices: list[dict[str, Any]] = []
         for conversation in messages:
             payload = {**shared, "messages": list(conversation)}
@@ -454,7 +525,7 @@ class VLLMClient:
             "prompt_logprobs": 0,
             "cache_salt": payloads.salt(model),
         }
-        rows = self.complete(payload)["choices"][0]["prompt_logprobs"]
+        rows = self._sample(payload, 1)["choices"][0]["prompt_logprobs"]
         pairs = zip(rows[1:], list(prompt_ids)[1:], strict=True)
         return [float(row[str(token)]["logprob"]) for row, token in pairs]
 
@@ -594,9 +665,13 @@ def _chat_choice(choice: dict[str, Any], prompt_ids: list[int]) -> dict[str, Any
 
 def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]:
     found = [payloads.logprob_rows(choice) for choice in choices]
-    rows = [row for row in found if row is not None]
+    rows = [
+        [_sampled_first(*pair) for pair in zip(row, choice["token_ids"], strict=True)]
+        for row, choice in zip(found, choices, strict=True)
+        if row is not None
+    ]
     asked = len(rows) == len(found)
-    return {
+    answer = {
         "prompt_ids": [choice["prompt_token_ids"] for choice in choices[::n]],
         "completion_ids": [choice["token_ids"] for choice in choices],
         "logprobs": [[list(t.values()) for t in row] for row in rows] if asked else None,
@@ -605,6 +680,14 @@ def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]
         "finish_reasons": [choice["finish_reason"] for choice in choices],
         "texts": [choice["text"] for choice in choices],
     }
+    if any(choice.get("prompt_logprobs") is not None for choice in choices[::n]):
+        answer["prompt_logprobs"] = [choice["prompt_logprobs"] for choice in choices[::n]]
+    return answer
+
+
+def _sampled_first(row: dict[int, float], token: int) -> dict[int, float]:
+    """As TRL takes the first of a token's logprobs, whatever more was asked for."""
+    return {token: row[token], **row}
 
 
 def _at_the_end_of_sending(call: Callable[[], Any]) -> Callable[[str, Any], None]:

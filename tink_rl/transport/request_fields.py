@@ -73,7 +73,7 @@ FIELDS: dict[str, Field] = {
     "temperature": Field(kind="number", low=0, high=2),
     "n": Field(kind="whole", low=1, high=MAX_INT),
     "seed": Field(kind="whole", low=-(2**63), high=2**63 - 1),
-    "logprobs": Field(kind="whole", low=-1, high=MAX_INT),
+    "logprobs": Field(kind="whole", low=0, high=MAX_INT),
     "prompt_logprobs": Field(kind="whole", low=-1, high=MAX_INT),
     "stop": Field(kind="texts"),
     "stop_token_ids": Field(kind="ids"),

@@ -76,7 +76,9 @@ class SyncConfig:
     )
     probe_tolerance: float | None = field(
         default=None,
-        metadata={"help": "Largest allowed |logprob difference| of a probe; None: by dtype."},
+        metadata={
+            "help": "Largest allowed |logprob difference| of a probe, in nats; None: what rounding explains."
+        },
     )
     rollout_log_every: int = field(
         default=1,
@@ -117,6 +119,10 @@ class SyncConfig:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"SyncConfig.{name}={value}: expected at least {least}")
+        if self.probe_tolerance is not None and not self.probe_tolerance > 0:
+            raise ConfigError(
+                f"SyncConfig.probe_tolerance={self.probe_tolerance}: expected nats > 0, or None"
+            )
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name.endswith("_s") and not (isinstance(value, (int, float)) and value >= 0):

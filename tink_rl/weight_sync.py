@@ -224,7 +224,7 @@ class WeightSync:
 
         Args:
             source: An `Adapter`, a live PEFT model, a PEFT directory, or a function that collects.
-            probe: Compare the server's logprobs of this prompt before the version becomes current.
+            probe: Compare the server's logprobs with these before the version becomes current.
             synthetic: Publish as version 0, which is no version of the policy: for a probe that is
                 dropped again before the first one.
 
@@ -316,7 +316,7 @@ class WeightSync:
                 of names to tensors; or any iterable of (name, tensor) pairs with the checkpoint's
                 names, as Megatron-Bridge's `export_hf_weights` yields them (read once, never held
                 whole).
-            probe: Compare the server's logprobs of this prompt before the version becomes current.
+            probe: Compare the server's logprobs with these before the version becomes current.
 
         Raises:
             UnknownModules, ShapeMismatch, IncompleteGroup, ...: refused. What was served stays served
@@ -419,7 +419,7 @@ class WeightSync:
         if probe is not None:
             with watch(Phase.VERIFY):
                 record = replace(
-                    record, probe_gap=self.probes.check(probe, name, self.status.dtype)
+                    record, probe_gap=self.probes.check(probe, name, self.status, self.mode)
                 )
         self.current, self._last, self._resend = record, None, make
         self._live_digest = ""
@@ -478,7 +478,7 @@ class WeightSync:
         gap = None
         if probe is not None:
             with watch(Phase.VERIFY):
-                gap = self.probes.check(probe, name, self.status.dtype)
+                gap = self.probes.check(probe, name, self.status, self.mode)
         record = PublishRecord(
             policy=self.config.policy,
             version=version,

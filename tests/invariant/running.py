@@ -66,7 +66,7 @@ def outcome(history, out, model):
     def logprobs_of(name):
         adapter = Adapter(tensors=load_file(out / f"{name}.safetensors"), rank=8)
         with twin.collector.swapped(adapter):
-            return prober.probe().logprobs
+            return prober.logprobs()
 
     return Outcome(
         rewards=[row["reward"] for row in history],

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl import GRPOConfig
+from trl import GRPOConfig, RLOOConfig
 from trl import GRPOTrainer as PlainGRPOTrainer
 
 import tink_rl
@@ -48,6 +48,34 @@ def test_run_samples_every_rollout_from_the_version_just_published(
     twin = PeftTwin(model_dir("qwen3"))
     twin.model = trainer.model.eval()
     assert_served(server, trainer.policy_link.current, twin.clear_cases())
+
+
+@pytest.mark.parametrize(
+    ("cls", "config_cls"),
+    [(tink_rl.GRPOTrainer, GRPOConfig), (tink_rl.RLOOTrainer, RLOOConfig)],
+    ids=["grpo", "rloo"],
+)
+def test_run_in_trls_default_precision_ends_well_however_large_its_adapter_grows(
+    server, model_dir, tmp_path, caplog, cls, config_cls
+):
+    trainer = make_trainer(
+        server,
+        model_dir,
+        tmp_path,
+        sync=settings(server, mode="merged", policy="autocast"),
+        cls=cls,
+        config_cls=config_cls,
+        bf16=config_cls(output_dir=str(tmp_path), use_cpu=True).bf16,
+        learning_rate=0.1,
+        max_steps=12,
+    )
+    trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert "training computes under bfloat16 autocast and the server in float32" in caplog.text
+    probed = [r.probe_gap for r in trainer.policy_link.records if r.probe_gap is not None]
+    assert len(probed) == 2 and max(probed) <= 1e-3
+    own = "rollout/logprob_gap" if cls is tink_rl.GRPOTrainer else "rollout/sequence_logprob_gap"
+    assert rows(trainer)[-1][own] > 0.01  # what a probe under autocast would have judged
 
 
 def test_dora_trains_in_full_mode_and_auto_says_why(server, model_dir, tmp_path, caplog):

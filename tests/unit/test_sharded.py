@@ -34,7 +34,7 @@ def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(m
     twin = PeftTwin(model_dir("qwen3"))
     twin.randomise(1)
     before = twin.collector.collect()
-    plain = Prober(twin.model, vocab_size=64).probe().logprobs
+    plain = Prober(twin.model, vocab_size=64).logprobs()
     for layer in twin.model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(twin.model, mesh=mesh)
@@ -43,14 +43,14 @@ def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(m
     other = twin.collector.random_like(seed=3, std=0.1)
     with twin.collector.swapped(other):
         swapped = twin.collector.collect()
-        moved = Prober(twin.model, vocab_size=64).probe().logprobs
+        moved = Prober(twin.model, vocab_size=64).logprobs()
     for name, tensor in other.tensors.items():
         assert torch.allclose(swapped.tensors[name], tensor, atol=1e-7)
     assert max(abs(a - b) for a, b in zip(moved, plain, strict=True)) > 0.01
 
     after = twin.collector.collect()
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
-    assert Prober(twin.model, vocab_size=64).probe().logprobs == pytest.approx(plain, abs=1e-5)
+    assert Prober(twin.model, vocab_size=64).logprobs() == pytest.approx(plain, abs=1e-5)
 
 
 def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_dir, mesh):

@@ -21,7 +21,7 @@ from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.server.policies import Policies
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.probes import largest_gap
+from tink_rl.transport.probe_rules import largest_gap
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
@@ -57,6 +57,8 @@ def status(modes=("adapter", "merged"), **changes):
         {"policy": ""},
         {"keep_versions": 0},
         {"probe_every": -1},
+        {"probe_tolerance": 0.0},
+        {"probe_tolerance": float("nan")},
         {"stage_timeout_s": -1.0},
         {"stage_timeout_s": "soon"},
     ],

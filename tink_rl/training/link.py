@@ -112,7 +112,7 @@ class PolicyLink:
             # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
             if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
                 self.sync.check_whole(self._model)
-            self._prober.prove(self.sync, self.collector, partial(self._on_all, "probe_with"))
+            self._prober.prove(self.sync, self.collector, partial(self._on_all, "measure_with"))
             if self._config.probe_every and self.collector.sharding is Sharding.ZERO3:
                 logger.info(
                     "ZeRO-3: only the first version is probed; rollout/logprob_gap goes on comparing"
@@ -138,7 +138,8 @@ class PolicyLink:
                     f"{self.sync.mode.value} mode its next turn would come from another policy; "
                     "publish between rollouts, or set SyncConfig(mode='adapter')"
                 )
-            probe = self._on_all("probe") if self._probes_now() else None
+            measure = partial(self._on_all, "measure")
+            probe = self._prober.probe(measure) if self._probes_now() else None
             record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
             return asdict(record)
 
@@ -173,8 +174,8 @@ class PolicyLink:
     def _duties(self) -> Duties:
         """What a sharded model needs every rank for."""
         return {
-            "probe": self._prober.probe,
-            "probe_with": partial(self._prober.probe_with, self.collector),
+            "measure": self._prober.measure,
+            "measure_with": partial(self._prober.measure_with, self.collector),
             "collect": partial(self.collector.collect, live=True),
         }
 

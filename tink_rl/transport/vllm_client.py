@@ -515,19 +515,39 @@ class VLLMClient:
             choices += [_chat_choice(c, data["prompt_token_ids"]) for c in data["choices"]]
         return _as_trl(choices, shared["n"], shared["model"])
 
-    def prompt_logprobs(self, prompt_ids: Sequence[int], model: str) -> list[float]:
-        """Logprob of every prompt token but the first, `[T - 1]`, under the version `model`."""
+    def continuation(
+        self, prompt_ids: Sequence[int], model: str, num_tokens: int
+    ) -> tuple[list[int], list[float]]:
+        """The prompt and `num_tokens` that `model` adds, and the logprob of each but the first.
+
+        Raises:
+            BackendError: fewer tokens came back.
+        """
         payload = {
             "model": model,
             "prompt": list(prompt_ids),
-            "max_tokens": 1,
+            "max_tokens": num_tokens,
             "temperature": 1.0,
+            "seed": 0,
+            "ignore_eos": True,
             "prompt_logprobs": 0,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
             "cache_salt": payloads.salt(model),
         }
-        rows = self._sample(payload, 1)["choices"][0]["prompt_logprobs"]
-        pairs = zip(rows[1:], list(prompt_ids)[1:], strict=True)
-        return [float(row[str(token)]["logprob"]) for row, token in pairs]
+        [choice] = self._sample(payload, 1)["choices"]
+        pairs = zip(choice["prompt_logprobs"][1:], list(prompt_ids)[1:], strict=True)
+        read = [float(row[str(token)]["logprob"]) for row, token in pairs]
+        added = [int(token) for token in choice["token_ids"]]
+        rows = payloads.logprob_rows(choice)
+        if rows is None or len(added) != num_tokens:
+            raise errors.BackendError(
+                f"{self.base_url} was asked for {num_tokens} tokens with logprobs, {len(added)} came back",
+                replica=self.base_url,
+            )
+        written = [row[token] for row, token in zip(rows, added, strict=True)]
+        return [*prompt_ids, *added], read + written
 
     # -- TRL's weight interface -------------------------------------------------------------------
 

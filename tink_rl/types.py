@@ -10,6 +10,9 @@ from typing import Any
 PROTOCOL_VERSION = 3
 """Version of the control routes and the packet header; both sides state it at join."""
 
+FULL_LOGPROBS = "tink_full_logprobs"
+"""In a request's `vllm_xargs`: send the sampled tokens' logprobs as they were before top-k, a grammar, ..."""
+
 _POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
@@ -171,6 +174,8 @@ class ServerStatus:
     """Requests that were admitted and have not ended."""
     holding: bool = False
     """Whether new requests are held, because a commit waits for the running ones or writes."""
+    full_logprobs: bool = False
+    """Whether a request may ask for logprobs over the whole vocabulary."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ServerStatus:

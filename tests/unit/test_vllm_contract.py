@@ -137,6 +137,28 @@ def test_plugin_replaces_the_manager_once():
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LRUCacheWorkerLoRAManager
 
 
+def test_model_runners_sample_as_their_stand_ins_in_test_full_logprobs():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Second
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as SecondSampler
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+    from vllm.v1.worker.gpu_model_runner import ExecuteModelState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
+
+    assert parameters(First.sample_tokens) == ["self", "grammar_output"]
+    assert parameters(First._sample) == ["self", "logits", "spec_decode_metadata"]
+    assert "logits" in ExecuteModelState._fields and not hasattr(Second, "_sample")
+    first = inspect.getsource(First.sample_tokens)
+    assert first.index("apply_grammar_bitmask(") < first.index("self._sample(")
+    assert parameters(SecondSampler.add_request) == ["self", "req_idx", "sampling_params"]
+    assert parameters(SecondSampler.__call__) == ["self", "logits", "input_batch"]
+    mask = parameters(StructuredOutputsWorker.apply_grammar_bitmask)
+    assert mask[:3] == ["self", "logits", "input_batch"]
+    second = inspect.getsource(Second.sample)
+    assert second.index("structured_outputs_worker.apply_grammar_bitmask(") < second.index(
+        "self.sampler(logits, input_batch)"
+    )
+
+
 @pytest.mark.parametrize(
     ("process", "asked", "sleeps"),
     [

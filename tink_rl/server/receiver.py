@@ -26,7 +26,7 @@ from tink_rl.errors import (
 )
 from tink_rl.policy import packet
 from tink_rl.policy.fingerprint import checkpoint_index
-from tink_rl.server import amx, host_store, modules
+from tink_rl.server import amx, full_logprobs, host_store, modules
 from tink_rl.server.channels import Channels
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights
@@ -122,6 +122,7 @@ class TinkWorkerExtension:
             "golden": state.golden.describe() if state.golden is not None else {},
             "no_full": no_full,
             "amx": amx.may_use_tiles(),
+            "full_logprobs": full_logprobs.install(worker.model_runner),
         }
 
     def _tink_trace_layout(self, state: _State, options: dict[str, Any]) -> str | None:

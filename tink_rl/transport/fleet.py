@@ -505,10 +505,11 @@ class Fleet:
         """The facts that all replicas share.
 
         Raises:
-            ConfigError: they differ in base, dtype, modes or slots.
+            ConfigError: they differ in base, dtype, modes, slots or logprobs.
         """
         statuses = self.statuses()
-        for name in ("base_fingerprint", "dtype", "adapter_dtype", "modes", "max_lora_rank"):
+        alike = ("base_fingerprint", "dtype", "adapter_dtype", "modes", "max_lora_rank")
+        for name in (*alike, "logprobs_mode", "full_logprobs"):
             values = {str(getattr(status, name)) for status in statuses}
             if len(values) > 1:
                 raise errors.ConfigError(

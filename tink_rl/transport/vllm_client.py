@@ -19,7 +19,7 @@ import httpx
 from tink_rl import errors
 from tink_rl.transport import payloads
 from tink_rl.transport.payloads import NO_LIMITS, Limits
-from tink_rl.types import ServerStatus, SyncMode
+from tink_rl.types import FULL_LOGPROBS, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet, Replica
@@ -417,8 +417,13 @@ class VLLMClient:
         generation_kwargs: Mapping[str, Any] | None = None,
         *,
         model: str | None = None,
+        full_logprobs: bool = False,
     ) -> dict[str, Any]:
         """`n` completions per prompt, prompt-major, from the version `model` (None: the first served).
+
+        With `full_logprobs`, the sampled tokens' logprobs are log softmax(logits / temperature) over the
+        whole vocabulary, whatever top_k, a grammar, ... left of it to draw from; a server whose status
+        does not say `full_logprobs` ignores this.
 
         Returns:
             TRL's keys: `prompt_ids` [P][T], `completion_ids` [P*n][T], `logprobs` and
@@ -452,6 +457,8 @@ class VLLMClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
+        if full_logprobs:
+            payload["vllm_xargs"] = {FULL_LOGPROBS: 1}
         # The prefix cache must never answer one version with another one's keys and values.
         payload["cache_salt"] = payloads.salt(payload["model"])
         expected = len(prompts) * payload["n"]

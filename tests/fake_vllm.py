@@ -164,6 +164,7 @@ class FakeVLLM:
             "max_loras": 2,
             "max_model_len": self.max_model_len,
             "logprobs_mode": "processed_logprobs",
+            "no_full_logprobs": None,
             "device": "cpu",
             "served": dict(self.served),
             "merged": self.merged,

@@ -174,8 +174,8 @@ class ServerStatus:
     """Requests that were admitted and have not ended."""
     holding: bool = False
     """Whether new requests are held, because a commit waits for the running ones or writes."""
-    full_logprobs: bool = False
-    """Whether a request may ask for logprobs over the whole vocabulary."""
+    no_full_logprobs: str | None = "its tink_rl is older than the trainer's"
+    """Why no request may ask for logprobs over the whole vocabulary; None: any may."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ServerStatus:

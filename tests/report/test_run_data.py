@@ -13,6 +13,7 @@ import pytest
 from tink_rl.errors import ConfigError
 from tink_rl.report.findings import find
 from tink_rl.report.run import Run, load_run
+from tink_rl.training.ratio import RATIO
 
 DEMO_RUN = Path(__file__).parent / "demo_run"
 
@@ -116,6 +117,11 @@ def test_directory_without_a_run_is_refused(tmp_path, make):
     [
         ({"reward": [0.1, math.nan]}, False, "not finite at step 2"),
         ({"rollout__logprob_gap": [1e-6, 0.5]}, False, "up to 0.5 in a logprob"),
+        (
+            {RATIO.replace("/", "__"): [1.0, 5e-18, 0.0]},
+            False,
+            "At step 3 (and 1 more), mean importance",
+        ),
         ({"rollout__logprob_gap": [1e-6, 2e-6]}, True, "at most 2.0e-06"),
         ({"frac_reward_zero_std": [0.9, 1.0]}, False, "95% of the last groups"),
         ({"completions__clipped_ratio": [0.5, 0.5]}, False, "50% of the last completions"),

@@ -182,12 +182,19 @@ class OtherSampler(Sampler):
     """A model's own."""
 
 
-@pytest.mark.parametrize("change", [{"speculative_config": object()}, {"sampler": OtherSampler()}])
-def test_runner_that_draws_its_tokens_elsewhere_says_so(change):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"speculative_config": object()}, "speculatively"),
+        ({"sampler": OtherSampler()}, "OtherSampler"),
+    ],
+)
+def test_runner_that_draws_its_tokens_elsewhere_says_so(change, expected):
     runner = SimpleNamespace(**{"speculative_config": None, "sampler": Sampler(), **change})
-    assert full_logprobs.install(runner) is False
+    assert expected in full_logprobs.install(runner)
     assert not hasattr(runner, "sample_tokens")
 
 
 def test_earlier_rank_of_a_pipeline_has_nothing_to_wrap():
-    assert full_logprobs.install(SimpleNamespace(speculative_config=None, sampler=None))
+    last_only = SimpleNamespace(speculative_config=None, sampler=None)
+    assert full_logprobs.install(last_only) is None

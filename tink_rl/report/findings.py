@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from tink_rl.report.run import Run
+from tink_rl.training.ratio import LOWEST_RATIO, RATIO, consequence
 
 _GAP_WARNING = 0.2
 _SYNC_SHARE_WARNING = 0.25
@@ -27,6 +28,7 @@ def find(run: Run) -> list[Finding]:
     """What a reader should know first, problems first."""
     found = [
         *_values(run),
+        *_ratio(run),
         *_gap(run),
         *_spread(run),
         *_clipped(run),
@@ -76,6 +78,16 @@ def _gap(run: Run) -> list[Finding]:
         f"The server sampled the policy that was trained: logprobs differ by at most {worst:.1e}."
     )
     return [Finding(good=True, text=text)]
+
+
+def _ratio(run: Run) -> list[Finding]:
+    steps, ratios = run.series(RATIO)
+    low = [(step, value) for step, value in zip(steps, ratios, strict=True) if value < LOWEST_RATIO]
+    if not low:
+        return []
+    step, ratio = min(low, key=lambda found: found[1])
+    text = f"At step {step} (and {len(low) - 1} more), {consequence(ratio)}."
+    return [Finding(good=False, text=text)]
 
 
 def _spread(run: Run) -> list[Finding]:

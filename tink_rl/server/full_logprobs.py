@@ -27,22 +27,17 @@ _ROWS_AT_ONCE = 64
 """Rows of logits that are copied to float32 together."""
 
 
-def install(runner: Any) -> bool:
-    """Let the model runner `runner` answer such requests; False where it cannot.
-
-    With speculative decoding other code draws the tokens, and a model may bring its own sampler.
-    """
+def install(runner: Any) -> str | None:
+    """Let the model runner `runner` answer such requests; None, or why it cannot."""
     if runner.speculative_config is not None:
-        return False
+        return "it decodes speculatively"
     if hasattr(runner, "_sample"):
         _wrap_v1(runner)
-        return True
-    if runner.sampler is None:  # logits are computed on the last rank of a pipeline only
-        return True
-    if type(runner.sampler).__name__ != "Sampler":
-        return False
-    _wrap_v2(runner)
-    return True
+    elif runner.sampler is not None:  # of a pipeline's ranks, the last computes logits
+        if type(runner.sampler).__name__ != "Sampler":
+            return f"its tokens are drawn by a {type(runner.sampler).__name__}"
+        _wrap_v2(runner)
+    return None
 
 
 def _asks(params: Any) -> bool:

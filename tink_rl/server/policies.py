@@ -97,7 +97,8 @@ class Policies:
         self._facts["adapter_dtype"] = answers[0]["adapter_dtype"]
         self._facts["golden"] = answers[0]["golden"]
         self._facts["amx"] = answers[0]["amx"]
-        self._facts["full_logprobs"] = all(answer["full_logprobs"] for answer in answers)
+        reasons = [answer["no_full_logprobs"] for answer in answers]
+        self._facts["no_full_logprobs"] = next(filter(None, reasons), None)
         reasons = [answer["no_full"] for answer in answers if answer["no_full"]]
         if reasons:
             self.modes = tuple(mode for mode in self.modes if mode is not SyncMode.FULL)

@@ -122,7 +122,7 @@ class TinkWorkerExtension:
             "golden": state.golden.describe() if state.golden is not None else {},
             "no_full": no_full,
             "amx": amx.may_use_tiles(),
-            "full_logprobs": full_logprobs.install(worker.model_runner),
+            "no_full_logprobs": full_logprobs.install(worker.model_runner),
         }
 
     def _tink_trace_layout(self, state: _State, options: dict[str, Any]) -> str | None:

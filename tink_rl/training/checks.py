@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -9,9 +10,9 @@ from transformers import ProcessorMixin
 
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.training.generation import SamplingSettings
-from tink_rl.transport.request_fields import distribution_changes
 from tink_rl.types import ServerStatus
 
+logger = logging.getLogger("tink_rl")
 _TESTED_TRL = "1.16"
 
 
@@ -122,7 +123,8 @@ def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
     """Check that the sampler's logprobs mean what the importance ratio takes them for.
 
     Raises:
-        ConfigError: the server returns raw logprobs, or a completion cannot fit.
+        ConfigError: the server returns raw logprobs, or renormalised ones where they are compared with the
+            trainer's, or a completion cannot fit.
     """
     corrected = getattr(args, "vllm_importance_sampling_correction", False)
     if corrected and status.logprobs_mode != "processed_logprobs":
@@ -137,16 +139,42 @@ def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
             "without, so the importance ratio is noise; set lora_dropout=0 or disable_dropout=True",
             stacklevel=3,
         )
-    changes = distribution_changes(SamplingSettings.of(args).fields())
-    if corrected and changes:
-        warnings.warn(
-            f"{', '.join(changes)} change what the sampler's logprobs mean (they are renormalised over the "
-            "tokens that are left), so the importance ratio is biased; leave them at their defaults",
-            stacklevel=3,
-        )
+    changes = SamplingSettings.of(args).changes
+    if changes:
+        _check_full_logprobs(args, status, ", ".join(changes))
     if args.max_completion_length >= status.max_model_len:
         raise ConfigError(
             f"max_completion_length={args.max_completion_length}: the server takes "
             f"{status.max_model_len} tokens for prompt and completion; restart it with a larger "
             "--max-model-len"
         )
+
+
+def _check_full_logprobs(args: Any, status: ServerStatus, names: str) -> None:
+    """Check that a sampler which `names` narrow can tell logprobs that mean what the trainer's do."""
+    if status.no_full_logprobs is None:
+        logger.info(
+            "%s: completions are drawn from a part of the policy. Logprobs of trainer and server are "
+            "compared over the whole vocabulary, like with like; that the rest is never drawn, the loss "
+            "does not correct for (nor does TRL's without vLLM)",
+            names,
+        )
+        return
+    problem = (
+        f"{names}: the sampler's logprobs are renormalised over the tokens that are left and the "
+        f"trainer's are not, and this server cannot tell others ({status.no_full_logprobs})"
+    )
+    corrected = getattr(args, "vllm_importance_sampling_correction", False)
+    masked = getattr(args, "off_policy_mask_threshold", None) is not None
+    if not corrected and not masked:
+        warnings.warn(
+            f"{problem}: those of the rollout log, and gaps made of them, are not the trainer's",
+            stacklevel=4,
+        )
+        return
+    reader = "vllm_importance_sampling_correction" if corrected else "off_policy_mask_threshold"
+    off = "vllm_importance_sampling_correction=False" if corrected else f"{reader}=None"
+    raise ConfigError(
+        f"{problem}: {reader} would weigh whole completions down to nothing, and the run learn nothing. "
+        f"Leave {names} out, set {off}, or sample from another server"
+    )

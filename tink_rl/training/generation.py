@@ -18,6 +18,7 @@ from typing import Any
 from tink_rl.errors import ConfigError, UnknownVersion
 from tink_rl.training.rollouts import Ask, RolloutBatch
 from tink_rl.transport.payloads import sampling_fields
+from tink_rl.transport.request_fields import distribution_changes
 from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
@@ -38,7 +39,20 @@ class SamplingSettings:
     generation_kwargs: dict[str, Any] | None = None
 
     def as_request(self) -> dict[str, Any]:
-        """Keyword arguments of `VLLMClient.generate`."""
+        """Keyword arguments of `VLLMClient.generate`.
+
+        Where something narrows what is drawn from, they ask for logprobs over the whole vocabulary: the
+        trainer's are, and what compares the two must compare like with like.
+        """
+        full = {"full_logprobs": True} if self.changes else {}
+        return {**self._arguments(), **full}
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Fields by which tokens are drawn from something else than softmax(logits / temperature)."""
+        return distribution_changes(self.fields())
+
+    def _arguments(self) -> dict[str, Any]:
         return {
             "repetition_penalty": self.repetition_penalty,
             "temperature": self.temperature,
@@ -57,7 +71,7 @@ class SamplingSettings:
         Raises:
             SamplingRefused: one of them is not taken.
         """
-        return sampling_fields(**self.as_request())
+        return sampling_fields(**self._arguments())
 
     @classmethod
     def of(cls, args: Any) -> SamplingSettings:

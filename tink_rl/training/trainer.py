@@ -20,6 +20,7 @@ from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.publishing import PublishCallback, metrics_of
+from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
 from tink_rl.training.scoring import RolloutScope
@@ -35,7 +36,7 @@ class _RolloutCallback(PublishCallback):
 
     def __init__(self, trainer: Any, link: PolicyLink, scope: RolloutScope) -> None:
         super().__init__(trainer, link, trainer.vllm_generation.sync_weights)
-        self._scope = scope
+        self._scope, self._ratio = scope, RatioWatch()
         self._last_step_end = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -48,6 +49,8 @@ class _RolloutCallback(PublishCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See `PublishCallback`."""
         _copy_logprob_gap(self._trainer)
+        if state.is_world_process_zero:
+            self._ratio.look(state.global_step, self._trainer._metrics["train"])
         super().on_step_end(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         now = time.perf_counter()

@@ -509,7 +509,7 @@ class Fleet:
         """
         statuses = self.statuses()
         alike = ("base_fingerprint", "dtype", "adapter_dtype", "modes", "max_lora_rank")
-        for name in (*alike, "logprobs_mode", "full_logprobs"):
+        for name in (*alike, "logprobs_mode", "no_full_logprobs"):
             values = {str(getattr(status, name)) for status in statuses}
             if len(values) > 1:
                 raise errors.ConfigError(

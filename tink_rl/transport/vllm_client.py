@@ -423,7 +423,7 @@ class VLLMClient:
 
         With `full_logprobs`, the sampled tokens' logprobs are log softmax(logits / temperature) over the
         whole vocabulary, whatever top_k, a grammar, ... left of it to draw from; a server whose status
-        does not say `full_logprobs` ignores this.
+        says `no_full_logprobs` ignores this.
 
         Returns:
             TRL's keys: `prompt_ids` [P][T], `completion_ids` [P*n][T], `logprobs` and

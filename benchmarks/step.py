@@ -15,9 +15,12 @@ import time
 from typing import Any
 
 from tink_rl import placement
+from tink_rl.training.ratio import RATIO
 
 NUM_STEPS = 14
 NUM_WARM_UP = 4
+RATIO_SLACK = 0.05
+"""Of the mean importance ratio from 1: both sides compute in fp32."""
 
 
 def measure() -> dict[str, Any]:
@@ -108,7 +111,8 @@ def _run(route: str, tokens: int) -> dict[str, float]:
 
     base = str(ensure_tiny_base())
     task = load_task("digits")
-    exactly = {"min_tokens": tokens} if route == "vllm" else {"min_new_tokens": tokens}
+    # min_tokens would forbid the end token to vLLM's sampler; ignoring it leaves the distribution alone.
+    exactly = {"ignore_eos": True} if route == "vllm" else {"min_new_tokens": tokens}
     with ExitStack() as stack:
         shared: dict[str, Any] = {
             "model": base,
@@ -145,6 +149,7 @@ def _run(route: str, tokens: int) -> dict[str, float]:
         rows = _timed(trainer)
         trainer.train()
     history = [r for r in trainer.state.log_history if "reward" in r]
+    check_learns(history)
     for row, logged in zip(rows, history, strict=True):
         for part, key in (("rollout", "rollout/seconds"), ("publish", "sync/seconds")):
             if key in logged:
@@ -153,6 +158,21 @@ def _run(route: str, tokens: int) -> dict[str, float]:
         row["rest" if route == "vllm" else "generation, rewards and the rest"] = row["step"] - known
     counted = rows[NUM_WARM_UP:]
     return {part: statistics.median(row[part] for row in counted) for part in counted[0]}
+
+
+def check_learns(history: list[dict[str, Any]]) -> None:
+    """Refuse to time a run of another kind: without a gradient, backward computes with denormal numbers.
+
+    Raises:
+        SystemExit: the mean importance ratio of a step is not near 1.
+    """
+    ratios = [row[RATIO] for row in history if RATIO in row]
+    odd = [ratio for ratio in ratios if not abs(ratio - 1) <= RATIO_SLACK]
+    if odd:
+        raise SystemExit(
+            f"{len(odd)} of {len(ratios)} steps have a mean importance ratio beyond 1 +- {RATIO_SLACK} "
+            f"(such as {odd[0]:.3g}): this run does not learn as a user's does, and is not measured"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import trl
 
+from benchmarks import step
 from tests.fake_vllm import FakeVLLM
 from tests.unit.test_sync_rules import status
 from tink_rl import SyncConfig, VLLMClient, errors
@@ -195,8 +196,8 @@ def values(ratio, difference=5.0):
 
 def test_ratio_near_zero_is_said_once_with_what_was_measured(caplog):
     watch = RatioWatch()
-    for step, ratio in enumerate([1.0, 0.5, 5e-18, 0.0]):
-        watch.look(step, values(ratio))
+    for number, ratio in enumerate([1.0, 0.5, 5e-18, 0.0]):
+        watch.look(number, values(ratio))
     (line,) = caplog.messages
     assert line.startswith("step 2: mean importance ratio 5e-18")
     assert "next to nothing is learned" in line and "5 nats a token" in line
@@ -208,3 +209,10 @@ def test_ratio_near_zero_is_said_once_with_what_was_measured(caplog):
 def test_ratio_that_leaves_a_gradient_or_is_not_there_is_no_news(metrics, caplog):
     RatioWatch().look(1, metrics)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("ratio", [5e-18, 0.9, 1.2, float("nan")])
+def test_benchmark_measures_no_run_without_a_gradient(ratio):
+    step.check_learns([{RATIO: 1.0}, {RATIO: 1.01}, {"reward": 0.5}])
+    with pytest.raises(SystemExit, match="1 of 2 steps"):
+        step.check_learns([{RATIO: 1.0}, {RATIO: ratio}])

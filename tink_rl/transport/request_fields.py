@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from tink_rl.errors import SamplingRefused
+from tink_rl.types import FULL_LOGPROBS
 
 MAX_INT = 2**31 - 1
 Shown = Callable[[str], str]
@@ -143,7 +144,8 @@ FIELDS: dict[str, Field] = {
         Effect.OURS, "one id for several requests ends all but one; leave it out"
     ),
     # -- never sent -----------------------------------------------------------------------------------
-    "vllm_xargs": _refused(Effect.NEVER, _UNCHECKED),
+    # But for what the client asks of our own plugin.
+    "vllm_xargs": _refused(Effect.NEVER, _UNCHECKED, {FULL_LOGPROBS: 1}),
     "kv_transfer_params": _refused(Effect.NEVER, _UNCHECKED),
     "ec_transfer_params": _refused(Effect.NEVER, _UNCHECKED),
 }

@@ -212,6 +212,7 @@ def a_status(**changes):
         "max_loras": 4,
         "max_model_len": 256,
         "logprobs_mode": "processed_logprobs",
+        "no_full_logprobs": None,
         "device": "cpu",
         "served": {},
         "versions": {"tink-rl": "0.1.0"},
@@ -224,6 +225,7 @@ def a_status(**changes):
     ("changes", "level", "text"),
     [
         ({"logprobs_mode": "raw_logprobs"}, Level.BLOCKER, "--logprobs-mode processed_logprobs"),
+        ({"no_full_logprobs": "it decodes speculatively"}, Level.NOTE, "it decodes speculatively"),
         ({"protocol": 99}, Level.BLOCKER, "on both sides"),
         ({"versions": {"tink-rl": "9.9"}}, Level.WARNING, "runs tink-rl 9.9"),
         ({"reason": "a fold failed", "state": "not_ready"}, Level.BLOCKER, "a fold failed"),

@@ -91,13 +91,19 @@ def _dtype(status: ServerStatus) -> Finding:
 
 
 def _logprobs(status: ServerStatus) -> Finding:
-    if status.logprobs_mode == "processed_logprobs":
-        return ok("logprobs", "processed_logprobs: the importance ratio is unbiased")
-    return blocker(
-        "logprobs",
-        f"{status.logprobs_mode}: without temperature in them the importance ratio is biased",
-        "restart with --logprobs-mode processed_logprobs (`tink-rl serve` does)",
-    )
+    if status.logprobs_mode != "processed_logprobs":
+        return blocker(
+            "logprobs",
+            f"{status.logprobs_mode}: without temperature in them the importance ratio is biased",
+            "restart with --logprobs-mode processed_logprobs (`tink-rl serve` does)",
+        )
+    if status.no_full_logprobs is not None:
+        return note(
+            "logprobs",
+            f"processed_logprobs, but none over the whole vocabulary ({status.no_full_logprobs}): a GRPO run "
+            "with top_k, a penalty, a grammar, ... is refused",
+        )
+    return ok("logprobs", "processed_logprobs, and those of the whole vocabulary under top_k, ...")
 
 
 def _transport(url: str) -> Finding:

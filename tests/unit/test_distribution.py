@@ -87,15 +87,17 @@ def test_request_that_draws_from_the_whole_policy_is_what_it_always_was(changes,
 class Sampler:
     """Answers one token, and keeps what it was asked."""
 
-    def __init__(self):
-        self.asked = []
+    base_url = "http://sampler"
 
-    def generate(self, prompts, *, n, **more):
+    def __init__(self, logprob=-0.5):
+        self.asked, self.logprob = [], logprob
+
+    def generate(self, prompts, *, n=1, **more):
         self.asked.append(more)
         rows = len(prompts) * n
         return {
             "completion_ids": [[7]] * rows,
-            "logprobs": [[[-0.5]]] * rows,
+            "logprobs": [[[self.logprob]]] * rows,
             "logprob_token_ids": None,
         }
 
@@ -140,6 +142,17 @@ def test_server_that_cannot_is_refused_before_the_first_step(changes):
         checks.check_sampling(arguments(**changes), cannot, dropout=0.0)
     for words in ("it decodes speculatively", "vllm_importance_sampling_correction=False"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [0.0, -0.0, float("nan")])
+def test_server_that_says_it_can_and_does_not_is_found_out(told):
+    can = status(no_full_logprobs=None)
+    samplers = [Sampler(), Sampler(told)]
+    checks.check_sampling(arguments(), can, dropout=0.0, clients=samplers)
+    assert samplers[0].asked == samplers[1].asked == []
+    with pytest.raises(errors.ConfigError, match="under top_k=1"):
+        checks.check_sampling(arguments(top_k=5), can, dropout=0.0, clients=samplers)
+    assert [sampler.asked[0]["full_logprobs"] for sampler in samplers] == [True, True]
 
 
 def test_server_of_an_older_release_is_named_as_one():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.training.generation import SamplingSettings
+from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
@@ -119,8 +121,16 @@ def check_arguments(args: Any) -> None:
             )
 
 
-def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
+def check_sampling(
+    args: Any, status: ServerStatus, *, dropout: float, clients: Sequence[VLLMClient] = ()
+) -> None:
     """Check that the sampler's logprobs mean what the importance ratio takes them for.
+
+    Args:
+        args: The trainer's.
+        status: What the servers, which are alike, say of themselves.
+        dropout: In the adapter.
+        clients: Of the servers; each that has to tell logprobs over the whole vocabulary shows that it does.
 
     Raises:
         ConfigError: the server returns raw logprobs, or renormalised ones where they are compared with the
@@ -142,11 +152,36 @@ def check_sampling(args: Any, status: ServerStatus, *, dropout: float) -> None:
     changes = SamplingSettings.of(args).changes
     if changes:
         _check_full_logprobs(args, status, ", ".join(changes))
+        if status.no_full_logprobs is None:
+            for client in clients:
+                prove_full_logprobs(client)
     if args.max_completion_length >= status.max_model_len:
         raise ConfigError(
             f"max_completion_length={args.max_completion_length}: the server takes "
             f"{status.max_model_len} tokens for prompt and completion; restart it with a larger "
             "--max-model-len"
+        )
+
+
+def prove_full_logprobs(client: VLLMClient) -> None:
+    """Let a server draw from one token, which of the whole vocabulary has a logprob below 0.
+
+    Raises:
+        ConfigError: the server tells the logprobs of what was left to draw from.
+    """
+    output = client.generate(
+        [[1, 2, 3]],
+        top_k=1,
+        max_tokens=4,
+        generation_kwargs={"ignore_eos": True},
+        full_logprobs=True,
+    )
+    told = [values[0] for values in output["logprobs"][0]]
+    if not min(told) < 0:
+        raise ConfigError(
+            f"the server at {client.base_url} says that it tells logprobs over the whole vocabulary, and "
+            f"told {told} under top_k=1, which are those of one token; please report its vLLM version and "
+            "flags, and set vllm_importance_sampling_correction=False meanwhile"
         )
 
 

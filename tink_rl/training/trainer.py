@@ -123,7 +123,7 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
     args = trainer.args
 
     def check(status: ServerStatus) -> None:
-        checks.check_sampling(args, status, dropout=link.collector.dropout)
+        checks.check_sampling(args, status, dropout=link.collector.dropout, clients=clients)
 
     def sync() -> None:
         link.start(check)

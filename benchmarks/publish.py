@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from recipes.tiny_base import ensure_tiny_base, make_tokenizer
 from tink_rl import SyncConfig, VLLMServer, WeightSync
+from tink_rl.gpus import exact_dtype
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import AdapterCollector
 from tink_rl.training.probe import Prober
@@ -73,7 +74,8 @@ def _measure_model(
     with VLLMServer(
         directory,
         mode="both",
-        dtype="float32",
+        dtype=exact_dtype("both"),
+        shared_with_trainer=False,
         max_model_len=256,
         env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},  # for TRL's route, on the same server
     ) as server:
@@ -121,7 +123,12 @@ def measure_bf16_gap() -> dict[str, float]:
     prober = Prober(model, vocab_size=model.config.vocab_size)
     gaps = {}
     with VLLMServer(
-        directory, mode="both", dtype="bfloat16", max_model_len=256, max_lora_rank=16
+        directory,
+        mode="both",
+        dtype="bfloat16",
+        shared_with_trainer=False,
+        max_model_len=256,
+        max_lora_rank=16,
     ) as server:
         for mode in ("merged", "adapter"):
             with _sync(server, directory, mode) as sync, collector.swapped(collector.random_like()):

@@ -55,6 +55,7 @@ def measure() -> dict[str, Any]:
 def main() -> None:
     """Measure and print one line of JSON."""
     from recipes.tiny_base import ensure_tiny_base
+    from tink_rl.gpus import exact_dtype
     from tink_rl.launch import VLLMServer
 
     base = ensure_tiny_base()
@@ -64,7 +65,7 @@ def main() -> None:
             VLLMServer(
                 base,
                 mode="adapter",
-                dtype="float32",
+                dtype=exact_dtype("adapter"),
                 max_model_len=256,
                 max_lora_rank=16,
                 max_loras=NUM_ADAPTERS,

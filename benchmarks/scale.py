@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.provenance import provenance
 from benchmarks.publish import random_100m
 from tink_rl import SyncConfig, VLLMServer, WeightSync
+from tink_rl.gpus import exact_dtype
 from tink_rl.policy.adapter import AdapterCollector
 
 RANKS = (8, 16, 32, 64)
@@ -56,7 +57,12 @@ def measure() -> dict[str, Any]:
     directory = random_100m(Path(".cache/random_100m"))
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in TRANSPORTS}
     with VLLMServer(
-        directory, mode="adapter", dtype="float32", max_model_len=256, max_lora_rank=max(RANKS)
+        directory,
+        mode="adapter",
+        dtype=exact_dtype("adapter"),
+        shared_with_trainer=False,
+        max_model_len=256,
+        max_lora_rank=max(RANKS),
     ) as server:
         for rank in RANKS:
             collector = _collector(directory, rank)

@@ -16,7 +16,9 @@ import tink_rl
 from recipes.tasks import TASKS, Task, load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl.cli import show_wait
+from tink_rl.gpus import exact_dtype
 from tink_rl.settings import LORA_RANKS, slot_for
+from tink_rl.training.devices import one_device
 from tink_rl.training.ranks import Ranks
 
 
@@ -32,7 +34,7 @@ class RecipeArguments:
         default=None, metadata={"help": "The base; default: the tiny base, trained on first use."}
     )
     dtype: str = field(
-        default="auto", metadata={"help": "Of the trainer's base; tiny base: float32."}
+        default="auto", metadata={"help": "Of the trainer's base; tiny base: as it is served."}
     )
     load_in_4bit: bool = field(
         default=False,
@@ -73,9 +75,10 @@ def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tink_rl").setLevel(logging.INFO)
     model = recipe.model_name_or_path or _tiny_base(config)
-    dtype = "float32" if recipe.model_name_or_path is None else recipe.dtype
+    dtype = _tiny_dtype(recipe) if recipe.model_name_or_path is None else recipe.dtype
     config.model_init_kwargs = {
         "dtype": dtype,
+        **one_device(config),
         **(_in_4bit(dtype) if recipe.load_in_4bit else {}),
         **(config.model_init_kwargs or {}),
     }
@@ -115,6 +118,11 @@ def train_and_save(trainer: Any) -> None:
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         print(f"adapter, log and version of the last policy: {config.output_dir}")
+
+
+def _tiny_dtype(recipe: RecipeArguments) -> str:
+    """The tiny base's: given, or the most exact one that a server of this mode has on this device."""
+    return exact_dtype(recipe.server_mode) if recipe.dtype == "auto" else recipe.dtype
 
 
 def _in_4bit(dtype: str) -> dict[str, Any]:
@@ -163,7 +171,7 @@ def _server(
             mode=recipe.server_mode,
             # Above the largest slot merged mode takes it, for which any will do.
             max_lora_rank=slot_for(recipe.lora_r) or LORA_RANKS[-1],
-            dtype="float32" if recipe.model_name_or_path is None else "auto",
+            dtype=_tiny_dtype(recipe) if recipe.model_name_or_path is None else "auto",
             max_model_len=recipe.server_max_model_len or None,
             token_file=recipe.token_file,
             shared_with_trainer=True,

@@ -20,11 +20,19 @@ from recipes.evaluate import accuracy
 from recipes.tasks import load_task
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl import VLLMClient, VLLMServer
-from tink_rl.cli import show_wait
+from tink_rl.cli import Heartbeat, show_wait
+from tink_rl.gpus import exact_dtype, has_gpu
+from tink_rl.launch import ServerOptions
 from tink_rl.report import write_report
 
 _ROOT = Path(__file__).resolve().parents[1]
 _POLICY = "digits"
+_PRECISION = {
+    "float32": ["--mixed_precision", "no"],
+    "bfloat16": ["--mixed_precision", "bf16", "--bf16", "true"],
+    "float16": ["--mixed_precision", "fp16", "--fp16", "true"],
+}
+"""On a GPU: accelerate's flag and the trainer's, by the dtype of the base."""
 
 
 def main() -> None:
@@ -35,16 +43,10 @@ def main() -> None:
     base = ensure_tiny_base()
     start = time.perf_counter()
     print("starting vLLM (about 40 s on two cores)", flush=True)
-    server_mode = "both" if arguments.mode == "auto" else arguments.mode
-    with VLLMServer(
-        base,
-        mode=server_mode,
-        dtype="float32",
-        max_lora_rank=16,
-        shared_with_trainer=True,
-        log_file=str(run / "vllm.log"),
-        on_wait=show_wait,
-    ) as server:
+    options = server_options(base, arguments, on_gpu=has_gpu())
+    with VLLMServer(options=options, on_wait=show_wait) as server:
+        if server.memory_line:
+            print(server.memory_line, flush=True)
         print(f"vLLM is up after {time.perf_counter() - start:.0f} s at {server.url}", flush=True)
         summary = _train_and_measure(server, base, arguments)
     history = history_of(run)
@@ -62,6 +64,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=0, help="0: as in digits.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     return parser.parse_args()
+
+
+def server_options(base: Path, arguments: argparse.Namespace, *, on_gpu: bool) -> ServerOptions:
+    """The demo's server: everything that `--mode` may take, as exact as the device serves it."""
+    mode = "both" if arguments.mode == "auto" else arguments.mode
+    return ServerOptions(
+        model=str(base),
+        mode=mode,
+        dtype=exact_dtype(mode, on_gpu=on_gpu),
+        max_lora_rank=16,
+        shared_with_trainer=True,
+        log_file=str(arguments.output / "vllm.log"),
+    )
 
 
 def _train_and_measure(
@@ -101,46 +116,63 @@ def _measure(client: VLLMClient, task: Any, tokenizer: Any, model: str) -> tuple
     return sampled, greedy
 
 
-def _launch_training(server: VLLMServer, arguments: argparse.Namespace) -> None:
+def training_command(
+    options: ServerOptions, token_file: Path, arguments: argparse.Namespace, *, on_gpu: bool
+) -> list[str]:
+    """What trains against that server: on its device, and in its dtype."""
+    config, precision = ("gpu", _PRECISION[options.dtype]) if on_gpu else ("cpu", [])
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(_ROOT / "accelerate_configs/cpu.yaml")),
+        *("--config_file", str(_ROOT / f"accelerate_configs/{config}.yaml"), *precision[:2]),
         *(str(_ROOT / "recipes/grpo.py"), "--config", str(_ROOT / "recipes/configs/digits.yaml")),
-        *("--vllm_server", server.url, "--token_file", str(server.token_file)),
+        *("--vllm_server", options.url, "--token_file", str(token_file)),
         *("--policy", _POLICY, "--sync_mode", arguments.mode),
         *("--seed", str(arguments.seed), "--output_dir", str(arguments.output)),
     ]
     if arguments.max_steps:
         command += ["--max_steps", str(arguments.max_steps)]
+    if on_gpu:  # digits.yaml is for CPUs
+        command += ["--use_cpu", "false", "--dtype", options.dtype, *precision[2:]]
+    return command
+
+
+def _launch_training(server: VLLMServer, arguments: argparse.Namespace) -> None:
+    assert server.token_file is not None
+    command = training_command(server.options, server.token_file, arguments, on_gpu=has_gpu())
     print(f"$ accelerate launch {' '.join(command[3:])}", flush=True)
     with (arguments.output / "train.log").open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path.cwd()
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            _show(line)
+        with Heartbeat("trainer", "importing TRL") as heartbeat:
+            for line in process.stdout:
+                log.write(line)
+                if _show(line):
+                    heartbeat.said("training")
     if process.wait():
         raise SystemExit(f"training failed; its output is in {arguments.output / 'train.log'}")
 
 
-def _show(line: str) -> None:
-    """One short line for every tenth step, and whatever tink_rl says."""
+def _show(line: str) -> bool:
+    """One short line for every tenth step, and whatever tink_rl says; whether anything was shown."""
     if "tink_rl" in line or "Error" in line:
         print(f"  {line.rstrip()[:200]}", flush=True)
+        return True
     if not line.startswith("{'loss'"):
-        return
+        return False
     row = dict(part.split("': '") for part in line.strip("{}' \n").split("', '"))
     version = int(float(row["rollout/policy_version"]))
-    if version % 10 == 1:
-        print(
-            f"  policy@{version:<3} reward {float(row['reward']):.2f}  "
-            f"publish {1e3 * float(row['sync/seconds']):.0f} ms  "
-            f"rollout {float(row['rollout/tokens_per_second']):.0f} tokens/s  "
-            f"step {float(row['step_seconds']):.2f} s",
-            flush=True,
-        )
+    if version % 10 != 1:
+        return False
+    print(
+        f"  policy@{version:<3} reward {float(row['reward']):.2f}  "
+        f"publish {1e3 * float(row['sync/seconds']):.0f} ms  "
+        f"rollout {float(row['rollout/tokens_per_second']):.0f} tokens/s  "
+        f"step {float(row['step_seconds']):.2f} s",
+        flush=True,
+    )
+    return True
 
 
 def history_of(run: Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ One GPU, a real model, the server in another terminal:
     accelerate launch --config_file accelerate_configs/gpu.yaml recipes/grpo.py \
         --task gsm8k --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
         --vllm_server http://127.0.0.1:8000 --learning_rate 1e-5 --max_completion_length 512 \
-        --per_device_train_batch_size 16 --num_generations 8 --max_steps 200
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --max_steps 200
 
 LoRA defaults follow "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora): all linear layers,
 alpha 32, no dropout, and about ten times the learning rate of full fine-tuning.

@@ -16,6 +16,7 @@ from tests import cores
 cores.share()
 
 from tests import tiny_models
+from tink_rl.gpus import exact_dtype
 from tink_rl.launch import VLLMServer
 
 
@@ -62,7 +63,7 @@ class ServerPool:
         if key != self.HOME:
             self._make_room()
         settings: dict[str, object] = {
-            "dtype": "float32",
+            "dtype": exact_dtype(options.get("mode", "both")),
             "max_model_len": 256,
             "max_lora_rank": 16,
             "token_file": str(self._root / "token"),

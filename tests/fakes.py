@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl.errors import UnknownAdapter
+from tink_rl.gpus import Gpu
 from tink_rl.types import Completion, SamplingParams
 from tink_rl.worker.backends import Delta, ModelInfo
 
@@ -172,3 +173,23 @@ class FakeAdapters:
             {"adapter_id": name, "lora_path": self._paths.get(name, ""), "version": v, "digest": d}
             for name, (v, d) in self._backend.registered.items()
         ]
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """What huggingface_hub raises for an answer of the Hub's."""
+    import httpx
+
+    request = httpx.Request("GET", "https://huggingface.co/api/models/org/model")
+    return kind("401 Client Error", response=httpx.Response(401, request=request))  # type: ignore[call-arg]
+
+
+def a_gpu(total: int, *, free: int | None = None, capability: tuple[int, int] = (8, 9)) -> Gpu:
+    """A card of `total` bytes, free unless said otherwise."""
+    return Gpu(
+        index=0,
+        uuid="GPU-a",
+        name="NVIDIA L4",
+        total_bytes=total,
+        free_bytes=total if free is None else free,
+        capability=capability,
+    )

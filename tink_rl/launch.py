@@ -25,11 +25,13 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from tink_rl import errors, placement
+from tink_rl import errors, gpus, memory_plan, placement
+from tink_rl.download import download, is_from_hub
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
-from tink_rl.loopback import http_url
+from tink_rl.loopback import http_url, is_loopback
 from tink_rl.policy.model_dir import model_to_serve
 from tink_rl.settings import LORA_RANKS, slot_for
+from tink_rl.startup_log import stage
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState, SyncMode
@@ -83,14 +85,16 @@ class ServerOptions:
     dtype: str = "auto"
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float | None = None
-    """Share of the GPU; None: 0.45 where a trainer shares it, else vLLM's default."""
-    shared_with_trainer: bool = False
-    """A trainer runs on the same machine: leave it cores, or its share of one GPU."""
+    """Share of the GPU; None: 0.45 where a trainer shares it, else vLLM's default (0.92)."""
+    shared_with_trainer: bool = True
+    """A trainer runs on the same machine: leave it cores, or its share of one GPU (and the golden
+    weights out of that)."""
     token_file: str | None = None
     golden_tier: str = "auto"
     golden_budget_gib: float | None = None
     channel_port: int = 0
-    startup_timeout_s: float = 300.0
+    startup_timeout_s: float | None = None
+    """None: 300, or 1800 with a GPU (compiling, capturing graphs) or a hub id; downloading is not in it."""
     log_file: str | None = None
     worker_extension_cls: str = _RECEIVER
     extra_args: tuple[str, ...] = ()
@@ -112,11 +116,37 @@ class ServerOptions:
     @property
     def api_key(self) -> str | None:
         """vLLM's own key, if `extra_args` or the environment give the server one."""
+        own = self.env.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
+        return self.extra("--api-key") or own or None
+
+    def extra(self, flag: str) -> str | None:
+        """The value that `extra_args` give a flag of vLLM, in either spelling; the last one counts."""
+        found = None
         for i, word in enumerate(self.extra_args):
             name, given, value = word.partition("=")
-            if name in ("--api-key", "--api_key"):
-                return value if given else next(iter(self.extra_args[i + 1 :]), None)
-        return self.env.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY") or None
+            if name.replace("_", "-") == flag:
+                found = value if given else next(iter(self.extra_args[i + 1 :]), None)
+        return found
+
+    def startup_timeout(self, *, has_gpu: bool) -> float:
+        """Seconds that vLLM may take to start."""
+        if self.startup_timeout_s is not None:
+            return self.startup_timeout_s
+        return 1800.0 if has_gpu or not Path(self.model).is_dir() else 300.0
+
+    def memory(self) -> memory_plan.ServePlan:
+        """The settings that decide about memory."""
+        return memory_plan.ServePlan(
+            mode=self.mode,
+            max_lora_rank=self.max_lora_rank,
+            max_loras=self.max_loras,
+            max_model_len=self.max_model_len,
+            dtype=self.dtype,
+            tensor_parallel_size=self.tensor_parallel_size,
+            alone=not self.shared_with_trainer,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            golden_tier=self.golden_tier,
+        )
 
     @property
     def url(self) -> str:
@@ -128,8 +158,12 @@ class ServerOptions:
 # -- before loading ---------------------------------------------------------------------------------
 
 
-def check_options(options: ServerOptions) -> ServerOptions:
+def check_options(options: ServerOptions, *, has_gpu: bool | None = None) -> ServerOptions:
     """Everything that can be known before loading; the options with a port.
+
+    Args:
+        options: What to start.
+        has_gpu: Whether it will run on a GPU; None: looks.
 
     Raises:
         PortTaken, ModelNotFound, RankNotAllowed, ConfigError.
@@ -141,6 +175,7 @@ def check_options(options: ServerOptions) -> ServerOptions:
             "`pip install 'tink-rl[cpu]'`, or `make setup`. Sampling and weight sync do without."
         )
     modes = options.modes
+    _check_device(options, gpus.has_gpu() if has_gpu is None else has_gpu)
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
         fits = slot_for(options.max_lora_rank)
         hint = f"; take --max-lora-rank {fits}" if fits and options.max_lora_rank > 0 else ""
@@ -150,6 +185,22 @@ def check_options(options: ServerOptions) -> ServerOptions:
         )
     model = model_to_serve(options.model, options.revision, options.subfolder)
     return replace(options, model=model, subfolder="", port=_free_port(options.host, options.port))
+
+
+def _check_device(options: ServerOptions, has_gpu: bool) -> None:
+    dtype = options.extra("--dtype") or options.dtype
+    if has_gpu and SyncMode.ADAPTER in options.modes and dtype in ("float32", "float"):
+        raise ConfigError(
+            f"--dtype {dtype} with --mode {options.mode} on a GPU: vLLM's kernels for LoRA slots take 16 "
+            "bits only; take --dtype bfloat16, or --mode merged"
+        )
+    others = entry_points(group="vllm.platform_plugins")
+    if not has_gpu and gpus.vllm_build() == "cuda" and not others:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            "the installed vLLM is built for NVIDIA GPUs and none is visible here (CUDA_VISIBLE_DEVICES="
+            f"{seen!r}); make one visible, or install 'tink-rl[cpu]' into an environment of its own"
+        )
 
 
 def _free_port(host: str, port: int) -> int:
@@ -203,7 +254,8 @@ def command(options: ServerOptions, *, has_gpu: bool) -> list[str]:
         line += ["--enforce-eager"]
     share = options.gpu_memory_utilization
     if share is None and has_gpu and options.shared_with_trainer:
-        share = 0.45  # the trainer needs its copy of the base, activations and optimizer state
+        # the trainer needs its copy of the base, activations and optimizer state
+        share = memory_plan.SHARED_SHARE
     if share is not None and has_gpu:
         line += ["--gpu-memory-utilization", str(share)]
     return line + list(options.extra_args)
@@ -243,9 +295,12 @@ def environment(
     env["TINK_SERVER_CHANNEL_HOST"] = options.host
     env["TINK_SERVER_CHANNEL_PORT"] = str(options.channel_port)
     env["TINK_SERVER_GOLDEN_TIER"] = options.golden_tier
+    # What the server leaves free of a GPU is the trainer's: golden weights go to host memory then.
+    env["TINK_SERVER_SHARED"] = "1" if options.shared_with_trainer else "0"
     if options.golden_budget_gib is not None:
         env["TINK_SERVER_GOLDEN_BUDGET_GIB"] = str(options.golden_budget_gib)
-    env.setdefault("VLLM_HOST_IP", "127.0.0.1")
+    if host_ip := _host_ip(options):
+        env.setdefault("VLLM_HOST_IP", host_ip)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM's 5 s are too close to our clients' 2 s on a machine under load: what is written to a
     # connection that it is just closing is lost, and a POST is not sent twice.
@@ -258,6 +313,16 @@ def environment(
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
     env["TINK_SERVER_WAITS_ASLEEP"] = waits_asleep
     return {**env, **options.env}
+
+
+def _host_ip(options: ServerOptions) -> str | None:
+    """Where vLLM's processes meet: on this machine, unless some are on others. None: vLLM looks."""
+    over_nodes = (
+        options.extra("--nnodes") or options.extra("--distributed-executor-backend") == "ray"
+    )
+    if not over_nodes:
+        return "127.0.0.1"
+    return None if options.host in ("0.0.0.0", "::") or is_loopback(options.host) else options.host
 
 
 def _plugins(current: str | None) -> str:
@@ -308,7 +373,10 @@ class VLLMServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.token_file: Path | None = None
         self.log_path: Path | None = None
+        self.memory_line = ""
+        """Who takes what of the GPU, once `prepare` or `start` ran; "" on a CPU."""
         self._log_offset = 0
+        self._is_prepared = False
 
     def __enter__(self) -> VLLMServer:
         return self.start()
@@ -342,6 +410,37 @@ class VLLMServer:
         """A client with this server's token."""
         return VLLMClient(self.url, token=self.token, api_key=self.options.api_key)
 
+    def prepare(self) -> VLLMServer:
+        """All of `start` that comes before vLLM: checks, the download of a hub id, the memory plan.
+
+        Raises:
+            LaunchFailed: or one of its kinds; a setting or a model with which vLLM would not start.
+            ImportError: vLLM is not installed.
+        """
+        self.options = check_options(self.options)
+        self._download()
+        if gpus.has_gpu() and (found := gpus.visible_gpus()):
+            self.memory_line = _memory_line(self.options, found)
+        self.token_file = ensure_token_file(self.options.token_file)
+        self._is_prepared = True
+        return self
+
+    def _download(self) -> None:
+        options, start = self.options, time.monotonic()
+        special = options.extra("--load-format") not in (None, "auto", "safetensors")
+        if (
+            Path(options.model).is_dir()
+            or special
+            or not is_from_hub({**os.environ, **options.env})
+        ):
+            return
+
+        def report(text: str) -> None:
+            self._on_wait(text, time.monotonic() - start)
+
+        cache_dir = options.extra("--download-dir")
+        download(options.model, report=report, revision=options.revision, cache_dir=cache_dir)
+
     def start(self) -> VLLMServer:
         """Start and wait until a first completion was sampled; nothing is left behind on failure.
 
@@ -351,8 +450,11 @@ class VLLMServer:
         """
         if self.alive:
             return self
-        self.options = check_options(self.options)
-        self.token_file = ensure_token_file(self.options.token_file)
+        if not self._is_prepared:
+            self.prepare()
+            if self.memory_line:
+                logger.info("%s", self.memory_line)
+        self._is_prepared = False  # a port that was free then may be taken at another start
         atexit.register(self.stop)
         try:
             self._spawn()
@@ -364,7 +466,7 @@ class VLLMServer:
 
     def _spawn(self) -> None:
         assert self.token_file is not None
-        gpu = placement.has_gpu()
+        gpu = gpus.has_gpu()
         plan = placement.plan_here(self.options.tensor_parallel_size)
         binding = plan.server_binding if self.options.shared_with_trainer else None
         if binding is None and self.options.tensor_parallel_size > 1:
@@ -396,15 +498,15 @@ class VLLMServer:
     def _wait_ready(self) -> None:
         start = time.monotonic()
         client = self.client()
-        deadline = start + self.options.startup_timeout_s
+        timeout_s = self.options.startup_timeout(has_gpu=gpus.has_gpu())
         said = -1.0
         while not _answers(client):
             seconds = time.monotonic() - start
             if not self.alive:
                 raise self._failure("vLLM ended while starting")
-            if time.monotonic() > deadline:
+            if seconds > timeout_s:
                 raise errors.StartTimeout(
-                    f"vLLM was not ready after {self.options.startup_timeout_s:g} s "
+                    f"vLLM was not ready after {timeout_s:g} s "
                     f"({self._stage()}); raise --startup-timeout; log: {self.log_path}"
                 )
             if seconds - said >= 1.0:
@@ -428,18 +530,7 @@ class VLLMServer:
             answer.result()
 
     def _stage(self) -> str:
-        text = self.log_tail(20_000)
-        for mark, stage in (
-            ("Application startup complete", "server is up"),
-            ("Starting vLLM server", "preparing the receiver"),
-            ("KV cache", "sizing the KV cache"),
-            ("Loading weights", "loading the model"),
-            ("Initializing a V1 LLM engine", "starting the engine"),
-            ("non-default args", "reading the model's config"),
-        ):
-            if mark in text:
-                return stage
-        return "importing vLLM"
+        return stage(self.log_tail(200_000))
 
     def log_tail(self, num_bytes: int = 4000) -> str:
         """The end of this start's log."""
@@ -468,6 +559,19 @@ class VLLMServer:
         _end_group(process.pid, signal.SIGKILL, 10.0)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5.0)
+
+
+def _memory_line(options: ServerOptions, found: list[gpus.Gpu]) -> str:
+    """The plan is a service: a model that it cannot read is none of its business."""
+    serve = options.memory()
+    try:
+        plan = memory_plan.plan_memory(
+            memory_plan.read_shape(options.model, revision=options.revision), serve
+        )
+    except (TinkError, KeyError, ValueError, OSError) as error:
+        logger.debug("no memory plan of %s: %s", options.model, error)
+        return ""
+    return memory_plan.gpu_line(plan, serve, found)
 
 
 def _watched(line: list[str]) -> list[str]:

@@ -7,9 +7,10 @@ worker, if its vLLM runs on this machine, takes the trainer's.
 
 from __future__ import annotations
 
-import glob
 import os
 from dataclasses import dataclass
+
+from tink_rl.gpus import has_gpu
 
 _SMALL_MACHINE_CORES = 8
 CORES = tuple(sorted(os.sched_getaffinity(0)))
@@ -64,14 +65,6 @@ def plan_here(num_workers: int = 1) -> Placement:
     if _is_off():
         return Placement(server_binding=None, trainer_cores=None)
     return plan(cores=CORES, num_workers=num_workers, has_gpu=has_gpu())
-
-
-def has_gpu() -> bool:
-    """Whether a CUDA device is there; does not load torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # A container may hold any one of a machine's GPUs; WSL2 shows them all as one device.
-    nodes = [*glob.glob("/dev/nvidia[0-9]*"), *glob.glob("/dev/dxg")]
-    return bool(nodes) and visible not in ("", "-1")
 
 
 def apply_to_trainer(placement: Placement) -> None:

@@ -16,6 +16,7 @@ from recipes.tiny_base import ensure_tiny_base
 from tests.policies import PeftTwin, assert_served
 from tests.trainers import left_clean
 from tink_rl import VLLMServer
+from tink_rl.gpus import exact_dtype
 from tink_rl.training.rollouts import read_rollouts
 
 pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
@@ -30,7 +31,7 @@ def tiny_server(tmp_path_factory):
     with VLLMServer(
         ensure_tiny_base(),
         mode="both",
-        dtype="float32",
+        dtype=exact_dtype("both"),
         max_lora_rank=16,
         max_loras=4,
         shared_with_trainer=True,

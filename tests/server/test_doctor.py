@@ -8,8 +8,8 @@ import torch
 from tests.policies import PeftTwin, random_adapter, sync_to
 from tink_rl.cli import main
 from tink_rl.doctor.finding import Level
-from tink_rl.doctor.memory import ServePlan, plan_memory, read_shape
 from tink_rl.doctor.server import check_server
+from tink_rl.memory_plan import ServePlan, plan_memory, read_shape
 from tink_rl.transport.vllm_client import VLLMClient
 
 pytestmark = [pytest.mark.server, pytest.mark.home]

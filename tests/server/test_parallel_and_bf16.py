@@ -17,6 +17,7 @@ from tests.policies import (
 from tests.server.faulty import faulty_options
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.gpus import exact_dtype
 from tink_rl.launch import VLLMServer
 from tink_rl.training.probe import Prober
 from tink_rl.weight_sync import WeightSync
@@ -94,7 +95,7 @@ def second(model_dir, tmp_path_factory, servers):
     server = VLLMServer(
         model_dir("qwen3"),
         mode="both",
-        dtype="float32",
+        dtype=exact_dtype("both"),
         max_model_len=256,
         max_lora_rank=16,
         token_file=str(first.token_file),

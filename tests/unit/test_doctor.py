@@ -20,17 +20,8 @@ from tink_rl.doctor import environment
 from tink_rl.doctor.adapter import check_adapter
 from tink_rl.doctor.environment import check_cpu, check_import, check_versions
 from tink_rl.doctor.finding import Finding, Level
-from tink_rl.doctor.memory import (
-    ModelShape,
-    ServePlan,
-    check_memory,
-    judge,
-    plan_memory,
-    read_shape,
-)
 from tink_rl.doctor.server import check_server, check_status
 from tink_rl.doctor.trl_sync import check_trl, send
-from tink_rl.errors import ConfigError
 from tink_rl.policy.support import FEATURES
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus
@@ -132,66 +123,6 @@ def test_this_environment_has_no_blocker(monkeypatch, capsys):
     assert main(["doctor", "--port", "0"]) == 0
     printed = capsys.readouterr().out
     assert "no blocker" in printed and "packages [train]" in printed
-
-
-# -- memory -----------------------------------------------------------------------------------------
-
-
-def qwen_1_5b():
-    layer = [(1536, 1536), (256, 1536), (256, 1536), (1536, 1536)]
-    layer += [(8960, 1536), (8960, 1536), (1536, 8960)]
-    return ModelShape(
-        max_positions=32768,
-        num_layers=28,
-        num_kv_heads=2,
-        head_dim=128,
-        dtype="bfloat16",
-        num_weights=1_543_714_304,
-        linear_shapes=layer * 28,
-    )
-
-
-def test_plan_follows_the_models_shape():
-    plan = plan_memory(qwen_1_5b(), ServePlan(max_lora_rank=16, max_loras=4))
-    assert plan.weights == 2 * 1_543_714_304
-    assert plan.golden == 2 * 1_310_195_712  # every matrix of the 28 layers
-    assert plan.slots == 4 * 2 * 18_464_768  # rank 16 on all linear layers: 18.5 M parameters
-    assert plan.kv_per_token == 28_672
-    assert plan_memory(qwen_1_5b(), ServePlan(mode="adapter")).golden == 0
-    assert plan_memory(qwen_1_5b(), ServePlan(mode="merged")).slots == 0
-    two = plan_memory(qwen_1_5b(), ServePlan(tensor_parallel_size=2))
-    assert two.weights == plan.weights // 2 and two.kv_per_token == plan.kv_per_token // 2
-
-
-@pytest.mark.parametrize(
-    ("available_gib", "on_gpu", "level", "text"),
-    [
-        (40, True, Level.OK, "sequences of 4096"),
-        (5, True, Level.BLOCKER, "--mode adapter (saves 2.4 GiB)"),
-        (1, True, Level.BLOCKER, "a smaller model"),
-        (20, False, Level.OK, "fits"),
-        (2, False, Level.BLOCKER, "a smaller model"),
-    ],
-)
-def test_plan_that_does_not_fit_says_what_to_leave_out(available_gib, on_gpu, level, text):
-    plan = plan_memory(qwen_1_5b(), ServePlan())
-    found = judge(plan, available=int(available_gib * 2**30), on_gpu=on_gpu)
-    assert found.level is level and text in f"{found.what} {found.fix}"
-
-
-def test_sequence_longer_than_the_cpus_cache_is_a_blocker():
-    plan = plan_memory(qwen_1_5b(), ServePlan(max_model_len=65536))
-    found = judge(plan, available=32 * 2**30, on_gpu=False)
-    assert found.level is Level.BLOCKER and "VLLM_CPU_KVCACHE_SPACE=2" in found.fix
-
-
-def test_shape_is_read_from_the_directory_and_a_wrong_one_is_refused(model_dir, tmp_path):
-    shape = read_shape(model_dir("qwen3"))
-    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim) == (2, 2, 32)
-    assert len(shape.linear_shapes) == 14 and (192, 128) in shape.linear_shapes
-    assert check_memory(str(model_dir("gemma3")), ServePlan())[-1].level is Level.OK
-    with pytest.raises(ConfigError, match="safetensors"):
-        read_shape(tmp_path)
 
 
 # -- server -----------------------------------------------------------------------------------------

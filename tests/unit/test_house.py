@@ -14,11 +14,11 @@ import tink_rl
 ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
-    {"errors", "types", "loopback"},
+    {"errors", "types", "loopback", "gpus", "startup_log"},
     {"tokens"},
-    {"config", "settings", "placement", "watchdog"},
+    {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},
-    {"transport"},
+    {"transport", "memory_plan"},
     {"launch", "weight_sync", "server", "residency"},
     {"training", "vllm_backend"},
     {"worker", "report", "doctor", "export"},

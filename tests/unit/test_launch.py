@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import shutil
@@ -13,12 +14,13 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
 
 import pytest
 
+from tests.fakes import a_gpu
 from tests.hub_cache import cache_snapshot
 from tink_rl import errors, launch, placement, tokens
+from tink_rl.cli import serve
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
 from tink_rl.launch import ServerOptions, VLLMServer
@@ -182,27 +184,6 @@ def test_vllm_spins_as_ever_where_it_has_cores_to_spin_on(model_dir, tmp_path):
         has_gpu=False,
     )
     assert env["TINK_SERVER_WAITS_ASLEEP"] == "" and "VLLM_CPU_OMP_THREADS_BIND" not in env
-
-
-@pytest.mark.parametrize(
-    ("nodes", "visible", "found"),
-    [
-        (["/dev/nvidia0"], None, True),
-        (["/dev/nvidia3"], None, True),
-        (["/dev/dxg"], None, True),
-        (["/dev/nvidiactl"], None, False),
-        (["/dev/nvidia0"], "", False),
-        ([], None, False),
-    ],
-)
-def test_a_gpu_is_found_whatever_its_number(monkeypatch, nodes, visible, found):
-    monkeypatch.setattr(
-        placement.glob, "glob", lambda pattern: [n for n in nodes if fnmatch(n, pattern)]
-    )
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert placement.has_gpu() == found
 
 
 def test_the_key_of_vllm_itself_is_the_one_that_the_server_is_given(model_dir, monkeypatch):
@@ -393,3 +374,144 @@ def test_server_does_not_outlive_a_killed_parent(tmp_path):
     while launch.group_members(group) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert launch.group_members(group) == []
+
+
+# -- on a GPU, as far as can be known without one -------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter", "both", "full"])
+@pytest.mark.parametrize("dtype", ["auto", "half", "float16", "bfloat16", "float", "float32"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_slots_in_float32_are_refused_on_a_gpu_and_only_there(model_dir, mode, dtype, shared):
+    options = _options(model_dir, mode=mode, dtype=dtype, shared_with_trainer=shared)
+    launch.check_options(options, has_gpu=False)
+    if mode in ("adapter", "both") and dtype in ("float", "float32"):
+        with pytest.raises(ConfigError, match=f"--dtype {dtype} .*bfloat16, or --mode merged"):
+            launch.check_options(options, has_gpu=True)
+    else:
+        launch.check_options(options, has_gpu=True)
+
+
+@pytest.mark.parametrize("given", [("--dtype", "float32"), ("--dtype=float",)])
+def test_dtype_among_vllms_own_flags_counts(model_dir, given):
+    with pytest.raises(ConfigError, match="LoRA slots"):
+        launch.check_options(_options(model_dir, extra_args=given), has_gpu=True)
+
+
+def test_vllm_for_gpus_without_one_is_told_before_it_is_started(model_dir, monkeypatch):
+    monkeypatch.setattr(launch.gpus, "vllm_build", lambda: "cuda")
+    monkeypatch.setattr(launch, "entry_points", lambda group: [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=''.*tink-rl\[cpu\]"):
+        launch.check_options(_options(model_dir), has_gpu=False)
+    launch.check_options(_options(model_dir), has_gpu=True)
+    monkeypatch.setattr(launch, "entry_points", lambda group: ["another platform"])
+    launch.check_options(_options(model_dir), has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, "0.45"),
+        ({"shared_with_trainer": False}, None),
+        ({"gpu_memory_utilization": 0.7}, "0.7"),
+        ({"gpu_memory_utilization": 0.7, "shared_with_trainer": False}, "0.7"),
+    ],
+)
+def test_share_of_the_gpu_is_the_trainers_too_unless_the_server_is_alone(model_dir, changes, share):
+    options = _options(model_dir, **changes)
+    line = launch.command(options, has_gpu=True)
+    found = dict(zip(line, [*line[1:], ""], strict=True)).get("--gpu-memory-utilization")
+    assert found == share
+    assert "--gpu-memory-utilization" not in launch.command(options, has_gpu=False)
+
+
+def _environment(options, tmp_path, *, has_gpu):
+    return launch.environment(
+        options,
+        {},
+        token_file=tmp_path / "token",
+        server_binding=None,
+        waits_asleep="",
+        has_gpu=has_gpu,
+    )
+
+
+@pytest.mark.parametrize(("shared", "told"), [(True, "1"), (False, "0")])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_server_knows_whether_what_it_leaves_free_is_a_trainers(
+    model_dir, tmp_path, shared, told, has_gpu
+):
+    env = _environment(_options(model_dir, shared_with_trainer=shared), tmp_path, has_gpu=has_gpu)
+    assert env["TINK_SERVER_SHARED"] == told and env["TINK_SERVER_GOLDEN_TIER"] == "auto"
+    assert ("VLLM_CPU_KVCACHE_SPACE" in env) is not has_gpu
+
+
+def test_server_in_this_process_shares_its_gpu_and_one_from_the_shell_says_alone(model_dir):
+    assert VLLMServer(model_dir("qwen3")).options.shared_with_trainer
+    parser = argparse.ArgumentParser()
+    serve.add(parser.add_subparsers())
+    for flags, alone in (([], False), (["--alone"], True)):
+        options = serve.options_of(parser.parse_args(["serve", "m", *flags]), [])
+        assert options.shared_with_trainer is not alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "address"),
+    [
+        ({}, "127.0.0.1"),
+        ({"host": "10.0.0.9"}, "127.0.0.1"),
+        ({"host": "0.0.0.0"}, "127.0.0.1"),
+        (
+            {"host": "10.0.0.9", "extra_args": ("--distributed-executor-backend", "ray")},
+            "10.0.0.9",
+        ),
+        ({"host": "10.0.0.9", "extra_args": ("--nnodes=2",)}, "10.0.0.9"),
+        ({"host": "0.0.0.0", "extra_args": ("--distributed-executor-backend=ray",)}, None),
+    ],
+)
+def test_vllms_processes_meet_on_loopback_unless_some_are_on_other_machines(
+    model_dir, tmp_path, changes, address
+):
+    env = _environment(_options(model_dir, **changes), tmp_path, has_gpu=True)
+    assert env.get("VLLM_HOST_IP") == address
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "has_gpu", "seconds"),
+    [
+        ("DIR", None, False, 300),
+        ("DIR", None, True, 1800),
+        ("org/model", None, False, 1800),
+        ("org/model", 60.0, True, 60),
+    ],
+)
+def test_compiling_and_capturing_have_the_time_that_they_take(
+    model_dir, model, given, has_gpu, seconds
+):
+    name = str(model_dir("qwen3")) if model == "DIR" else model
+    options = ServerOptions(model=name, startup_timeout_s=given)
+    assert options.startup_timeout(has_gpu=has_gpu) == seconds
+
+
+def test_start_that_takes_too_long_names_its_stage_and_the_flag(model_dir, monkeypatch, tmp_path):
+    slow = "import time; print('Initializing a V1 LLM engine', flush=True); time.sleep(600)"
+    monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", slow])
+    monkeypatch.setattr(launch, "_answers", lambda client: False)
+    monkeypatch.setattr(launch, "_end_group", _quick(launch._end_group))
+    token = str(tmp_path / "token")
+    server = VLLMServer(model_dir("qwen3"), token_file=token, startup_timeout_s=2.0)
+    with pytest.raises(errors.StartTimeout, match=r"after 2 s \(.*\); raise --startup-timeout"):
+        server.start()
+
+
+def test_who_takes_what_of_the_gpu_is_said_before_vllm_is_started(model_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.gpus, "has_gpu", lambda: True)
+    monkeypatch.setattr(launch.gpus, "visible_gpus", lambda: [a_gpu(24 * 2**30)])
+    token = str(tmp_path / "token")
+    server = VLLMServer(model_dir("qwen3"), token_file=token).prepare()
+    assert server.memory_line.startswith("GPU 0 (NVIDIA L4, 24.0 GiB): server 10.8 GiB = weights")
+    assert "trainer" in server.memory_line and server.pid is None
+    odd = VLLMServer(tmp_path, token_file=token, mode="adapter")
+    (tmp_path / "config.json").write_text("{}")  # a model that only vLLM can read
+    assert odd.prepare().memory_line == ""

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tink_rl import __version__
-from tink_rl.cli.console import say, show_wait
+from tink_rl.cli.console import Heartbeat, say, show_wait
 from tink_rl.cli.serve import model_first
 from tink_rl.errors import LaunchFailed, TinkError
 
-__all__ = ["main", "show_wait"]
+__all__ = ["Heartbeat", "main", "show_wait"]
 
 _COMMANDS = ("serve", "status", "report", "doctor", "export", "worker", "convert")
 

@@ -28,7 +28,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor.add_argument("url", nargs="?", help="a server, such as http://127.0.0.1:8000")
     doctor.add_argument("--token-file", help="token of the control routes")
     doctor.add_argument(
-        "--model", help="base model directory: memory plan, and is it what URL serves?"
+        "--model",
+        help="base model, directory or hub id: memory plan, and is it what URL serves?",
     )
     doctor.add_argument(
         "--revision", help="of --model or --trl, where that is a hub id: branch, tag or commit"
@@ -47,6 +48,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor.add_argument("--dtype", default="auto")
     doctor.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     doctor.add_argument("--alone", action="store_true", help="no trainer shares the GPU")
+    doctor.add_argument("--gpu-memory-utilization", type=float, help="as `tink-rl serve`")
+    doctor.add_argument("--golden-tier", default="auto", choices=("auto", "device", "host", "file"))
     doctor.add_argument("--port", type=int, default=8000, help="port that a server will want")
     doctor.set_defaults(run=run)
 
@@ -65,8 +68,9 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     """The findings that the arguments ask for; without any, of the environment."""
     from tink_rl.doctor.adapter import check_adapter
     from tink_rl.doctor.environment import check_environment
-    from tink_rl.doctor.memory import ServePlan, check_memory
+    from tink_rl.doctor.memory import check_memory
     from tink_rl.doctor.server import check_server
+    from tink_rl.memory_plan import ServePlan
     from tink_rl.transport.vllm_client import VLLMClient
 
     findings: list[Finding] = []
@@ -93,6 +97,8 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
             dtype=arguments.dtype,
             tensor_parallel_size=arguments.tensor_parallel_size,
             alone=arguments.alone,
+            gpu_memory_utilization=arguments.gpu_memory_utilization,
+            golden_tier=arguments.golden_tier,
         )
         findings += check_memory(arguments.model, serve)
     if arguments.adapter:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tink_rl.cli.console import say, show_wait
 from tink_rl.errors import ConfigError
+from tink_rl.gpus import visible_gpus
 from tink_rl.launch import ServerOptions, VLLMServer
 from tink_rl.loopback import is_loopback
 from tink_rl.settings import Settings
@@ -39,11 +40,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve.add_argument("--enable-lora", action="store_true", help="mode adapter and both do anyway")
     serve.add_argument("--max-cpu-loras", type=int)
     serve.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
-    serve.add_argument("--gpu-memory-utilization", type=float)
+    serve.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        help="share of the GPU; default: 0.45, which leaves a trainer the rest; with --alone 0.92",
+    )
     serve.add_argument(
         "--alone",
         action="store_true",
-        help="no trainer shares this machine: take all its cores, or all of its GPU",
+        help="no trainer on this GPU (or, without one, on this machine): take all of it",
     )
     serve.add_argument(
         "--token-file", help="token of the control routes; made if it does not exist"
@@ -55,7 +60,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve.add_argument(
         "--channel-port", type=int, help="default: VLLM_GROUP_PORT, else 0, which is any free port"
     )
-    serve.add_argument("--startup-timeout", type=float, default=300.0, help="seconds")
+    serve.add_argument(
+        "--startup-timeout",
+        type=float,
+        help="seconds, without downloading; default: 300, with a GPU or a hub id 1800",
+    )
     serve.add_argument("--log-file")
     serve.set_defaults(run=run)
 
@@ -63,8 +72,36 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Start the server and watch it until a signal; the exit code."""
     _check_flags(arguments)
+    options = options_of(arguments, rest)
+    stop = threading.Event()
+    # Before the start: a signal that arrives while vLLM loads must end it too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    if not is_loopback(options.host):
+        say(
+            f"warning: --host {options.host}: port {options.port} and the channel port are reachable "
+            "from other machines, without encryption; put a TLS proxy in front and set vLLM's --api-key"
+        )
+    server = VLLMServer(options=options, on_wait=show_wait)
+    try:
+        server.prepare()
+        if server.memory_line:
+            say(server.memory_line)
+        server.start()
+        _say_ready(server)
+        while not stop.wait(0.5):
+            if not server.alive:
+                say(f"the server died: {server.exit_reason()}")
+                return 1
+    finally:
+        server.stop()
+    return 0
+
+
+def options_of(arguments: argparse.Namespace, rest: Sequence[str]) -> ServerOptions:
+    """What the command line and the environment ask for; `rest` goes on to vLLM."""
     settings = Settings.load()
-    options = ServerOptions(
+    return ServerOptions(
         model=arguments.model,
         revision=arguments.revision,
         subfolder=arguments.subfolder,
@@ -87,26 +124,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         log_file=arguments.log_file,
         extra_args=tuple(rest),
     )
-    stop = threading.Event()
-    # Before the start: a signal that arrives while vLLM loads must end it too.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    if not is_loopback(options.host):
-        say(
-            f"warning: --host {options.host}: port {options.port} and the channel port are reachable "
-            "from other machines, without encryption; put a TLS proxy in front and set vLLM's --api-key"
-        )
-    server = VLLMServer(options=options, on_wait=show_wait)
-    try:
-        server.start()
-        _say_ready(server)
-        while not stop.wait(0.5):
-            if not server.alive:
-                say(f"the server died: {server.exit_reason()}")
-                return 1
-    finally:
-        server.stop()
-    return 0
 
 
 def model_first(argv: Sequence[str]) -> list[str]:
@@ -148,5 +165,8 @@ def _say_ready(server: VLLMServer) -> None:
             f"golden weights: {status.golden['bytes'] / 2**20:.1f} MiB per worker on tier "
             f"{status.golden['tier']!r}"
         )
+    if server.memory_line:
+        free = ", ".join(f"GPU {g.index} {g.free_bytes / 2**30:.1f} GiB" for g in visible_gpus())
+        say(f"free now: {free}")
     say(f"token of the control routes: {server.token_file}")
     say(f"train with: recipes/grpo.py --vllm_server {server.url}   (Ctrl-C stops the server)")

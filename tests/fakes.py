@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl.errors import UnknownAdapter
-from tink_rl.gpus import Gpu
 from tink_rl.types import Completion, SamplingParams
 from tink_rl.worker.backends import Delta, ModelInfo
 
@@ -181,15 +180,3 @@ def hub_error(kind: type[Exception]) -> Exception:
 
     request = httpx.Request("GET", "https://huggingface.co/api/models/org/model")
     return kind("401 Client Error", response=httpx.Response(401, request=request))  # type: ignore[call-arg]
-
-
-def a_gpu(total: int, *, free: int | None = None, capability: tuple[int, int] = (8, 9)) -> Gpu:
-    """A card of `total` bytes, free unless said otherwise."""
-    return Gpu(
-        index=0,
-        uuid="GPU-a",
-        name="NVIDIA L4",
-        total_bytes=total,
-        free_bytes=total if free is None else free,
-        capability=capability,
-    )

@@ -201,7 +201,9 @@ _WHERE = {"device": "on the GPU", "host": "in the CPU's memory", "file": "read f
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.1f} GiB"
+    return (
+        f"{num_bytes / _GIB:.1f} GiB" if num_bytes > _GIB / 20 else f"{num_bytes / 2**20:.0f} MiB"
+    )
 
 
 # -- the shape of a model -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 FOLDER = Path(__file__).resolve().parents[2] / "accelerate_configs"
 STARTS = {
@@ -49,6 +50,14 @@ def test_nested_keys_are_options_of_accelerate_launch(name):
     known = {action.dest for action in launch_command_parser()._actions}
     nested = {**given.get("fsdp_config", {}), **given.get("deepspeed_config", {})}
     assert set(nested) <= known
+
+
+def test_gpu_that_the_user_made_visible_is_the_one_that_trains(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    path = FOLDER / "gpu.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(path), "recipes/grpo.py"])
+    args, _, _ = _validate_launch_command(args)
+    assert prepare_simple_launcher_cmd_env(args)[1]["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3), ("cpu_zero3", 3)])

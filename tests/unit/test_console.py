@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 
 import httpx
 import pytest
@@ -62,3 +63,32 @@ def test_waiting_for_a_server_is_said_in_the_log(monkeypatch, caplog):
     with pytest.raises(ServerUnreachable):
         client.wait_until_reachable(0.3)
     assert "waiting for the vLLM server at http://127.0.0.1:8000" in caplog.text
+
+
+def test_share_of_a_stage_is_no_new_line_in_a_pipe(monkeypatch):
+    monkeypatch.setattr(console.sys, "stderr", pipe := io.StringIO())
+    line = console.WaitLine("vllm")
+    for seconds in range(15):
+        line(f"downloading: {seconds} % of 2.9 GiB", seconds)
+    line("ready", 15)
+    assert pipe.getvalue().splitlines() == [
+        "vllm: downloading: 0 % of 2.9 GiB (0 s)",
+        "vllm: downloading: 10 % of 2.9 GiB (10 s)",
+        "vllm: ready (15 s)",
+    ]
+
+
+def test_silence_is_broken_by_what_goes_on_and_only_silence(monkeypatch):
+    monkeypatch.setattr(console.sys, "stderr", pipe := io.StringIO())
+    with console.Heartbeat("trainer", "importing TRL", every_s=0.2) as heartbeat:
+        while "importing TRL" not in pipe.getvalue():
+            time.sleep(0.01)
+        heartbeat.said("training")
+        while "training" not in pipe.getvalue():
+            time.sleep(0.01)
+    assert pipe.getvalue().startswith("trainer: importing TRL (0 s)\n")
+    silent = io.StringIO()
+    monkeypatch.setattr(console.sys, "stderr", silent)
+    with console.Heartbeat("trainer", "importing TRL", every_s=3600) as heartbeat:
+        heartbeat.said("training")
+    assert silent.getvalue() == ""

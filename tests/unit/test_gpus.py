@@ -186,5 +186,6 @@ def test_gpu_without_bfloat16_serves_slots_in_float16(monkeypatch):
 )
 def test_base_of_one_process_stays_on_its_own_gpu(device, kind, placed):
     state = SimpleNamespace(distributed_type=kind)
-    config = SimpleNamespace(device=torch.device(device), distributed_state=state)
+    config = SimpleNamespace(device=torch.device(device), distributed_state=state, _n_gpu=2)
     assert one_device(config) == placed
+    assert config._n_gpu == (1 if placed else 2)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.fakes import a_gpu
+from tests.cards import card
 from tests.hub_cache import cache_snapshot
 from tink_rl import errors, launch, placement, tokens
 from tink_rl.cli import serve
@@ -507,7 +507,7 @@ def test_start_that_takes_too_long_names_its_stage_and_the_flag(model_dir, monke
 
 def test_who_takes_what_of_the_gpu_is_said_before_vllm_is_started(model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(launch.gpus, "has_gpu", lambda: True)
-    monkeypatch.setattr(launch.gpus, "visible_gpus", lambda: [a_gpu(24 * 2**30)])
+    monkeypatch.setattr(launch.gpus, "visible_gpus", lambda: [card(24 * 2**30)])
     token = str(tmp_path / "token")
     server = VLLMServer(model_dir("qwen3"), token_file=token).prepare()
     assert server.memory_line.startswith("GPU 0 (NVIDIA L4, 24.0 GiB): server 10.8 GiB = weights")

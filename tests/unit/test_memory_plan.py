@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from tests.fakes import a_gpu
+from tests.cards import GIB, MODELS, card
 from tink_rl import gpus
 from tink_rl.doctor.finding import Level
 from tink_rl.doctor.memory import check_memory, judge_cpu, judge_gpus
 from tink_rl.errors import ConfigError
 from tink_rl.memory_plan import (
-    ModelShape,
     ServePlan,
     gpu_line,
     plan_memory,
@@ -23,41 +22,9 @@ from tink_rl.memory_plan import (
     split_gpu,
 )
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
 
 
-def dense(*, layers, hidden, ffn, kv_width, vocab, kv_heads, head_dim=128, tied=False):
-    """The shape of a Llama-like model."""
-    layer = [(hidden, hidden), (kv_width, hidden), (kv_width, hidden), (hidden, hidden)]
-    layer += [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
-    embeddings = vocab * hidden * (1 if tied else 2)
-    return ModelShape(
-        max_positions=32768,
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=hidden,
-        dtype="bfloat16",
-        num_weights=layers * sum(a * b for a, b in layer) + embeddings,
-        linear_shapes=layer * layers,
-    )
-
-
-MODELS = {
-    "Qwen2.5-1.5B": dense(
-        layers=28, hidden=1536, ffn=8960, kv_width=256, kv_heads=2, vocab=151936, tied=True
-    ),
-    "Qwen2.5-7B": dense(layers=28, hidden=3584, ffn=18944, kv_width=512, kv_heads=4, vocab=152064),
-    "Llama-3.1-8B": dense(
-        layers=32, hidden=4096, ffn=14336, kv_width=1024, kv_heads=8, vocab=128256
-    ),
-    "Qwen2.5-32B": dense(
-        layers=64, hidden=5120, ffn=27648, kv_width=1024, kv_heads=8, vocab=152064
-    ),
-    "Llama-3-70B": dense(
-        layers=80, hidden=8192, ffn=28672, kv_width=1024, kv_heads=8, vocab=128256
-    ),
-}
 SMALL = MODELS["Qwen2.5-1.5B"]
 
 
@@ -133,7 +100,7 @@ def test_golden_weights_stay_on_a_gpu_only_where_nothing_else_wants_the_room(
 )
 def test_model_that_does_not_fit_a_shared_card_is_told_before_it_is_started(model, card_gb, serves):
     serve = ServePlan(max_model_len=2048)
-    cards = [a_gpu(card_gb * GB)]
+    cards = [card(card_gb * GB)]
     found = judge_gpus(plan_memory(MODELS[model], serve), serve, cards, host=512 * GB)
     blocked = [f for f in found if f.level is Level.BLOCKER and "server" in f.what]
     assert bool(blocked) is not serves
@@ -142,7 +109,7 @@ def test_model_that_does_not_fit_a_shared_card_is_told_before_it_is_started(mode
 
 def test_32b_fits_a_card_of_its_own():
     serve = ServePlan(alone=True, max_model_len=2048)
-    cards = [a_gpu(141 * GB)]
+    cards = [card(141 * GB)]
     found = judge_gpus(plan_memory(MODELS["Qwen2.5-32B"], serve), serve, cards, host=512 * GB)
     assert {f.level for f in found} <= {Level.OK, Level.NOTE}
 
@@ -150,7 +117,7 @@ def test_32b_fits_a_card_of_its_own():
 def test_golden_weights_of_a_large_model_want_host_memory():
     serve = ServePlan(alone=True, max_model_len=2048)
     plan = plan_memory(MODELS["Qwen2.5-32B"], serve)
-    found = judge_gpus(plan, serve, [a_gpu(141 * GB)], host=100 * GB)
+    found = judge_gpus(plan, serve, [card(141 * GB)], host=100 * GB)
     [blocked] = [f for f in found if f.level is Level.BLOCKER]
     assert "CPU's memory" in blocked.what and "--golden-tier file" in blocked.fix
 
@@ -167,13 +134,13 @@ def test_golden_weights_of_a_large_model_want_host_memory():
 def test_trainer_is_told_the_batch_that_fits_what_it_is_left(model, card_gb, text, level):
     serve = ServePlan(max_model_len=2048, max_lora_rank=16)
     plan = plan_memory(MODELS[model], serve)
-    found = judge_gpus(plan, serve, [a_gpu(card_gb * GB)], host=512 * GB)[-1]
+    found = judge_gpus(plan, serve, [card(card_gb * GB)], host=512 * GB)[-1]
     assert found.level is level and text in found.what
 
 
 def test_card_that_others_use_is_told_apart_from_one_that_is_too_small():
     serve = ServePlan(max_model_len=2048)
-    busy = a_gpu(80 * GB, free=20 * GB)
+    busy = card(80 * GB, free=20 * GB)
     found = judge_gpus(plan_memory(SMALL, serve), serve, [busy], host=512 * GB)
     [blocked] = [f for f in found if f.level is Level.BLOCKER]
     assert "are free, the server wants 33.5 GiB" in blocked.what
@@ -185,7 +152,7 @@ def test_card_that_others_use_is_told_apart_from_one_that_is_too_small():
 )
 def test_cards_that_are_not_there_are_missed(num_cards, workers, level):
     serve = ServePlan(tensor_parallel_size=workers, alone=True)
-    cards = [a_gpu(80 * GB)] * num_cards
+    cards = [card(80 * GB)] * num_cards
     found = judge_gpus(plan_memory(MODELS["Llama-3-70B"], serve), serve, cards, host=2000 * GB)
     assert [f.level for f in found if f.level not in (Level.OK, Level.NOTE)] == (
         [level] if level else []
@@ -194,19 +161,19 @@ def test_cards_that_are_not_there_are_missed(num_cards, workers, level):
 
 def test_card_without_bfloat16_is_told_what_to_do():
     serve = ServePlan(max_model_len=2048)
-    old = a_gpu(32 * GB, capability=(7, 0))
+    old = card(32 * GB, capability=(7, 0))
     found = judge_gpus(plan_memory(SMALL, serve), serve, [old], host=512 * GB)[-1]
     assert found.level is Level.WARNING and "--dtype half" in found.fix
 
 
 def test_line_at_start_names_every_part_once():
     serve = ServePlan(max_model_len=2048)
-    line = gpu_line(plan_memory(SMALL, serve), serve, [a_gpu(24 * GIB)])
+    line = gpu_line(plan_memory(SMALL, serve), serve, [card(24 * GIB)])
     assert line == (
         "GPU 0 (NVIDIA L4, 24.0 GiB): server 10.8 GiB = weights 2.9 GiB + slots 0.3 GiB + KV cache 6.1 GiB"
         " + vLLM itself about 1.5 GiB; golden weights 2.4 GiB in the CPU's memory; trainer 12.5 GiB"
     )
-    two = gpu_line(plan_memory(SMALL, serve), serve, [a_gpu(24 * GIB)] * 2)
+    two = gpu_line(plan_memory(SMALL, serve), serve, [card(24 * GIB)] * 2)
     assert two.startswith(line) and "--alone" in two
     assert gpu_line(plan_memory(SMALL, serve), serve, []) == ""
 
@@ -299,7 +266,7 @@ def test_language_model_of_a_vision_model_is_what_counts(model_dir):
 
 def test_doctor_plans_the_card_at_hand(model_dir, monkeypatch):
     monkeypatch.setattr(gpus, "has_gpu", lambda: True)
-    monkeypatch.setattr(gpus, "visible_gpus", lambda: [a_gpu(24 * GB)])
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [card(24 * GB)])
     found = check_memory(str(model_dir("qwen3")), ServePlan(max_model_len=256))
     assert {f.level for f in found} == {Level.OK, Level.NOTE}
     assert any("NVIDIA L4" in f.what for f in found) and "batch" in found[-1].what

@@ -16,6 +16,7 @@ import httpx
 
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.server.leases import Leases
+from tink_rl.server.numbers import Numbers
 from tink_rl.types import PROTOCOL_VERSION
 
 
@@ -47,7 +48,7 @@ class FakeVLLM:
         """A new life: nothing is served but the base."""
         self.served: dict[str, str] = {}
         self.stages: dict[str, dict[str, Any]] = {}
-        self.leases = Leases()
+        self.leases, self.numbers = Leases(), Numbers()
         self.incarnation = uuid.uuid4().hex
 
     def transport(self) -> httpx.MockTransport:
@@ -177,7 +178,7 @@ class FakeVLLM:
             "epoch": lease.epoch,
             "incarnation": self.incarnation,
             "lease_s": 15.0,
-            "last_version": 0,
+            "last_version": self.numbers.last(body["policy"]),
             "transport": "http",
         }
 
@@ -201,9 +202,13 @@ class FakeVLLM:
 
     def _commit(self, body: dict[str, Any]) -> dict[str, Any]:
         stage = self.stages.pop(body["stage_id"])
-        header = stage["header"]
-        self.served[f"{header['policy']}@{header['version']}"] = stage["digest"]
-        return {"held_seconds": 0.0, "digest": stage["digest"]}
+        header, digest = stage["header"], stage.get("digest") or body["digest"]
+        name = f"{header['policy']}@{header['version']}"
+        self.numbers.take(name, digest)
+        self.served[name] = digest
+        for old in body["retire"]:
+            self.served.pop(old, None)
+        return {"held_seconds": 0.0, "digest": digest}
 
     def _discard(self, body: dict[str, Any]) -> dict[str, Any]:
         self.stages.pop(body["stage_id"], None)

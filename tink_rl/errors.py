@@ -191,6 +191,12 @@ class UnknownVersion(TinkError):
     code, status = "unknown_version", 404
 
 
+class VersionTaken(TinkError):
+    """This version number was committed with other weights before; a name means one set of weights."""
+
+    code, status = "version_taken", 409
+
+
 class NotReady(TinkError):
     """The server's weights are in no defined state; it serves nothing until it is healed."""
 
@@ -360,6 +366,12 @@ class ServerUnreachable(TinkError, ConnectionError):
     """No vLLM server answers at the URL."""
 
     code, status = "server_unreachable", 503
+
+
+class TLSFailed(ServerUnreachable):
+    """The server's certificate is not trusted, or one side speaks TLS and the other does not."""
+
+    code = "tls_failed"
 
 
 class RequestTimeout(TinkError, TimeoutError):

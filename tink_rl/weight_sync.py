@@ -109,6 +109,7 @@ class WeightSync:
             url,
             token=self.config.read_token(),
             api_key=self.config.read_api_key(),
+            ca_file=self.config.ca_file,
             request_timeout_s=self.config.request_timeout_s,
         )
 
@@ -190,6 +191,11 @@ class WeightSync:
     def start_after(self, version: int) -> None:
         """Number the next publish above `version` (a checkpoint's)."""
         self._version = max(self._version, version)
+
+    @property
+    def last_number(self) -> int:
+        """The highest version whose commit was ever sent, whatever became of it."""
+        return self._version
 
     def close(self) -> None:
         """Give lease and channel back. What was published stays served."""
@@ -390,21 +396,26 @@ class WeightSync:
         probe: Probe | None,
         *,
         once: bool = False,
+        digest: str | None = None,
     ) -> PublishRecord:
+        """Send whole tensors as `version`; with `digest` only if they are the ones that it names."""
         name = f"{self.config.policy}@{version}"
         update: WholeUpdate | None = None
 
         def send() -> float:
-            nonlocal update
+            nonlocal update, version, name
             with watch(Phase.JOIN):
                 self.fleet.each(lambda replica: replica.ensure_channel())
             with watch(Phase.COLLECT):
                 source = make()
-            update = self._new_update(version)
+            if digest is None and update is not None and 0 < version <= self._version:
+                # The second try: what `make` reads may have changed since the first one's end was sent.
+                version = self._next_version()
+                name = f"{self.config.policy}@{version}"
+            update = self._new_update(version, digest)
             return self._send_whole(update, source, watch)
 
         held_s = self._twice(name, watch, send, tries=1 if once else 2)
-        self._version = max(self._version, version)  # taken, whatever the probe says of it
         assert update is not None
         record = PublishRecord(
             policy=self.config.policy,
@@ -426,7 +437,7 @@ class WeightSync:
         self._kept = []  # slots of this policy ended with the full version
         return replace(record, seconds=watch.total, phase_seconds=watch.seconds)
 
-    def _new_update(self, version: int) -> WholeUpdate:
+    def _new_update(self, version: int, digest: str | None) -> WholeUpdate:
         return WholeUpdate(
             self.fleet,
             policy=self.config.policy,
@@ -434,6 +445,7 @@ class WeightSync:
             base_fingerprint=self._fingerprint or "",
             dtype=self.status.dtype,
             bucket_bytes=int(self.config.bucket_mib * 2**20),
+            expected=digest,
         )
 
     def _send_whole(self, update: WholeUpdate, source: WholeSource, watch: Stopwatch) -> float:
@@ -442,6 +454,7 @@ class WeightSync:
             update.begin(source.plan(self.status.dtype))
             update.add_all(source.pairs())
         with watch(Phase.COMMIT):
+            self._take(update.version)
             return update.finish()
 
     # -- packets ----------------------------------------------------------------------------------
@@ -469,10 +482,11 @@ class WeightSync:
         try:
             held_s = self._twice(name, watch, lambda: self._send(outgoing, watch, retire))
         except TinkError:
+            if version == self._version and outgoing.header.mode is SyncMode.ADAPTER:
+                self._kept.insert(0, name)  # it may be served; the next commit drops it
             # Whatever else went wrong: broken weights are no checkpoint to resume from.
             check_packed(outgoing.header, outgoing.buffer)
             raise
-        self._version = max(self._version, version)  # taken, whatever the probe says of it
         self._kept = [kept for kept in self._kept if kept not in retire]
         named = replace(outgoing.header, digest=outgoing.digest())
         gap = None
@@ -499,6 +513,10 @@ class WeightSync:
 
     def _next_version(self) -> int:
         return max(self._version, *(r.last_version for r in self.fleet.replicas)) + 1
+
+    def _take(self, version: int) -> None:
+        """Never give `version` to other weights: its commit is being sent, and may not be heard of again."""
+        self._version = max(self._version, version)
 
     def _wire_dtype(self) -> torch.dtype:
         import torch
@@ -567,6 +585,7 @@ class WeightSync:
                     replica.discard(stages[replica.url])
             raise
         with watch(Phase.COMMIT):
+            self._take(outgoing.header.version)
             answers = self.fleet.each(commit)
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
@@ -641,10 +660,5 @@ class WeightSync:
     def _resend_whole(self, make: Callable[[], WholeSource]) -> None:
         assert self.current is not None
         record, last = self.current, self._last
-        again = self._publish_whole(make, record.version, Stopwatch(), None)
+        self._publish_whole(make, record.version, Stopwatch(), None, digest=record.digest)
         self._last = last
-        if again.digest != record.digest:
-            raise errors.DigestMismatch(
-                f"{record.name} was lost by a server and is not what the model holds now; publish the "
-                "model again"
-            )

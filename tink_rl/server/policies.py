@@ -20,6 +20,7 @@ from tink_rl.errors import TinkError
 from tink_rl.server.gate import Gate
 from tink_rl.server.host_store import SCHEME
 from tink_rl.server.leases import Leases
+from tink_rl.server.numbers import Numbers
 from tink_rl.server.stages import Staged, Stages
 from tink_rl.server.updates import FullUpdates
 from tink_rl.server.workers import Workers, check_alike
@@ -80,7 +81,7 @@ class Policies:
         self.updates = FullUpdates(self)
         self._served: dict[str, Served] = {}
         self._draining: dict[str, Served] = {}
-        self._last_version: dict[str, int] = {}
+        self.numbers = Numbers()
         self.lock = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._broken: str | None = None
@@ -191,6 +192,7 @@ class Policies:
 
         Raises:
             TinkError: what is wrong with the packet; nothing has changed.
+            VersionTaken: this number was given to other weights.
             DrainTimeout: running requests did not end; nothing was written.
             CommitFailed: the server is NOT READY.
         """
@@ -212,8 +214,11 @@ class Policies:
         async with self.lock:
             self.leases.check(staged.header.policy, staged.header.epoch)
             self.check_mode(staged.header.mode, staged.header.policy)
+            # From here on, whatever becomes of it: who joins meanwhile counts on from this number.
+            digest = staged.header.digest if staged.checked else str(body["digest"])
+            self.numbers.take(staged.name, digest)
             if staged.header.mode is SyncMode.ADAPTER:
-                work = self._commit_adapter(staged, body)
+                work = self._commit_adapter(staged, digest, float(body["timeout_s"]))
             else:
                 work = self._commit_merged(
                     staged, float(body["drain_timeout_s"]), body["on_running"]
@@ -222,7 +227,6 @@ class Policies:
             for name in retire:
                 self._retire_slot(name)
         self.stages.took(staged)
-        self._count(staged.name)
         return {"held_seconds": held_s, "digest": self._served[staged.name].digest}
 
     @property
@@ -230,23 +234,12 @@ class Policies:
         """Number of vLLM workers."""
         return int(self._facts["world_size"])
 
-    def last_version(self, policy: str) -> int:
-        """Highest version of `policy` that was ever served here, or 0."""
-        return self._last_version.get(policy, 0)
-
-    def _count(self, name: str) -> None:
-        version = PolicyVersion.parse(name)
-        last = self._last_version.get(version.policy, 0)
-        self._last_version[version.policy] = max(version.version, last)
-
-    async def _commit_adapter(self, staged: Staged, body: dict[str, Any]) -> float:
-        digest = staged.header.digest if staged.checked else str(body["digest"])
+    async def _commit_adapter(self, staged: Staged, digest: str, timeout_s: float) -> float:
         name = staged.name
         path = f"{SCHEME}{name}/{digest[:16]}/{staged.stage_id.rpartition('~')[2]}"
         lora_id = self._models.lora_id_counter.inc(1)
         request = self._make_lora_request(lora_name=name, lora_int_id=lora_id, lora_path=path)
         try:
-            timeout_s = float(body["timeout_s"])
             held = await self.stages.serve(staged, digest, timeout_s, (name, path, lora_id))
             check_alike(name, digest, held)
         except TinkError:  # some workers may have it; what is served stays
@@ -366,7 +359,6 @@ class Policies:
         self._served = kept
         if mode is not None:
             self._served[name] = Served(name=name, digest=digest, mode=mode)
-            self._count(name)
         self._rename(name)
         self._broken = None
         self.state, self.reason, self.gate.refusal = ServerState.READY, None, None

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tink_rl.server")
 _LOOK_EVERY_S = 0.5
+_FOUND_BEFORE_WRITING = (
+    errors.IncompleteGroup,
+    errors.DigestMismatch,
+    errors.StaleEpoch,
+    errors.VersionTaken,
+)
 
 
 @dataclass(kw_only=True)
@@ -152,6 +158,7 @@ class FullUpdates:
 
         Raises:
             IncompleteGroup, DigestMismatch: not all of it came.
+            VersionTaken: this number was given to other weights.
             CommitFailed: the server is NOT READY.
         """
         update, digest = self.find(body["update_id"]), str(body["digest"])
@@ -159,12 +166,13 @@ class FullUpdates:
         try:
             with update.busy():
                 policies.leases.check(update.policy, update.epoch)
+                policies.numbers.take(update.name, digest)
                 update.written = True  # finishing writes too: what is not sent is restored
                 held = await policies.workers.ask("tink_finish", update.update_id, digest)
                 check_alike(update.name, digest, held)
                 await policies.forget_cache()
-        except (errors.IncompleteGroup, errors.DigestMismatch, errors.StaleEpoch) as error:
-            update.written = before  # found before anything was written
+        except _FOUND_BEFORE_WRITING as error:
+            update.written = before
             await self.abort(update, str(error))
             raise
         except Exception as error:

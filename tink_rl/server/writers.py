@@ -50,7 +50,7 @@ class Writers:
             "epoch": lease.epoch,
             "incarnation": self._policies.incarnation,
             "lease_s": LEASE_S,
-            "last_version": self._policies.last_version(policy),
+            "last_version": self._policies.numbers.last(policy),
             "transport": transport,
         }
         if transport not in (Transport.HTTP, Transport.SHM):

@@ -226,6 +226,7 @@ class PolicyLink:
         data = {
             "policy": record.policy,
             "version": record.version,
+            "last_number": self.sync.last_number,
             "digest": record.digest if published else None,
             "mode": record.mode.value,
             "base_fingerprint": self.sync.status.base_fingerprint,
@@ -237,10 +238,11 @@ class PolicyLink:
         partial.replace(path)
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Number new versions above the checkpoint's, if it names one."""
+        """Number new versions above all that the run had sent by this checkpoint, if it names one."""
         path = Path(directory) / POLICY_FILE
         if path.is_file():
-            self.sync.start_after(int(json.loads(path.read_text())["version"]))
+            data = json.loads(path.read_text())
+            self.sync.start_after(int(data.get("last_number", data["version"])))
 
     def close(self) -> None:
         """Give the lease back; what was published stays served."""

@@ -79,7 +79,8 @@ class Replica:
             self._leave(joined["epoch"])
             raise
         self._joined = joined
-        self.last_version = int(joined["last_version"])
+        # A restarted server knows of none; its earlier life's numbers stay taken.
+        self.last_version = max(self.last_version, int(joined["last_version"]))
         self._start_heartbeat(joined)
 
     def _join(self, status: ServerStatus) -> dict[str, Any]:

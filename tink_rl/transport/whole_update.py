@@ -43,10 +43,22 @@ class WholeUpdate:
         base_fingerprint: str,
         dtype: str,
         bucket_bytes: int,
+        expected: str | None = None,
     ) -> None:
-        """Store; `begin` speaks to the servers."""
+        """Store; `begin` speaks to the servers.
+
+        Args:
+            fleet: All servers of the policy.
+            policy: Its name.
+            version: A fresh number; or, with `expected`, one that these weights had before.
+            base_fingerprint: Of the checkpoint that the tensors replace.
+            dtype: The servers'.
+            bucket_bytes: What travels at once.
+            expected: Digest without which the update is not finished.
+        """
         self._fleet = fleet
-        self._policy, self._version = policy, version
+        self._policy, self.version = policy, version
+        self._expected = expected
         self._fingerprint, self._dtype = base_fingerprint, dtype
         self._bucket_bytes = bucket_bytes
         self._ids: dict[str, str] = {}
@@ -60,7 +72,7 @@ class WholeUpdate:
     @property
     def name(self) -> str:
         """The version that is being sent."""
-        return f"{self._policy}@{self._version}"
+        return f"{self._policy}@{self.version}"
 
     def begin(self, plan: list[dict[str, Any]] | None) -> None:
         """Let every replica check `plan` (None: nothing is known beforehand) and hold its requests.
@@ -72,7 +84,7 @@ class WholeUpdate:
         def begin(replica: Replica) -> None:
             replica.ensure_channel()
             self._ids[replica.url] = replica.begin_update(
-                version=self._version, base_fingerprint=self._fingerprint, plan=plan
+                version=self.version, base_fingerprint=self._fingerprint, plan=plan
             )
 
         with self._ended_on_failure():
@@ -95,10 +107,11 @@ class WholeUpdate:
             self._take(name, tensor)
 
     def add_all(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """`add` each of `pairs`; the update also ends if reading them fails."""
+        """`add` each of `pairs`, and send the last bucket; the update also ends if reading them fails."""
         with self._ended_on_failure():
             for name, tensor in pairs:
                 self._take(name, tensor)
+            self._flush()
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         import torch
@@ -122,11 +135,17 @@ class WholeUpdate:
         """Serve what was sent; the longest hold in seconds.
 
         Raises:
-            IncompleteGroup, CommitFailed, DigestMismatch, ...
+            DigestMismatch: it is not what was expected; it is served by no replica.
+            IncompleteGroup, CommitFailed, ...
         """
         with self._ended_on_failure():
             self._flush()
             digest = self.digest
+            if self._expected not in (None, digest):
+                raise errors.DigestMismatch(
+                    f"{self.name} was served with other weights than the model holds now, and a version "
+                    "is never given to others; publish the model again, as a new one"
+                )
             answers = self._fleet.each(
                 lambda replica: replica.finish_update(self._ids[replica.url], digest)
             )
@@ -173,7 +192,7 @@ class WholeUpdate:
             room=self._room_for,
         )
         self._bucket, self._filled = {}, 0
-        header = header.named(self._policy, self._version, 0)
+        header = header.named(self._policy, self.version, 0)
         outgoing = Outgoing(header, buffer)
         self._fleet.each(lambda replica: replica.send_bucket(self._ids[replica.url], outgoing))
         self._chain.add(outgoing.digest())

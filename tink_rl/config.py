@@ -49,6 +49,13 @@ class SyncConfig:
             "help": "vLLM's own --api-key, if it has one; else TINK_VLLM_API_KEY_FILE, VLLM_API_KEY."
         },
     )
+    ca_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "https: PEM file of the authorities to trust beside the system's (or SSL_CERT_FILE's); "
+            "else TINK_CA_FILE."
+        },
+    )
     transport: str = field(
         default="auto",
         metadata={

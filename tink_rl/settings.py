@@ -8,6 +8,7 @@ TRL nor vLLM.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url, is_local
 from tink_rl.tokens import vllm_api_key
+from tink_rl.urls import server_url
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM 0.31 has kernels."""
@@ -121,6 +123,11 @@ class Settings(BaseSettings):
     tink_vllm_api_key_file: str | None = Field(
         default=None, description="File with vLLM's own --api-key, if it has one."
     )
+    tink_ca_file: str | None = Field(
+        default=None,
+        description="PEM file (or OpenSSL's directory) of the authorities to trust for https URLs, beside "
+        "the system's or those of SSL_CERT_FILE and SSL_CERT_DIR.",
+    )
     tink_request_timeout: float = Field(
         default=600.0,
         gt=0,
@@ -131,10 +138,7 @@ class Settings(BaseSettings):
     @field_validator("vllm_base_url", "megatron_server_url")
     @classmethod
     def _is_url(cls, value: str) -> str:
-        scheme, _, rest = value.partition("://")
-        if scheme not in ("http", "https") or not rest.strip("/") or "@" in rest:
-            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
-        return value.rstrip("/")
+        return server_url(value)
 
     @field_validator("vllm_max_lora_rank")
     @classmethod
@@ -191,9 +195,6 @@ class Settings(BaseSettings):
         named = {"vllm_host", "vllm_port"} & self.model_fields_set
         if "vllm_base_url" not in self.model_fields_set and named:
             return self.host_url
-        for wildcard in ("0.0.0.0", "[::]"):
-            if self.vllm_base_url.partition("://")[2].startswith(wildcard):
-                return self.vllm_base_url.replace(wildcard, _WILDCARDS[wildcard], 1)
         return self.vllm_base_url
 
     @property
@@ -247,7 +248,10 @@ def _one_of(values: Iterable[Any]) -> str:
 
 def _explain(item: Any) -> str:
     name = str(item["loc"][0]) if item["loc"] else "settings"
-    return f"{name.upper()}={item['input']!r}: {_allowed(name.lower(), item)}"
+    shown = repr(item["input"])
+    if name.lower().endswith("_url"):
+        shown = re.sub(r"^(.).*@", r"\1...@", shown)  # never a password
+    return f"{name.upper()}={shown}: {_allowed(name.lower(), item)}"
 
 
 def _allowed(name: str, item: Any) -> str:

@@ -495,6 +495,7 @@ def _client(settings: Settings, token: str | None, api_key: str | None) -> VLLMC
         api_key=api_key,
         request_timeout_s=settings.tink_request_timeout,
         connect_timeout_s=settings.vllm_timeout,
+        ca_file=settings.tink_ca_file,
     )
 
 

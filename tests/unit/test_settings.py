@@ -111,7 +111,6 @@ def test_url_wins_over_host_and_port_and_wildcards_are_dialled_as_loopback(
         ("USE_VLLM", "maybe", "true or false"),
         ("VLLM_ENABLE_LORA", "2", "true or false"),
         ("VLLM_BASE_URL", "localhost:8000", "http://HOST:PORT"),
-        ("VLLM_BASE_URL", "http://user:secret@host:1", "http://HOST:PORT"),
         ("VLLM_PORT", "0", "from 1 to 65535"),
         ("VLLM_PORT", "eight", "whole number from 1 to 65535"),
         ("VLLM_GROUP_PORT", "70000", "from 0 to 65535"),

@@ -28,6 +28,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor.add_argument("url", nargs="?", help="a server, such as http://127.0.0.1:8000")
     doctor.add_argument("--token-file", help="token of the control routes")
     doctor.add_argument(
+        "--ca-file", metavar="PEM", help="authorities to trust for https (default: TINK_CA_FILE)"
+    )
+    doctor.add_argument(
         "--model",
         help="base model, directory or hub id: memory plan, and is it what URL serves?",
     )
@@ -84,7 +87,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
         return check_trl(arguments.trl, dtype=dtype)
     if arguments.url:
         token = SyncConfig(token_file=arguments.token_file).read_token()
-        with VLLMClient(arguments.url, token=token) as client:
+        with VLLMClient(arguments.url, token=token, ca_file=arguments.ca_file) as client:
             findings, status = check_server(client, base_model=arguments.model)
     elif not (arguments.adapter or arguments.model):
         findings = check_environment(port=arguments.port)

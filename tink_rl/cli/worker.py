@@ -30,6 +30,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     worker.add_argument("--port", type=int, help="port to listen on (8001); 0: any free one")
     worker.add_argument("--vllm-url", help="URL of the vLLM server (http://localhost:8000)")
     worker.add_argument(
+        "--ca-file", metavar="PEM", help="authorities to trust for https (default: TINK_CA_FILE)"
+    )
+    worker.add_argument(
         "--adapter-root",
         action="append",
         default=[],
@@ -82,6 +85,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     given = {
         "base_url": arguments.vllm_url,
+        "tink_ca_file": arguments.ca_file,
         "tink_adapter_roots": join_roots(arguments.adapter_root),
     }
     settings = Settings.load({k: v for k, v in given.items() if v is not None})

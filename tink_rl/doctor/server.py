@@ -13,6 +13,7 @@ from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
 
 _MAX_CLOCK_S = 5.0
 _REMEDIES: dict[type[errors.TinkError], str] = {
+    errors.TLSFailed: "TINK_CA_FILE or --ca-file for an authority of your own; else as it says",
     errors.ServerUnreachable: "tink-rl serve MODEL, or correct the URL",
     errors.RequestTimeout: "look into the server's log; restart it if it hangs",
     errors.PluginMissing: "tink-rl serve MODEL (pip install tink-rl in the server's Python)",

@@ -40,6 +40,7 @@ def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient
             server,
             token=sync.read_token(),
             api_key=sync.read_api_key(),
+            ca_file=sync.ca_file,
             request_timeout_s=sync.request_timeout_s,
             connection_timeout=getattr(args, "vllm_server_timeout", 0.0),
         )

@@ -12,8 +12,9 @@ from typing import Any
 
 import aiohttp
 
-from tink_rl import errors
+from tink_rl import errors, tls
 from tink_rl.transport import payloads
+from tink_rl.urls import server_url
 
 _PATH = "/v1/completions"
 _MAX_LINE_BYTES = 2**22
@@ -28,6 +29,7 @@ class AsyncSampler:
         *,
         api_key: str | None = None,
         connect_timeout_s: float = 5.0,
+        ca_file: str | None = None,
     ) -> None:
         """Store.
 
@@ -35,8 +37,13 @@ class AsyncSampler:
             base_url: `http://HOST:PORT` of the server.
             api_key: vLLM's own `--api-key`, if it has one.
             connect_timeout_s: Deadline of opening a connection.
+            ca_file: Authorities to trust beside the system's (PEM); None: what TINK_CA_FILE names.
+
+        Raises:
+            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
         """
-        self.base_url = base_url.rstrip("/")
+        self.base_url = server_url(base_url)
+        self._ssl = tls.context_for(self.base_url, ca_file) or True
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._connect_timeout_s = connect_timeout_s
         self._session: aiohttp.ClientSession | None = None
@@ -47,7 +54,7 @@ class AsyncSampler:
                 headers=self._headers,
                 # The queue bounds what is under way; a limit here would only hide requests from it.
                 connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S
+                    limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S, ssl=self._ssl
                 ),
                 read_bufsize=_MAX_LINE_BYTES,
             )
@@ -104,13 +111,22 @@ class AsyncSampler:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
             async with self._open().post(
-                self.base_url + _PATH, data=body, headers=payloads.JSON, timeout=timeout
+                self.base_url + _PATH,
+                data=body,
+                headers=payloads.JSON,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
+                if 300 <= response.status < 400:
+                    location = response.headers.get("location", "")
+                    raise errors.EngineUnavailable(
+                        payloads.redirected(self.base_url, _PATH, location), replica=self.base_url
+                    )
                 yield response
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            wrong = await asyncio.to_thread(tls.what_is_wrong, self.base_url, error)
             raise errors.EngineUnavailable(
-                payloads.unreachable(self.base_url, str(error)),
-                replica=self.base_url,
+                wrong or payloads.unreachable(self.base_url, str(error)), replica=self.base_url
             ) from error
         except TimeoutError as error:
             raise errors.DeadlineExceeded(

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from tink_rl import errors
+from tink_rl import errors, tls
 from tink_rl.transport import payloads
 from tink_rl.transport.megatron_contract import (
     Generated,
@@ -34,6 +34,7 @@ from tink_rl.transport.megatron_contract import (
     static_row,
 )
 from tink_rl.types import SamplingParams
+from tink_rl.urls import server_url
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_BODY_BYTES = 256 * 2**20
@@ -54,15 +55,20 @@ class _Answer:
 class MegatronClient:
     """One Megatron-LM server, seen from outside. Used from one event loop; every call has a deadline."""
 
-    def __init__(self, base_url: str = "http://localhost:5000") -> None:
+    def __init__(
+        self, base_url: str = "http://localhost:5000", *, ca_file: str | None = None
+    ) -> None:
         """Store. The first request opens connections and probes which kind of server answers.
 
         Args:
-            base_url: `http://HOST:PORT`; a path such as `/api` behind it is dropped.
+            base_url: `http://HOST:PORT`; a path such as `/api` or `/v1` behind it is dropped.
+            ca_file: Authorities to trust beside the system's (PEM); None: what TINK_CA_FILE names.
+
+        Raises:
+            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
         """
-        self.base_url = (
-            base_url.rstrip("/").removesuffix("/api").replace("://0.0.0.0", "://127.0.0.1")
-        )
+        self.base_url = server_url(base_url).removesuffix("/api")
+        self._ssl = tls.context_for(self.base_url, ca_file) or True
         self.kind: Kind | None = None
         self._session: aiohttp.ClientSession | None = None
         # The static server holds one global lock: queueing here keeps a cancelled request out of it.
@@ -80,7 +86,9 @@ class MegatronClient:
             # `total` off: the deadline is the caller's, and cancelling closes the connection.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
             # The queue bounds what is under way; a limit here would only hide requests from it.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S)
+            connector = aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=payloads.IDLE_CONNECTION_S, ssl=self._ssl
+            )
             self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
             # aiohttp takes PUT for idempotent and sends it again when a connection breaks, but here a
             # PUT is a generation, and that would run twice. No public switch; its test_utils does this.
@@ -99,8 +107,10 @@ class MegatronClient:
                 return _Answer(response.status, await _read(response))
         except (aiohttp.ClientError, TimeoutError) as error:
             self._forget()
+            wrong = await asyncio.to_thread(tls.what_is_wrong, self.base_url, error)
             raise errors.EngineUnavailable(
-                f"no Megatron server can be reached at {self.base_url} ({method} {path}: "
+                wrong
+                or f"no Megatron server can be reached at {self.base_url} ({method} {path}: "
                 f"{type(error).__name__}: {error}); start tools/run_dynamic_text_generation_server.py, "
                 "or correct MEGATRON_SERVER_URL",
                 backend="megatron",

@@ -59,6 +59,11 @@ def unreachable(url: str, reason: str) -> str:
     )
 
 
+def redirected(url: str, path: str, location: str) -> str:
+    """What a user is told when a request is sent elsewhere, which a POST with a token must not follow."""
+    return f"{url} redirects {path} to {location or 'elsewhere'}; give the URL of the vLLM server itself"
+
+
 # -- from a caller's words --------------------------------------------------------------------------
 
 

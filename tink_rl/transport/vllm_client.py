@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tink_rl import errors
+from tink_rl import errors, tls
 from tink_rl.transport import payloads
 from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.types import FULL_LOGPROBS, ServerStatus, SyncMode
+from tink_rl.urls import server_url
 
 if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet, Replica
@@ -47,12 +48,13 @@ class VLLMClient:
         connection_timeout: float = 0.0,
         group_port: int | None = None,
         policy: str = "policy",
+        ca_file: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Store; with `connection_timeout` > 0, wait that long for the server to answer.
 
         Args:
-            base_url: `http://HOST:PORT` of the server.
+            base_url: `http://HOST:PORT` of the server, or https; `/v1` behind it is taken off.
             token: Bearer token of the control routes; sampling does not need it.
             api_key: vLLM's own `--api-key`, if it has one.
             request_timeout_s: Deadline of one sampling request.
@@ -60,12 +62,15 @@ class VLLMClient:
             connection_timeout: Seconds to wait for the server (TRL's name).
             group_port: Accepted for TRL's sake and not needed: the server names the port at join.
             policy: Name under which whole tensors are served that TRL's weight interface sends.
+            ca_file: Authorities to trust beside the system's (PEM); None: what TINK_CA_FILE names.
             transport: For tests.
 
         Raises:
+            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
             ServerUnreachable: nobody answered within `connection_timeout`.
         """
-        self.base_url = base_url.rstrip("/").replace("://0.0.0.0", "://127.0.0.1")
+        self.base_url = server_url(base_url)
+        self._was_answered = False
         self._token = token
         self._request_timeout_s = request_timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -74,7 +79,8 @@ class VLLMClient:
             base_url=self.base_url,
             headers=headers,
             transport=transport,
-            trust_env=False,
+            verify=tls.context_for(self.base_url, ca_file) or True,
+            trust_env=False,  # no proxies
             limits=httpx.Limits(
                 max_connections=256,
                 max_keepalive_connections=256,
@@ -105,11 +111,13 @@ class VLLMClient:
     def _send(self, method: str, path: str, *, timeout_s: float, **kwargs: Any) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=min(self._connect_timeout_s, timeout_s))
         try:
-            return self._http.request(method, path, timeout=timeout, **kwargs)
+            response = self._http.request(method, path, timeout=timeout, **kwargs)
         except httpx.ConnectError as error:
+            wrong = tls.what_is_wrong(self.base_url, error)
+            if wrong is not None:
+                raise errors.TLSFailed(wrong, replica=self.base_url) from error
             raise errors.ServerUnreachable(
-                payloads.unreachable(self.base_url, str(error)),
-                replica=self.base_url,
+                payloads.unreachable(self.base_url, str(error)), replica=self.base_url
             ) from error
         except httpx.TimeoutException as error:
             raise errors.RequestTimeout(
@@ -118,6 +126,9 @@ class VLLMClient:
                 replica=self.base_url,
             ) from error
         except httpx.TransportError as error:
+            wrong = None if self._was_answered else tls.what_is_wrong(self.base_url, error)
+            if wrong is not None:
+                raise errors.TLSFailed(wrong, replica=self.base_url) from error
             raise errors.ServerUnreachable(
                 f"the connection to {self.base_url} broke during {method} {path} "
                 f"({type(error).__name__}: {error}); look into the server's log",
@@ -129,6 +140,13 @@ class VLLMClient:
             raise errors.ConfigError(
                 f"{method} {path}: this client of {self.base_url} was closed; make a new VLLMClient"
             ) from error
+        if response.is_redirect:
+            raise errors.ServerUnreachable(
+                payloads.redirected(self.base_url, path, response.headers.get("location", "")),
+                replica=self.base_url,
+            )
+        self._was_answered = True
+        return response
 
     def control(
         self,
@@ -158,17 +176,25 @@ class VLLMClient:
             kwargs["extensions"] = {"trace": _at_the_end_of_sending(when_sent)}
         method = "GET" if body is None and content is None else "POST"
         response = self._send(method, f"{_CONTROL}/{action}", timeout_s=timeout_s, **kwargs)
-        if response.status_code == 200:
-            data: dict[str, Any] = response.json()
-            return data
         data = payloads.json_or_text(response.text)
+        if response.status_code == 200 and isinstance(data, dict):
+            return data
         if response.status_code == 404 and not payloads.is_ours(data):
-            raise errors.PluginMissing(
-                f"the server at {self.base_url} runs without the tink_rl plugin; start it with "
-                "`tink-rl serve MODEL` (its Python needs `pip install tink-rl`)",
-                replica=self.base_url,
-            )
+            raise errors.PluginMissing(self._without_plugin(action), replica=self.base_url)
         raise errors.from_wire(data, response.status_code)
+
+    def _without_plugin(self, action: str) -> str:
+        """What was seen where our route should be: a vLLM of another start, or none at all."""
+        seen = self._send("GET", "/v1/models", timeout_s=10.0).status_code
+        if seen in (404, 405):
+            return (
+                f"{self.base_url} has neither {_CONTROL}/{action} nor /v1/models (HTTP 404, {seen}): no vLLM "
+                "server at this path. Correct the URL, or start one with `tink-rl serve MODEL`"
+            )
+        return (
+            f"the server at {self.base_url} runs without the tink_rl plugin ({_CONTROL}/{action}: HTTP "
+            "404); start it with `tink-rl serve MODEL` (its Python needs `pip install tink-rl`)"
+        )
 
     def status(self, timeout_s: float = 10.0) -> ServerStatus:
         """What the plugin says of its server.
@@ -187,16 +213,20 @@ class VLLMClient:
         start = said = time.monotonic()
         deadline = start + timeout_s
         while True:
+            seen = 0
             try:
-                if self._send("GET", "/health", timeout_s=5.0).status_code == 200:
+                seen = self._send("GET", "/health", timeout_s=5.0).status_code
+                if seen == 200:
                     return
+            except errors.TLSFailed:
+                raise  # waiting does not mend it
             except errors.TinkError:
                 if time.monotonic() > deadline:
                     raise
             if time.monotonic() > deadline:
+                why = f"GET /health gave HTTP {seen} for {timeout_s:g} s; is its path right?"
                 raise errors.ServerUnreachable(
-                    payloads.unreachable(self.base_url, f"no /health within {timeout_s:g} s"),
-                    replica=self.base_url,
+                    payloads.unreachable(self.base_url, why), replica=self.base_url
                 )
             if time.monotonic() - said >= _SAY_EVERY_S:
                 said = time.monotonic()
@@ -230,13 +260,26 @@ class VLLMClient:
 
         Raises:
             BadToken: vLLM has an --api-key of its own, and it was not sent.
+            ServerUnreachable, BackendError: no vLLM server answers at this path.
         """
         response = self._send("GET", "/v1/models", timeout_s=10.0)
         if response.status_code != 200:
             data = payloads.json_or_text(response.text)
             payloads.check_key(response.status_code, data, self.base_url)
+            if response.status_code == 404:
+                raise errors.ServerUnreachable(
+                    f"{self.base_url} has no /v1/models (HTTP 404): no vLLM server at this path. Correct "
+                    "the URL (VLLM_BASE_URL), or start one with `tink-rl serve MODEL`",
+                    replica=self.base_url,
+                )
             raise errors.from_wire(data, response.status_code)
-        cards: list[dict[str, Any]] = response.json()["data"]
+        data = payloads.json_or_text(response.text)
+        if not isinstance(data, dict) or not isinstance(data.get("data"), list):
+            raise errors.BackendError(
+                f"GET {self.base_url}/v1/models gave no list of models but {response.text[:100]!r}; "
+                "correct the URL: what answers there is no vLLM server"
+            )
+        cards: list[dict[str, Any]] = data["data"]
         return cards
 
     def forget_prefixes(self, timeout_s: float = 30.0) -> None:

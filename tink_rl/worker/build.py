@@ -45,7 +45,8 @@ def _backend(settings: Settings) -> tuple[Backend, Adapters | None, Callable[[],
     if settings.samples_with == "megatron":
         from tink_rl.worker.backends.megatron import MegatronBackend
 
-        return MegatronBackend(settings.megatron_server_url), None, lambda: None
+        megatron = MegatronBackend(settings.megatron_server_url, ca_file=settings.tink_ca_file)
+        return megatron, None, lambda: None
     from tink_rl.vllm_backend import VLLMBackend
     from tink_rl.worker.backends.vllm import VLLMSampler
 

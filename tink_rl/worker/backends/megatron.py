@@ -23,15 +23,20 @@ class MegatronBackend:
     name = "megatron"
 
     def __init__(
-        self, base_url: str = "http://localhost:5000", *, model_name: str = BASE_NAME
+        self,
+        base_url: str = "http://localhost:5000",
+        *,
+        model_name: str = BASE_NAME,
+        ca_file: str | None = None,
     ) -> None:
         """Store; asks no server.
 
         Args:
             base_url: The server's address (`MEGATRON_SERVER_URL`).
             model_name: What the served weights are called here; Megatron itself has no name for them.
+            ca_file: See `MegatronClient`.
         """
-        self._client = MegatronClient(base_url)
+        self._client = MegatronClient(base_url, ca_file=ca_file)
         self._model_name = model_name
 
     def check(

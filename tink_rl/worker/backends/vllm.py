@@ -43,6 +43,7 @@ class VLLMSampler:
             backend.client.base_url,
             api_key=backend.settings.api_key(),
             connect_timeout_s=backend.settings.vllm_timeout,
+            ca_file=backend.settings.tink_ca_file,
         )
         self._threads = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tink-acquire")
         self._look_lock = threading.Lock()

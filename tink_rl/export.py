@@ -10,14 +10,22 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tink_rl import __version__
-from tink_rl.errors import ConfigError, UnknownModules, UnsupportedAdapter
+from tink_rl.errors import (
+    AdapterConfigInvalid,
+    AdapterPathMissing,
+    ConfigError,
+    PathNotAllowed,
+    UnknownModules,
+    UnsupportedAdapter,
+)
+from tink_rl.policy import adapter_folder
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
 from tink_rl.policy.fingerprint import (
     CheckpointTensor,
@@ -26,8 +34,9 @@ from tink_rl.policy.fingerprint import (
 )
 from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.policy.peft_dir import POLICY_FILE
-from tink_rl.policy.shapes import check_trained_on
+from tink_rl.policy.shapes import BaseShapes, check_trained_on
 from tink_rl.policy.support import changes_base, needs, unsupported_reasons
+from tink_rl.policy.tensor_names import adapts_table, renamed
 from tink_rl.policy.whole import whole_source
 
 if TYPE_CHECKING:
@@ -89,13 +98,17 @@ def export(
         UnknownModules: `merged`, and the base lacks a module of the adapter.
         BaseMismatch: `merged`, and the run says that it trained on another base.
     """
-    run, directory = Path(source), find_adapter(source)
+    directory = find_adapter(source)
+    run = Path(source).expanduser()
+    if not run.is_dir():  # a hub id, or a file of the directory
+        run = directory
     config = json.loads((directory / _ADAPTER_FILES[0]).read_text())
     base_name = base or str(config.get("base_model_name_or_path") or "")
     if not base_name:
         raise ConfigError(f"{directory} does not name its base; give --base DIRECTORY_OR_HUB_ID")
     target = _free(Path(output))
-    policy = _read(directory / POLICY_FILE) or _read(run / POLICY_FILE)
+    places = _places(run, directory)
+    policy = next(filter(None, (_read(place / POLICY_FILE) for place in places)), {})
     published = policy.get("digest") is not None
     exported = Exported(
         path=target,
@@ -103,7 +116,7 @@ def export(
         base=base_name,
         policy=f"{policy['policy']}@{policy['version']}" if published else None,
         digest=policy.get("digest"),
-        figures=_figures(run, directory),
+        figures=_figures(run, places),
     )
     with _whole(target) as partial:
         if merged:
@@ -119,7 +132,8 @@ def export(
             _copy(base_dir, partial, _TOKENIZER_FILES)
         else:
             _write_adapter(directory, config | {"base_model_name_or_path": base_name}, partial)
-        _copy(directory, partial, (*_TOKENIZER_FILES, POLICY_FILE))
+        for place in reversed(places):
+            _copy(place, partial, (*_TOKENIZER_FILES, POLICY_FILE))
         (partial / "README.md").write_text(model_card(exported))
     return exported
 
@@ -131,21 +145,21 @@ def _base_dir(name: str, revision: str | None, said: Mapping[str, Any]) -> Path:
 
 
 def find_adapter(source: str | Path) -> Path:
-    """The PEFT directory of `source`: itself, or its newest checkpoint.
+    """The PEFT directory of `source`: itself, a named adapter's in it, or its newest checkpoint's.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or there are several.
     """
-    path = Path(source)
-    if (path / _ADAPTER_FILES[0]).is_file():
-        return path
-    found = [p.parent for p in path.glob(f"checkpoint-*/{_ADAPTER_FILES[0]}")]
-    if not found:
-        raise ConfigError(
-            f"{path} holds no adapter_config.json, nor does a checkpoint in it; give the output_dir of "
-            "a run, or a PEFT directory"
-        )
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    try:
+        return adapter_folder.find_adapter(source)
+    except (AdapterConfigInvalid, AdapterPathMissing, PathNotAllowed) as error:
+        raise ConfigError(error.message) from error
+
+
+def _places(run: Path, directory: Path) -> list[Path]:
+    """Where a run's files about its adapter may lie, the nearest first."""
+    between = [directory.parent] if run in directory.parents else []
+    return list(dict.fromkeys([directory, *between, run]))
 
 
 def _free(target: Path) -> Path:
@@ -180,21 +194,37 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 
 def _write_adapter(directory: Path, config: dict[str, Any], target: Path) -> None:
-    """The adapter's own bytes; also of kinds that cannot be published (DoRA, ...)."""
-    _check_file(directory)
-    shutil.copyfile(directory / _ADAPTER_FILES[1], target / _ADAPTER_FILES[1])
+    """The adapter's own tensors under PEFT's names; also of kinds that cannot be published (DoRA, ...)."""
+    tensors = _checked_tensors(directory)
+    names = {name: renamed(name) for name in tensors}
+    if len(set(names.values())) < len(names):
+        raise UnsupportedAdapter(
+            f"{directory} holds the tensors of several adapters in one file; save one of them alone, with "
+            "save_pretrained(DIR, selected_adapters=[NAME])"
+        )
+    if all(old == new for old, new in names.items()):
+        shutil.copyfile(directory / _ADAPTER_FILES[1], target / _ADAPTER_FILES[1])
+    else:  # as they are, PEFT and vLLM would load none of them, and say nothing
+        from safetensors.torch import save_file
+
+        cleaned = {new: tensors[old] for old, new in names.items()}
+        save_file(cleaned, target / _ADAPTER_FILES[1], metadata={"format": "pt"})
     (target / _ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _check_file(directory: Path) -> None:
+def _checked_tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = directory / _ADAPTER_FILES[1]
     try:
-        check_values(load_file(path))
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; save the adapter again") from error
+    if not tensors:
+        raise ConfigError(f"{path} holds no tensor; save the adapter again")
+    check_values(tensors)
+    return tensors
 
 
 def _write_merged(folds: Mapping[str, Fold], base: Path, target: Path) -> None:
@@ -230,9 +260,11 @@ def _folds(directory: Path, config: Mapping[str, Any], base: Path) -> dict[str, 
     index = checkpoint_index(base)
     if not unsupported_reasons(config):
         try:
-            return _folds_of_delta(from_peft_dir(directory), base, index)
+            adapter = from_peft_dir(directory, base=BaseShapes.from_model_dir(base))
+            return _folds_of_delta(adapter, base, index)
         except UnsupportedAdapter:  # LoRA of an embedding or a head, which only its tensors tell
-            pass
+            if not any(adapts_table(name) for name in _checked_tensors(directory)):
+                raise
     reasons = list(needs(config).refused)
     if changes_base(config):
         reasons.append(
@@ -268,7 +300,7 @@ def _folds_of_peft(
     directory: Path, base: Path, index: Mapping[str, CheckpointTensor]
 ) -> dict[str, Fold]:
     """Whole tensors, as a publish in full mode sends them: merged in fp32, one module at a time."""
-    _check_file(directory)
+    _checked_tensors(directory)
     entries = whole_source(_load(directory, base), [[name] for name in index]).entries or []
 
     def fold(make: Callable[[], torch.Tensor]) -> Fold:
@@ -346,12 +378,13 @@ def _how_to_load(exported: Exported) -> str:
     return f"Load it with:\n\n```python\n{names}\n\nmodel = {code}\n```\n"
 
 
-def _figures(run: Path, directory: Path) -> dict[str, tuple[float, float]]:
+def _figures(run: Path, places: Sequence[Path]) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     summary = _read(run / "summary.json")
     if "heldout_before" in summary and "heldout_after" in summary:
         found["held-out accuracy"] = (summary["heldout_before"], summary["heldout_after"])
-    state = _read(directory / "trainer_state.json") or _read(run / "trainer_state.json")
+    states = (_read(place / "trainer_state.json") for place in places)
+    state = next(filter(None, states), {})
     rewards = [row["reward"] for row in state.get("log_history", []) if "reward" in row]
     if len(rewards) >= 2:
         width = min(_WINDOW, len(rewards) // 2)

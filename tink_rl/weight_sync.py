@@ -23,6 +23,7 @@ from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
 from tink_rl.policy.modes import choose_mode
+from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.transport.fleet import Fleet, Replica
@@ -97,6 +98,8 @@ class WeightSync:
         """Of what was trained in the current full version, if a live PEFT model gave it."""
         self._said: str | None = None
         self._groups: list[list[str]] | None = None
+        self._shapes: BaseShapes | None = None
+        """Of the base, once an adapter's files were to be read."""
         self._resend: Callable[[], WholeSource] | None = None
         """Gives the tensors of the current full version again, if it can."""
         self._spare: torch.Tensor | None = None
@@ -344,7 +347,9 @@ class WeightSync:
     def _collect(self, source: Any) -> Adapter | LiveModel:
         """What `source` holds now, and the mode settled that it needs."""
         if isinstance(source, (str, Path)):
-            return from_peft_dir(source)
+            if self._shapes is None:
+                self._shapes = BaseShapes.from_model_dir(self._base_model)
+            return from_peft_dir(source, base=self._shapes)
         if hasattr(source, "get_base_model"):
             if self._collector is None or self._collector[0] is not source:
                 self._collector = (source, collector_for(source, self._base_model))

@@ -258,6 +258,7 @@ def test_adapter_that_only_whole_tensors_can_say_is_told_so(saved, tmp_path):
 
 
 SAVED_AS = {
+    "AdaLoRA": {"peft_type": "ADALORA"},
     "LoRA on linear layers": {},
     "rsLoRA": {"use_rslora": True},
     "Rank per module": {"rank_pattern": {"q_proj": 8}},
@@ -355,7 +356,8 @@ def test_adapter_that_is_untrained_or_broken_is_found(saved, tmp_path):
     shutil.rmtree(zero)
     broken = damaged(saved, tmp_path, lambda n, t: torch.full_like(t, torch.nan))
     assert "NaN" in worst(check_adapter(broken))[0].what
-    assert "adapter_config.json" in worst(check_adapter(tmp_path))[0].what
+    (tmp_path / "empty").mkdir()
+    assert "adapter_config.json" in worst(check_adapter(tmp_path / "empty"))[0].what
 
 
 # -- TRL --------------------------------------------------------------------------------------------

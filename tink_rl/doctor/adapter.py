@@ -12,8 +12,11 @@ import torch
 from tink_rl import errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
+from tink_rl.policy.adapter_folder import CONFIG_FILE, find_adapter
+from tink_rl.policy.foreign import foreign_config
 from tink_rl.policy.model_dir import local_model_dir
-from tink_rl.policy.peft_dir import CONFIG_FILE, WEIGHTS_FILE, strict_json
+from tink_rl.policy.peft_dir import WEIGHTS_FILE, strict_json
+from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import (
     EMBEDDING,
     HEAD,
@@ -26,25 +29,39 @@ from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.types import ServerStatus, SyncMode
 
 _WITHOUT = "train without that feature"
+_MISFITS = (
+    errors.AdapterFilesInvalid,
+    errors.AdapterPathMissing,
+    errors.PathNotAllowed,
+    errors.BaseMismatch,
+    errors.ShapeMismatch,
+    errors.DtypeMismatch,
+)
 
 
 def check_adapter(directory: str | Path, status: ServerStatus | None = None) -> list[Finding]:
     """What is in `directory`, and what each mode (of the server behind `status`) does with it."""
     try:
-        return _check(Path(directory).expanduser(), status)
+        return _check(find_adapter(directory), status)
     except errors.UnsupportedAdapter as error:
-        return [blocker("adapter", error.message, _WITHOUT)]
-    except errors.AdapterFilesInvalid as error:
-        return [blocker("adapter", error.message, "save it again with PEFT's save_pretrained")]
+        return [_said(error, _WITHOUT)]
+    except _MISFITS as error:
+        return [_said(error, "save it again with PEFT's save_pretrained")]
     except (errors.NonFiniteWeights, errors.WeightOutOfRange) as error:
         return [blocker("adapter", error.message, "resume from an earlier checkpoint")]
+
+
+def _said(error: errors.TinkError, fix: str) -> Finding:
+    """The error with its own remedy, which stands after the last semicolon."""
+    what, mark, remedy = error.message.rpartition("; ")
+    return blocker("adapter", what, remedy) if mark else blocker("adapter", remedy, fix)
 
 
 def _check(directory: Path, status: ServerStatus | None) -> list[Finding]:
     config = _config(directory)
     if not unsupported_reasons(config):
         try:
-            return _by_itself(from_peft_dir(directory), status)
+            return _by_itself(from_peft_dir(directory, base=_base(config)), status)
         except errors.UnsupportedAdapter:  # by its tensors, which the config does not tell of
             if not _model_facts(config, _tensors(directory)):
                 raise
@@ -68,7 +85,10 @@ def _config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise errors.AdapterConfigInvalid(f"{directory} has no {CONFIG_FILE}")
-    return strict_json(path.read_bytes(), str(path))
+    config = strict_json(path.read_bytes(), str(path))
+    if (foreign := foreign_config(config)) is not None:
+        raise errors.AdapterConfigInvalid(f"{path} {foreign}")
+    return config
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +110,16 @@ def _model_facts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[
     if any(f"{head}.lora_A." in name for name in tensors for head in ("lm_head", "embed_out")):
         found[HEAD] = True
     return found | {TIED: _is_tied(config)} if found else {}
+
+
+def _base(config: Mapping[str, Any]) -> BaseShapes | None:
+    """The base that the config names, where it is at hand."""
+    try:
+        revision = config.get("revision")
+        base = local_model_dir(str(config.get("base_model_name_or_path") or ""), revision=revision)
+        return BaseShapes.from_model_dir(base)
+    except (errors.ConfigError, OSError, ValueError):
+        return None
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool | None:

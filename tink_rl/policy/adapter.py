@@ -21,9 +21,11 @@ import torch
 from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.policy.packet import PacketHeader, unpack
-from tink_rl.policy.peft_dir import PREFIX, open_peft_dir
+from tink_rl.policy.peft_dir import open_peft_dir
+from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
 from tink_rl.policy.support import changes_base, check_supported, model_facts, needs
+from tink_rl.policy.tensor_names import PREFIX
 
 _LOW_RANK_REST = 1e-5
 """Share of a weight's norm by which the base may differ from checkpoint + low-rank change: rounding."""
@@ -333,8 +335,14 @@ def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
         yield _Module(name=short, layer=layer, adapter=adapter, shape=shape)
 
 
-def from_peft_dir(path: str | Path, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The adapter of a PEFT directory (`adapter_config.json`, `adapter_model.safetensors`).
+def from_peft_dir(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    base: BaseShapes | None = None,
+    as_written: bool = False,
+) -> Adapter:
+    """The adapter of a PEFT directory, or of a run's; `base` and `as_written` as `open_peft_dir` takes them.
 
     Raises:
         AdapterPathMissing: no such directory.
@@ -342,7 +350,7 @@ def from_peft_dir(path: str | Path, dtype: torch.dtype = torch.float32) -> Adapt
         UnsupportedAdapter: it uses a feature that cannot be expressed.
     """
     tensors: dict[str, torch.Tensor] = {}
-    with open_peft_dir(path) as source:
+    with open_peft_dir(path, base=base, as_written=as_written) as source:
         for module in source.modules:
             lora_a, lora_b = source.read(module)
             tensors[f"{module.name}.lora_A.weight"] = lora_a.to(dtype)

@@ -21,11 +21,13 @@ import tink_rl
 from tink_rl.errors import (
     AdapterCorrupt,
     AdapterFilesInvalid,
+    AdapterIncomplete,
     DeadlineExceeded,
     PickleRefused,
     StorageFull,
 )
-from tink_rl.policy.paths import SourceDir, open_source
+from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
+from tink_rl.policy.paths import SourceDir
 from tink_rl.policy.peft_dir import MAX_FILE_BYTES, PICKLE_FILES, WEIGHTS_FILE
 from tink_rl.policy.pickle_scan import scanned
 from tink_rl.policy.tensor_file import TensorFile
@@ -54,15 +56,17 @@ def convert(directory: str | Path) -> Converted:
         AdapterFilesInvalid: nothing to convert, or safetensors are there already.
         PickleRefused: the pickle asks for more than tensors, or is no flat dict of them.
         AdapterCorrupt: it is no torch checkpoint.
+        AdapterIncomplete: it holds no tensor.
         AdapterTooLarge, PathNotAllowed: the file.
         StorageFull: the directory cannot be written.
         DeadlineExceeded: the child took too long.
     """
-    folder = Path(directory).expanduser()
-    with open_source(str(directory), None) as source:
+    marks = (CONFIG_FILE, WEIGHTS_FILE, *PICKLE_FILES)
+    with open_adapter_folder(str(directory), None, marks=marks) as source:
+        folder = source.path
         if source.has(WEIGHTS_FILE):
             raise AdapterFilesInvalid(
-                f"{directory} has {WEIGHTS_FILE} already; that is what is used, nothing was changed"
+                f"{source.label} has {WEIGHTS_FILE} already; that is what is used, nothing was changed"
             )
         name, data = _read_pickle(source)
     where = folder / name
@@ -102,6 +106,11 @@ def _write(folder: Path, source: Path, clean: bytes) -> Converted:
     try:
         written = temporary / WEIGHTS_FILE
         expected = _load_in_child(clean, written, source)
+        if not expected:
+            raise AdapterIncomplete(
+                f"{source} holds no tensor: the adapter was lost when it was saved; nothing was written, "
+                "save it again from the trained model"
+            )
         _verify(written, expected)
         target = folder / WEIGHTS_FILE
         written.chmod(0o644)

@@ -8,18 +8,29 @@ symbolic link. So nothing outside the roots is touched, not even to learn whethe
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tink_rl.errors import AdapterFilesInvalid, AdapterPathMissing, AdapterTooLarge, PathNotAllowed
+from tink_rl.errors import (
+    AdapterFilesInvalid,
+    AdapterPathMissing,
+    AdapterTooLarge,
+    ConfigError,
+    PathNotAllowed,
+)
 
 MAX_PATH_BYTES = 4096
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BLOB = re.compile(r"[0-9A-Za-z]{8,128}")
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MAX_ENTRIES = 10_000
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # A FIFO without a writer must not block the open; a terminal must not become ours.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -28,11 +39,49 @@ _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 class SourceDir:
     """An open directory; its files are opened relative to it, whatever its path means by then."""
 
-    def __init__(self, handle: int, label: str, *, confined: bool) -> None:
+    def __init__(
+        self, handle: int, label: str, *, below: tuple[Path, tuple[str, ...]] | None = None
+    ) -> None:
+        """Own `handle`, an open directory.
+
+        Args:
+            handle: Of the directory.
+            label: What error texts call it: the caller's words.
+            below: The root that it is confined to, and the names that lead from there; None: trusted.
+        """
         self.handle = handle
         self.label = label
-        """What error texts call it: the caller's words."""
-        self._confined = confined
+        self._below = below
+
+    @property
+    def path(self) -> Path:
+        """Where a trusted caller finds it."""
+        return Path(self.label).expanduser()
+
+    def close(self) -> None:
+        """Close the handle."""
+        os.close(self.handle)
+
+    def names(self) -> list[str]:
+        """The first entries of the directory, sorted."""
+        with os.scandir(self.handle) as entries:
+            return sorted(entry.name for entry in itertools.islice(entries, _MAX_ENTRIES))
+
+    def folders(self) -> list[str]:
+        """Names of its directories, and, unless it is confined, of links to some; sorted."""
+        with os.scandir(self.handle) as entries:
+            found = list(itertools.islice(entries, _MAX_ENTRIES))
+            return sorted(e.name for e in found if e.is_dir(follow_symlinks=self._below is None))
+
+    def child(self, name: str) -> SourceDir | None:
+        """Its directory `name`, open, to be closed by the caller; None if it cannot be opened."""
+        flags = _DIRECTORY | (os.O_NOFOLLOW if self._below is not None else 0)
+        try:
+            handle = os.open(name, flags, dir_fd=self.handle)
+        except OSError:
+            return None
+        below = self._below and (self._below[0], (*self._below[1], name))
+        return SourceDir(handle, f"{self.label.rstrip('/')}/{name}", below=below)
 
     def has(self, name: str) -> bool:
         """Whether the directory has an entry `name`; opens nothing."""
@@ -42,49 +91,84 @@ class SourceDir:
             return False
         return True
 
-    def open(self, name: str, max_bytes: int) -> BinaryIO | None:
+    def open(
+        self, name: str, max_bytes: int, remedy: str = "save a smaller one"
+    ) -> BinaryIO | None:
         """The regular file `name` of at most `max_bytes`, open for reading; None if there is none.
+
+        Args:
+            name: Of the file.
+            max_bytes: The limit.
+            remedy: What to do about a file above it.
 
         Raises:
             PathNotAllowed: a FIFO, device, directory or unreadable file; under a root also a
-                symbolic or hard link.
+                hard link, or a symbolic one but a hub cache's into its own blobs below that root.
             AdapterTooLarge: more bytes.
         """
-        flags = _FILE | (os.O_NOFOLLOW if self._confined else 0)
+        flags = _FILE | (os.O_NOFOLLOW if self._below is not None else 0)
         try:
             handle = os.open(name, flags, dir_fd=self.handle)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._refused(name, error.errno) from None
+            blob = self._open_blob(name) if error.errno == errno.ELOOP else None
+            if blob is None:
+                raise self._refused(name, error.errno) from None
+            handle = blob
         try:
-            self._check(name, os.fstat(handle), max_bytes)
+            self._check(name, os.fstat(handle), max_bytes, remedy)
             return os.fdopen(handle, "rb", buffering=0)  # type: ignore[return-value]
         except BaseException:
             os.close(handle)
             raise
 
-    def _check(self, name: str, found: os.stat_result, max_bytes: int) -> None:
+    def _open_blob(self, name: str) -> int | None:
+        """What a hub cache's snapshot links to, if that lies in the cache's own blobs below the root.
+
+        The link is read, never followed: each name of the way there is opened from the root's handle.
+        """
+        if self._below is None:
+            return None
+        root, names = self._below
+        home = next((i for i in range(len(names) - 1, -1, -1) if names[i] == "snapshots"), None)
+        with suppress(OSError):
+            target = os.readlink(name, dir_fd=self.handle)
+            ups = "../" * (len(names) - home) if home is not None else "/"
+            if target.startswith(f"{ups}blobs/") and _BLOB.fullmatch(target.rpartition("/")[2]):
+                blob = target.removeprefix(f"{ups}blobs/")
+                blobs = _walk(root, (*names[:home], "blobs"))
+                try:
+                    return (
+                        os.open(blob, _FILE | os.O_NOFOLLOW, dir_fd=blobs)
+                        if "/" not in blob
+                        else None
+                    )
+                finally:
+                    os.close(blobs)
+        return None
+
+    def _check(self, name: str, found: os.stat_result, max_bytes: int, remedy: str) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise PathNotAllowed(
                 f"{self.label}: {name} is no regular file; copy a plain file there"
             )
-        if self._confined and found.st_nlink != 1:
+        if self._below is not None and found.st_nlink != 1:
             raise PathNotAllowed(
                 f"{self.label}: {name} has {found.st_nlink} hard links, its other names may lie "
                 "outside the adapter root; copy the file instead of linking it"
             )
         if found.st_size > max_bytes:
             raise AdapterTooLarge(
-                f"{self.label}: {name} has {found.st_size} bytes, allowed are {max_bytes}; register "
-                "an adapter of lower rank or fewer modules",
+                f"{self.label}: {name} has {found.st_size} bytes, at most {max_bytes} are read; {remedy}",
                 given=found.st_size,
                 expected=max_bytes,
             )
 
     def _refused(self, name: str, number: int | None) -> PathNotAllowed:
         reasons = {
-            errno.ELOOP: "is a symbolic link; copy the file there",
+            errno.ELOOP: "is a symbolic link that leads out of the adapter root; copy the file there (of "
+            "a hub id: `hf download ID --local-dir DIR` writes plain files)",
             errno.EACCES: "cannot be read by this process; chmod it",
         }
         what = reasons.get(number or 0, "cannot be opened as a plain file")
@@ -107,11 +191,16 @@ def open_source(source: str | Path, roots: Sequence[Path] | None) -> Iterator[So
         AdapterFilesInvalid: roots is None and it is no directory.
     """
     text = _checked_words(source)
-    handle = _open_trusted(text) if roots is None else _open_confined(text, roots)
+    if roots is None:
+        path = _trusted_path(text)
+        directory = SourceDir(_open_trusted(path, text), path if path != text else text)
+    else:
+        root, names = _below_a_root(text, roots)
+        directory = SourceDir(_open_confined(text, root, names), text, below=(root, tuple(names)))
     try:
-        yield SourceDir(handle, text, confined=roots is not None)
+        yield directory
     finally:
-        os.close(handle)
+        directory.close()
 
 
 def _checked_words(source: Any) -> str:
@@ -128,16 +217,39 @@ def _checked_words(source: Any) -> str:
         )
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise PathNotAllowed("a LoRA path holds no control characters; rename the directory")
+    if text.startswith("file:"):
+        raise PathNotAllowed(
+            "a LoRA path is a plain path, got a file: URL; give the directory without file://"
+        )
     if _URL.match(text):
         raise PathNotAllowed(
             "a LoRA path is a local directory, got a URL; download the adapter and give its directory"
         )
+    # The file instead of its folder, as completion in a shell leaves it.
+    head, _, last = text.rstrip("/").rpartition("/")
+    if last in _FILES:
+        return head or ("/" if text.startswith("/") else ".")
     return text
 
 
-def _open_trusted(text: str) -> int:
+def _trusted_path(text: str) -> str:
+    """`text`, or the cached snapshot of the hub id that it is."""
+    if not HUB_ID.fullmatch(text) or Path(text).exists():
+        return text
+    from tink_rl.policy.model_dir import local_model_dir
+
     try:
-        return os.open(Path(text).expanduser(), _DIRECTORY)
+        return str(local_model_dir(text))
+    except ConfigError:
+        raise AdapterPathMissing(
+            f"LoRA path does not exist: {text}\nNor is it an adapter in the local hub cache; give a "
+            f"directory, or `hf download {text}` first."
+        ) from None
+
+
+def _open_trusted(path: str, text: str) -> int:
+    try:
+        return os.open(Path(path).expanduser(), _DIRECTORY)
     except (FileNotFoundError, RuntimeError):  # RuntimeError: no home for ~user
         raise _missing(text) from None
     except NotADirectoryError:
@@ -148,24 +260,36 @@ def _open_trusted(text: str) -> int:
         raise PathNotAllowed(f"{text} cannot be opened: {error.strerror}") from None
 
 
-def _open_confined(text: str, roots: Sequence[Path]) -> int:
-    root, names = _below_a_root(text, roots)
+def _open_confined(text: str, root: Path, names: Sequence[str]) -> int:
     try:
-        handle = os.open(root, _DIRECTORY)  # the operator's own path: links in it are meant
+        return _walk(root, names)
+    except FileNotFoundError as error:
+        if error.filename == str(root):
+            raise _unopened(root, error) from None
+        raise _missing(text) from None
     except OSError as error:
+        if error.filename == str(root):
+            raise _unopened(root, error) from None
         raise PathNotAllowed(
-            f"the adapter root {root} cannot be opened: {error.strerror}"
+            f"{text}: {error.filename!r} is a link, no directory, or unreadable; copy the adapter under "
+            "the root itself"
         ) from None
+
+
+def _unopened(root: Path, error: OSError) -> PathNotAllowed:
+    return PathNotAllowed(f"the adapter root {root} cannot be opened: {error.strerror}")
+
+
+def _walk(root: Path, names: Sequence[str]) -> int:
+    """A handle of the directory below `root`, opened name by name; follows no link but in `root`.
+
+    Raises:
+        OSError: its `filename` is what could not be opened.
+    """
+    handle = os.open(str(root), _DIRECTORY)  # the operator's own path: links in it are meant
     for name in names:
         try:
             child = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
-        except FileNotFoundError:
-            raise _missing(text) from None
-        except OSError:
-            raise PathNotAllowed(
-                f"{text}: {name!r} is a link, no directory, or unreadable; copy the adapter under "
-                "the root itself"
-            ) from None
         finally:
             os.close(handle)
         handle = child
@@ -182,6 +306,11 @@ def _below_a_root(text: str, roots: Sequence[Path]) -> tuple[Path, list[str]]:
                 if spelling.is_dir() and names[: len(above)] == above:
                     return spelling, names[len(above) :]
     allowed = ", ".join(str(root) for root in roots) or "none is set"
+    if HUB_ID.fullmatch(text) and roots:
+        raise PathNotAllowed(
+            f"a LoRA path is a directory here, got a hub id; `hf download {text} --local-dir "
+            f"{roots[0]}/{text.rpartition('/')[2]}`, and give that directory"
+        )
     # Not the path itself: the answer must not depend on what lies there.
     raise PathNotAllowed(
         "this LoRA path is not allowed: expected the absolute path, without '..', of a directory "

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.errors import (
     AdapterConfigInvalid,
-    AdapterCorrupt,
     AdapterFilesInvalid,
     AdapterIncomplete,
     DtypeMismatch,
@@ -25,32 +23,39 @@ from tink_rl.errors import (
     RankExceeded,
     RankMismatch,
     ShapeMismatch,
-    UnsupportedAdapter,
 )
-from tink_rl.policy.paths import SourceDir, open_source
+from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
+from tink_rl.policy.base_copies import check_copies
+from tink_rl.policy.foreign import foreign_config, what_is_there
+from tink_rl.policy.paths import SourceDir
+from tink_rl.policy.patterns import MAX_MATCHES, Pattern
+from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import check_supported
 from tink_rl.policy.tensor_file import TensorEntry, TensorFile, unique_pairs
+from tink_rl.policy.tensor_names import Named, expert_shapes, sort_tensors
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 POLICY_FILE = "tink_policy.json"
 """What a run of ours puts beside an adapter: policy, version, digest, and the base it was trained on."""
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
-PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own module names."""
-MAX_CONFIG_BYTES = 64 << 10
+MAX_CONFIG_BYTES = 8 << 20
+"""Room for 50,000 full names in `target_modules`, and as many patterns; our own files keep to it too."""
+_MAX_POLICY_BYTES = 64 << 10
 MAX_FILE_BYTES = 512 << 20
 MAX_ALPHA = 1e6
 """Largest lora_alpha: beyond it the adapter is not one that trained."""
-MAX_NAME_LENGTH = 256
-_MAX_MATCHES = 1_000_000
 _FLOATS = ("F32", "F16", "BF16")
-_PARTS = (".lora_A.weight", ".lora_B.weight")
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+_SMALLER = (
+    "register an adapter of lower rank or fewer modules, saved without copies of the base's embedding "
+    "(save_embedding_layers=False)"
+)
+_SHORTER = (
+    "name the modules in target_modules, rank_pattern and alpha_pattern by their last part (q_proj) or by "
+    "regular expressions"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +82,23 @@ class PeftDir:
     """An open PEFT directory whose config and header were checked."""
 
     def __init__(
-        self, config: Mapping[str, Any], file: TensorFile, where: str, base_fingerprint: str | None
+        self,
+        config: Mapping[str, Any],
+        file: TensorFile,
+        where: str,
+        base_fingerprint: str | None,
+        named: Named,
     ) -> None:
         self.config = config
         self.base_fingerprint = base_fingerprint
         """Of the base that it was trained on; None if the directory does not say."""
         self.where = where
         self._file = file
-        self.modules = _pair_up(config, file.entries, where)
+        self.modules = _pair_up(config, named.modules, where)
         self.rank = max(module.rank for module in self.modules)
         """Largest rank of any module."""
-        self.dtype = ", ".join(sorted({entry.dtype for entry in file.entries}))
+        tensors = [entry for m in self.modules for entry in (m.lora_a, m.lora_b)]
+        self.dtype = ", ".join(sorted({entry.dtype for entry in tensors}))
 
     def read(self, module: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
         """A `[R, in]` and B `[out, R]`, float32, with the scaling folded into B.
@@ -105,9 +116,22 @@ class PeftDir:
 
 @contextmanager
 def open_peft_dir(
-    source: str | Path, *, roots: Sequence[Path] | None = None, max_rank: int | None = None
+    source: str | Path,
+    *,
+    roots: Sequence[Path] | None = None,
+    max_rank: int | None = None,
+    base: BaseShapes | None = None,
+    as_written: bool = False,
 ) -> Iterator[PeftDir]:
-    """The PEFT directory `source`, open inside the block.
+    """The PEFT directory `source`, or the one that is meant by it (`open_adapter_folder`), open inside.
+
+    Args:
+        source: The caller's path.
+        roots: Directories that it must lie under; None trusts the caller.
+        max_rank: Largest rank that is taken.
+        base: The base, where it is known: tells its own names from a wrapper's, and copies of its
+            embedding from trained ones.
+        as_written: It is of our own store: names are taken as they are.
 
     Raises:
         PathNotAllowed, AdapterPathMissing: see `paths.open_source`.
@@ -115,24 +139,30 @@ def open_peft_dir(
         PickleRefused: there are only pickled weights.
         AdapterCorrupt, AdapterIncomplete, AdapterTooLarge, RankMismatch, ShapeMismatch,
             DtypeMismatch: what the weights file is.
+        BaseMismatch: an embedding beside the LoRA is larger than the base's.
     """
-    with open_source(source, roots) as directory:
+    with open_adapter_folder(source, roots) as directory:
         config = _read_config(directory, max_rank)
-        check_supported(config, where=directory.label)
-        file = directory.open(WEIGHTS_FILE, MAX_FILE_BYTES)
+        file = directory.open(WEIGHTS_FILE, MAX_FILE_BYTES, _SMALLER)
         if file is None:
             raise _no_weights(directory)
         with file:
             where = f"{directory.label}/{WEIGHTS_FILE}"
-            yield PeftDir(config, TensorFile(file, where), where, _read_fingerprint(directory))
+            tensors = TensorFile(file, where)
+            known = base.shapes if base is not None else None
+            named = sort_tensors(tensors.entries, where, base=known, as_written=as_written)
+            if not named.modules:
+                raise AdapterIncomplete(f"{where} holds no tensor of LoRA; save the adapter again")
+            check_copies(named.copies, tensors, base.tables if base is not None else None, where)
+            yield PeftDir(config, tensors, where, _read_fingerprint(directory), named)
 
 
 def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
     pickled = [name for name in PICKLE_FILES if directory.has(name)]
     if not pickled:
-        return AdapterFilesInvalid(
-            f"{directory.label} has no {WEIGHTS_FILE}; expected what PEFT's save_pretrained() writes"
-        )
+        known = what_is_there(directory.names())
+        said = known or f"has no {WEIGHTS_FILE}; expected what PEFT's save_pretrained() writes"
+        return AdapterFilesInvalid(f"{directory.label} {said}")
     return PickleRefused(
         f"{directory.label} has only {pickled[0]}, a pickle, which can run code and is never opened: "
         f"`tink-rl convert {directory.label}` writes {WEIGHTS_FILE} beside it without running any, or "
@@ -145,7 +175,7 @@ def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
 
 def _read_config(directory: SourceDir, max_rank: int | None) -> dict[str, Any]:
     where = f"{directory.label}/{CONFIG_FILE}"
-    file = directory.open(CONFIG_FILE, MAX_CONFIG_BYTES)
+    file = directory.open(CONFIG_FILE, MAX_CONFIG_BYTES, _SHORTER)
     if file is None:
         raise AdapterConfigInvalid(
             f"{directory.label} has no {CONFIG_FILE}; expected what PEFT's save_pretrained() writes"
@@ -153,17 +183,20 @@ def _read_config(directory: SourceDir, max_rank: int | None) -> dict[str, Any]:
     with file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     config = strict_json(text, where)
+    if (foreign := foreign_config(config)) is not None:
+        raise AdapterConfigInvalid(f"{where} {foreign}")
+    check_supported(config, where=directory.label)
     _check_numbers(config, where, max_rank)
     return config
 
 
 def _read_fingerprint(directory: SourceDir) -> str | None:
-    file = directory.open(POLICY_FILE, MAX_CONFIG_BYTES)
+    file = directory.open(POLICY_FILE, _MAX_POLICY_BYTES, "remove the file")
     if file is None:
         return None
     where = f"{directory.label}/{POLICY_FILE}"
     with file:
-        found = strict_json(file.read(MAX_CONFIG_BYTES + 1), where).get("base_fingerprint")
+        found = strict_json(file.read(_MAX_POLICY_BYTES + 1), where).get("base_fingerprint")
     if found is not None and not isinstance(found, str):
         raise AdapterConfigInvalid(f"{where}: base_fingerprint is no text; remove the file")
     return found
@@ -232,58 +265,18 @@ def _brief(value: Any) -> str:
     )
 
 
-class _Pattern:
-    """`rank_pattern` or `alpha_pattern`: a value per module, where it differs from the default."""
-
-    def __init__(self, config: Mapping[str, Any], field: str, default: Any, where: str) -> None:
-        self._default = default
-        entries = config.get(field) or {}
-        self._values = [(_compiled(key, field, where), value) for key, value in entries.items()]
-
-    @property
-    def cost(self) -> int:
-        """Work of one lookup, about; a repetition tries every place of the name."""
-        return sum(100 if ".*" in key.pattern[7:] else 1 for key, _ in self._values)
-
-    def of(self, module: str) -> Any:
-        """The value of `module`."""
-        for key, value in self._values:
-            if key.match(module):
-                return value
-        return self._default
-
-
-def _compiled(key: str, field: str, where: str) -> re.Pattern[str]:
-    # A repetition in a stranger's regular expression can take hours to match.
-    if re.search(r"[*+?{(]", key.replace(".*", "", 1)) is None and len(key) <= 500:
-        with suppress(re.error):
-            # PEFT's own matching (peft.utils.other.get_pattern_key): a regex suffix of the name.
-            return re.compile(rf"(.*\.)?({key})$")
-    raise AdapterConfigInvalid(
-        f"{where}: {field} has the key {_brief(key)}; expected a module name such as q_proj or "
-        "layers.1.mlp.up_proj, with at most one '.*'; name the modules one by one"
-    )
-
-
 # -- the tensors ----------------------------------------------------------------------------------
 
 
 def _pair_up(
-    config: Mapping[str, Any], entries: Sequence[TensorEntry], where: str
+    config: Mapping[str, Any], found: Mapping[str, Mapping[str, TensorEntry]], where: str
 ) -> list[LoraModule]:
-    if not entries:
-        raise AdapterIncomplete(f"{where} holds no tensor; save the adapter again")
-    found: dict[str, dict[str, TensorEntry]] = {}
-    for entry in entries:
-        module, part = _split(entry, where)
-        if part in found.setdefault(module, {}):
-            raise AdapterCorrupt(f"{where} holds {module}{part} twice; save the adapter again")
-        found[module][part] = entry
-    ranks = _Pattern(config, "rank_pattern", config["r"], where)
-    alphas = _Pattern(config, "alpha_pattern", config["lora_alpha"], where)
-    if len(found) * (ranks.cost + alphas.cost) > _MAX_MATCHES:
+    ranks = Pattern(config, "rank_pattern", config["r"], where)
+    alphas = Pattern(config, "alpha_pattern", config["lora_alpha"], where)
+    if len(found) * (ranks.cost + alphas.cost) > MAX_MATCHES:
         raise AdapterConfigInvalid(
-            f"{where}: too many rank or alpha patterns for {len(found)} modules; name fewer"
+            f"{where}: too many rank or alpha patterns for {len(found)} modules; name the modules one by "
+            "one, without '.*'"
         )
     rslora = bool(config.get("use_rslora"))
     modules = []
@@ -297,42 +290,25 @@ def _pair_up(
     return modules
 
 
-def _split(entry: TensorEntry, where: str) -> tuple[str, str]:
-    short = entry.name.removeprefix(PREFIX)
-    part = next((part for part in _PARTS if short.endswith(part)), None)
-    module = short.removesuffix(part) if part else short
-    last = module.rpartition(".")[2]
-    if len(entry.name) > MAX_NAME_LENGTH:
-        raise UnsupportedAdapter(
-            f"{where}: a tensor's name has {len(entry.name)} characters; at most {MAX_NAME_LENGTH}"
-        )
-    if part is None or not module or last in _HEADS + _EMBEDDINGS:
-        raise UnsupportedAdapter(
-            f"{where}: tensor {entry.name!r} is no LoRA of a linear layer; leave embeddings and "
-            "heads out of target_modules, and set modules_to_save=None"
-        )
-    if entry.dtype not in _FLOATS:
-        raise DtypeMismatch(
-            f"{where}: tensor {entry.name!r} is {entry.dtype}, expected {', '.join(_FLOATS)}; "
-            "save the adapter in float32"
-        )
-    return module, part
-
-
 def _checked_pair(
     name: str, parts: Mapping[str, TensorEntry], rank: int, where: str
 ) -> tuple[TensorEntry, TensorEntry]:
-    lora_a, lora_b = (parts.get(part) for part in _PARTS)
+    lora_a, lora_b = parts.get("A"), parts.get("B")
     if lora_a is None or lora_b is None:
-        raise AdapterIncomplete(f"{where}: {name} lacks lora_A or lora_B; save it again")
-    if len(lora_a.shape) != 2 or len(lora_b.shape) != 2 or not all(lora_a.shape + lora_b.shape):
-        raise ShapeMismatch(
-            f"{where}: {name} has A {list(lora_a.shape)} and B {list(lora_b.shape)}, expected two "
-            "matrices; save it again"
-        )
+        missing = "lora_A" if lora_a is None else "lora_B"
+        raise AdapterIncomplete(f"{where}: {name} lacks {missing}; save the adapter again")
+    reason = expert_shapes(name, {part: entry.shape for part, entry in parts.items()})
+    if reason is not None:
+        raise ShapeMismatch(f"{where}: {reason}")
     if not lora_a.shape[0] == lora_b.shape[1] == rank:
         raise RankMismatch(
             f"{where}: {name} has A {list(lora_a.shape)} and B {list(lora_b.shape)}, its config says "
-            f"rank {rank}; save it again"
+            f"rank {rank}, expected A [{rank}, in] and B [out, {rank}]; save it again"
         )
+    for entry in (lora_a, lora_b):
+        if entry.dtype not in _FLOATS:
+            raise DtypeMismatch(
+                f"{where}: tensor {entry.name!r} is {entry.dtype}, expected {', '.join(_FLOATS)}; "
+                "save the adapter in float32"
+            )
     return lora_a, lora_b

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tink_rl.errors import BaseMismatch, ConfigError, UnknownModules
-from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.fingerprint import CheckpointTensor, base_fingerprint, checkpoint_index
 from tink_rl.policy.model_dir import local_model_dir
 
 _NOT_ADAPTED = ("lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in")
@@ -64,6 +64,8 @@ class BaseShapes:
     """What error texts call the base."""
     shapes: Mapping[str, tuple[int, int] | None]
     """Module -> `(out, in)`; None where the checkpoint is packed and does not say."""
+    tables: Mapping[str, CheckpointTensor] = field(default_factory=dict)
+    """Embeddings and heads, by name."""
     fingerprint: str | None = None
     """See `fingerprint.base_fingerprint`; None: not known, or packed."""
 
@@ -75,9 +77,11 @@ class BaseShapes:
             ConfigError: there is no readable safetensors checkpoint.
         """
         shapes: dict[str, tuple[int, int] | None] = {}
+        tables: dict[str, CheckpointTensor] = {}
         for name, entry in checkpoint_index(model).items():
             module, _, kind = name.rpartition(".")
             if module.rpartition(".")[2] in _NOT_ADAPTED:
+                tables[name] = entry
                 continue
             if kind in ("qweight", "weight_packed") or (
                 kind == "weight" and entry.dtype not in _PLAIN
@@ -87,10 +91,12 @@ class BaseShapes:
                 shapes[module] = (entry.shape[0], entry.shape[1])
         for module in [name for name in shapes if name.startswith(_SAVED_TEXT)]:
             shapes[_LIVE_TEXT + module.removeprefix(_SAVED_TEXT)] = shapes[module]
+        for name in [name for name in tables if name.startswith(_SAVED_TEXT)]:
+            tables[_LIVE_TEXT + name.removeprefix(_SAVED_TEXT)] = tables[name]
         # A packed base is another checkpoint than the one that adapters are trained on.
         packed = None in shapes.values()
         fingerprint = None if packed else base_fingerprint(model)
-        return cls(name=str(model), shapes=shapes, fingerprint=fingerprint)
+        return cls(name=str(model), shapes=shapes, tables=tables, fingerprint=fingerprint)
 
     def check(
         self, given: Mapping[str, tuple[int, int]], *, where: str, trained_on: str | None = None

@@ -34,15 +34,16 @@ from tink_rl.errors import (
     StoreDamaged,
     UnknownVersion,
 )
+from tink_rl.policy.adapter_folder import CONFIG_FILE
 from tink_rl.policy.peft_dir import (
-    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     MAX_FILE_BYTES,
-    PREFIX,
     WEIGHTS_FILE,
     PeftDir,
     open_peft_dir,
 )
-from tink_rl.policy.tensor_file import float32_header
+from tink_rl.policy.tensor_file import MAX_HEADER_BYTES, float32_header, header_too_large
+from tink_rl.policy.tensor_names import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,7 @@ class AdapterStore:
             StorageFull: the store cannot be written.
             ConfigError: the store's directory is not private.
         """
-        with open_peft_dir(source, roots=roots, max_rank=max_rank) as adapter:
+        with open_peft_dir(source, roots=roots, max_rank=max_rank, base=base) as adapter:
             if base is not None:
                 base.check(
                     {m.name: m.shape for m in adapter.modules},
@@ -176,7 +177,7 @@ class AdapterStore:
             with (path / WEIGHTS_FILE).open("rb") as file:
                 while piece := file.read(1 << 20):
                     hasher.update(piece)
-            adapter = from_peft_dir(path)
+            adapter = from_peft_dir(path, as_written=True)
         except (OSError, AdapterFilesInvalid, PathNotAllowed) as error:
             raise _damaged(path, str(error)) from error
         if hasher.hexdigest() != digest:
@@ -388,6 +389,7 @@ def _write(
     from blake3 import blake3
 
     config, header = _config_bytes(adapter), float32_header(layout)
+    _check_readable(adapter, config, header)
     hasher = blake3(config + b"\0" + header)
     _write_file(directory / CONFIG_FILE, [config])
 
@@ -403,6 +405,19 @@ def _write(
     num_bytes = _write_file(directory / WEIGHTS_FILE, pieces())
     _sync_directory(directory)
     return hasher.hexdigest(), num_bytes
+
+
+def _check_readable(adapter: PeftDir, config: bytes, header: bytes) -> None:
+    """Raise unless our own reader takes the files that are to be written."""
+    if len(header) - 8 > MAX_HEADER_BYTES:
+        raise header_too_large(adapter.where, len(header) - 8)
+    if len(config) > MAX_CONFIG_BYTES:
+        raise AdapterTooLarge(
+            f"{adapter.where}: the names of its {len(adapter.modules)} modules take {len(config)} bytes, "
+            f"allowed are {MAX_CONFIG_BYTES}; adapt fewer modules",
+            given=len(config),
+            expected=MAX_CONFIG_BYTES,
+        )
 
 
 def _padded(adapter: PeftDir, module: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:

@@ -151,9 +151,12 @@ FEATURES: tuple[Feature, ...] = (
          "all experts of a touched layer as a whole", _set("target_parameters"), "target_parameters"),
     _row("LoHa, LoKr, IA3, OFT, VeRA, HRA", "LoHaConfig(...)", WHOLE,
          "whole tensors, merged by PEFT's own arithmetic", lambda f: _type_of(f) in _MERGING),
+    _row("AdaLoRA", "AdaLoraConfig(...)", (),
+         "its ranks are scaled by a third matrix; merge it with merge_and_unload() and serve that, or "
+         "train with LoraConfig", lambda f: _type_of(f) == "ADALORA"),
     _row("Prompt learning and every other kind", "PromptTuningConfig(...)", (),
          "it cannot be merged into weights; use LoRA",
-         lambda f: _type_of(f) not in ("LORA", *_MERGING)),
+         lambda f: _type_of(f) not in ("LORA", "ADALORA", *_MERGING)),
     _row("Unknown initialisations", 'init_lora_weights="..."', (),
          "it may change the base; use init_lora_weights=True",
          lambda f: _init_of(f) not in (*_KEEPING, *_CHANGING)),

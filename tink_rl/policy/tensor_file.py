@@ -14,12 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tink_rl.errors import AdapterCorrupt
+from tink_rl.errors import AdapterCorrupt, AdapterTooLarge
 
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""Room for the names of 50,000 adapted modules, which is more than any model has experts."""
 _ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -57,6 +58,7 @@ class TensorFile:
 
     Raises:
         AdapterCorrupt: the file is truncated, or its header does not describe its bytes exactly.
+        AdapterTooLarge: the header names too many tensors.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
@@ -66,10 +68,10 @@ class TensorFile:
         if size < 8:
             raise self._corrupt(f"has {size} bytes, too few for a header")
         (length,) = struct.unpack("<Q", self._read(0, 8))
-        if length > MAX_HEADER_BYTES:
-            raise self._corrupt(f"announces a header of {length} bytes, at most {MAX_HEADER_BYTES}")
         if 8 + length > size:
             raise self._corrupt(f"ends at byte {size}, inside its header of {length} bytes")
+        if length > MAX_HEADER_BYTES:
+            raise header_too_large(where, length)
         self._start = 8 + length
         self.entries = self._parse(self._read(8, length))
         self._check_cover(size - self._start)
@@ -138,6 +140,16 @@ class TensorFile:
 
     def _corrupt(self, what: str) -> AdapterCorrupt:
         return AdapterCorrupt(f"{self._where} {what}; copy it again, or save the adapter again")
+
+
+def header_too_large(where: str, length: int) -> AdapterTooLarge:
+    """A limit, and no damage."""
+    return AdapterTooLarge(
+        f"{where} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read (about 50,000 "
+        "modules); adapt fewer modules, or merge the adapter (`tink-rl export --merged`) and serve that",
+        given=length,
+        expected=MAX_HEADER_BYTES,
+    )
 
 
 def unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.policy.adapter import active_adapter
 from tink_rl.policy.collect import collector_for
 from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.modes import check_fits
@@ -232,10 +233,12 @@ class PolicyLink:
             "base_fingerprint": self.sync.status.base_fingerprint,
             **place_in_hub(self._base_model),
         }
-        path = Path(directory) / POLICY_FILE
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        partial.replace(path)
+        # PEFT writes an adapter that is not called `default` to a folder of its name.
+        named = Path(directory) / active_adapter(self._model)
+        for path in [Path(directory) / POLICY_FILE, *([named / POLICY_FILE] * named.is_dir())]:
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(data, indent=1) + "\n")
+            partial.replace(path)
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Number new versions above all that the run had sent by this checkpoint, if it names one."""

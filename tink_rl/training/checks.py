@@ -11,11 +11,14 @@ from transformers import ProcessorMixin
 
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.training.generation import SamplingSettings
+from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
 _TESTED_TRL = "1.16"
+_LEAST_TEMPERATURE = 0.01
+"""vLLM raises what is lower, but not 0, to this."""
 
 
 def check_trl_version(version: str) -> None:
@@ -91,8 +94,23 @@ def check_generation_kwargs(args: Any) -> None:
             f"max_completion_length={args.max_completion_length}, by which the trainer cuts and scales; "
             "raise that one, and take max_tokens out of generation_kwargs"
         )
+    if not args.temperature >= _LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"temperature={args.temperature}: the trainer divides logits by it, and vLLM samples at "
+            f"{_LEAST_TEMPERATURE} or greedily below that; expected {_LEAST_TEMPERATURE} to 2"
+        )
+    _check_request(args, NO_LIMITS)
+
+
+def _check_request(args: Any, limits: Limits) -> None:
+    """The door that every request passes, before the first one is made.
+
+    Raises:
+        ConfigError: what would not pass.
+    """
     try:
-        SamplingSettings.of(args).fields()
+        fields = SamplingSettings.of(args).fields()
+        check_payload({"model": "policy", "prompt": [[0]], **fields}, limits)
     except SamplingRefused as error:
         raise ConfigError(error.message) from error
 
@@ -161,6 +179,7 @@ def check_sampling(
             f"{status.max_model_len} tokens for prompt and completion; restart it with a larger "
             "--max-model-len"
         )
+    _check_request(args, Limits(vocab_size=status.vocab_size, max_model_len=status.max_model_len))
 
 
 def prove_full_logprobs(client: VLLMClient) -> None:

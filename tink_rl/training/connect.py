@@ -15,6 +15,7 @@ from tink_rl.policy.model_dir import loaded_from
 from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
+from tink_rl.training.publishing import leaving_checkpoint
 from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
@@ -85,7 +86,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
     )
     trainer.policy_link = link
     live.keep_offline_without_login(trainer.args)
-    trainer.train = _closing_on_error(trainer.train, link)
+    trainer.train = _closing_on_error(trainer, link)
     return link
 
 
@@ -95,13 +96,15 @@ def _base_of(model: Any, args: Any) -> str:
     return loaded_from(model.get_base_model(), getattr(args, "model_init_kwargs", None))
 
 
-def _closing_on_error(train: Callable[..., Any], link: PolicyLink) -> Callable[..., Any]:
+def _closing_on_error(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
+    train = trainer.train
+
     @functools.wraps(train)
     def closing(*args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         link.resumed_from = Path(given) if isinstance(given, (str, os.PathLike)) else None
         try:
-            with link.ranks.failing_together():
+            with link.ranks.failing_together(), leaving_checkpoint(trainer, link):
                 return train(*args, **kwargs)
         except BaseException:  # an interrupted notebook cell too
             link.close()

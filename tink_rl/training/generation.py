@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from tink_rl.errors import ConfigError, UnknownVersion
+from tink_rl.errors import ConfigError, TinkError, UnknownVersion
 from tink_rl.training.rollouts import Ask, RolloutBatch
 from tink_rl.transport.payloads import sampling_fields
 from tink_rl.transport.request_fields import distribution_changes
@@ -100,6 +100,7 @@ class PolicyGeneration:
         sync: Callable[[], None],
         recover: Callable[[], bool],
         pin: Callable[[str | None], None] = lambda name: None,
+        agree: Callable[[TinkError | None], None] | None = None,
     ) -> None:
         """Store.
 
@@ -110,10 +111,13 @@ class PolicyGeneration:
             sync: Publish if the model differs from what is served; every rank calls it.
             recover: Publish again to replicas that lost the version; False if none did.
             pin: Told the version that an open rollout samples from, then None: it must stay served.
+            agree: Told after the first turn of an open rollout why it could not be sampled, or None; it
+                raises that, on every rank. Later turns are no collective.
         """
         self.clients = list(clients)
         self.settings = settings
         self._current, self._sync, self._recover, self._pin = current, sync, recover, pin
+        self._agree = agree
         self._batch: RolloutBatch | None = None
         self.last_model = ""
         """The version that sampled the last batch."""
@@ -170,12 +174,7 @@ class PolicyGeneration:
         asks = batch.plan(prompts)
         start = time.perf_counter()
         with profiler or nullcontext():
-            try:
-                answers = self._sample(asks, batch.model)
-            except UnknownVersion:
-                if not self._recover():
-                    raise
-                answers = self._sample(asks, batch.model)
+            answers = self._sample_together(asks, batch)
         self.last_seconds = time.perf_counter() - start
         self.total_seconds += self.last_seconds
         self.last_model = batch.model
@@ -191,6 +190,25 @@ class PolicyGeneration:
             None if self.settings.logprobs is None else logprobs,
             [row["logprob_token_ids"] for row in rows],
         )
+
+    def _sample_together(self, asks: list[Ask], batch: RolloutBatch) -> list[list[dict[str, Any]]]:
+        if self._agree is None or batch is not self._batch or batch.num_turns > 0:
+            return self._sample_or_recover(asks, batch.model)
+        try:
+            answers = self._sample_or_recover(asks, batch.model)
+        except TinkError as error:
+            self._agree(error)
+            raise
+        self._agree(None)
+        return answers
+
+    def _sample_or_recover(self, asks: list[Ask], model: str) -> list[list[dict[str, Any]]]:
+        try:
+            return self._sample(asks, model)
+        except UnknownVersion:
+            if not self._recover():
+                raise
+            return self._sample(asks, model)
 
     def _sample(self, asks: list[Ask], model: str) -> list[list[dict[str, Any]]]:
         """For each of `asks` its answers, sampled in few requests that run side by side."""

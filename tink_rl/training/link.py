@@ -73,6 +73,8 @@ class PolicyLink:
         """Every publish that sent something, in order; the same on every rank."""
         self.resumed_from: Path | None = None
         """The checkpoint that `train` was told to resume from, where it was told."""
+        self.first_step: int | None = None
+        """Optimizer steps that were done when training began; None: it has not."""
         self.ranks = Ranks(
             accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
         )

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from tink_rl.errors import NonFiniteWeights, RankFailed, TinkError, WeightOutOfRange
+from tink_rl.errors import (
+    NonFiniteWeights,
+    RankFailed,
+    SamplingRefused,
+    TinkError,
+    WeightOutOfRange,
+)
 from tink_rl.training.link import PolicyLink
 from tink_rl.types import PublishRecord
 
 _NO_CHECKPOINT = (NonFiniteWeights, WeightOutOfRange, RankFailed)
 """Broken weights are to be resumed from an earlier step; saving needs every rank, and one is gone."""
+
+
+@contextmanager
+def leaving_checkpoint(trainer: Any, link: PolicyLink) -> Iterator[None]:
+    """What ends a training in its middle leaves a checkpoint of the steps done, and says where.
+
+    Saving needs every rank: what ended one rank alone of several leaves none.
+
+    Raises:
+        TinkError: as it was raised inside, with the checkpoint named.
+    """
+    try:
+        yield
+    except _NO_CHECKPOINT:
+        raise
+    except TinkError as error:
+        is_everywhere = link.ranks.count == 1 or error.details.get("ranks") == "all"
+        has_steps = link.first_step is not None and trainer.state.global_step > link.first_step
+        if "checkpoint" in error.details or not (is_everywhere and has_steps):
+            raise
+        published = isinstance(error, SamplingRefused)  # what refuses a request took its version
+        raise _with_checkpoint(trainer, link, error, published=published) from error
+
+
+def _with_checkpoint(
+    trainer: Any, link: PolicyLink, error: TinkError, *, published: bool
+) -> TinkError:
+    """Save the state of the last step, on every rank; `error`, and how to go on from there."""
+    step = trainer.state.global_step
+    trainer._save_checkpoint(trainer.model, trial=None)
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    link.save(checkpoint, published=published)
+    return type(error)(
+        f"{error.message}; the state of step {step} was saved: resume with "
+        f"--resume_from_checkpoint {checkpoint}",
+        **{**error.details, "checkpoint": str(checkpoint)},
+    )
 
 
 class PublishCallback(TrainerCallback):
@@ -37,6 +81,7 @@ class PublishCallback(TrainerCallback):
         if state.global_step:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._link.restore(self._link.resumed_from or own)
+        self._link.first_step = state.global_step
         self._sync()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -55,14 +100,7 @@ class PublishCallback(TrainerCallback):
         except _NO_CHECKPOINT:
             raise
         except TinkError as error:
-            self._trainer._save_checkpoint(self._trainer.model, trial=None)
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._link.save(checkpoint, published=False)
-            raise type(error)(
-                f"{error.message}; the state of step {state.global_step} was saved: resume with "
-                f"--resume_from_checkpoint {checkpoint}",
-                **error.details,
-            ) from error
+            raise _with_checkpoint(self._trainer, self._link, error, published=False) from error
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write version and digest beside the checkpoint, published first if this step was not."""

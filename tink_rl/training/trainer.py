@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from typing import Any
 
 import trl
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
 from tink_rl.config import SyncConfig
+from tink_rl.errors import TinkError, from_wire
 from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.link import PolicyLink
+from tink_rl.training.prompts import check_prompts
 from tink_rl.training.publishing import PublishCallback, metrics_of
 from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
@@ -122,9 +126,11 @@ def attach(
 
 def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> PolicyGeneration:
     args = trainer.args
+    settings = SamplingSettings.of(args)
 
     def check(status: ServerStatus) -> None:
         checks.check_sampling(args, status, dropout=link.collector.dropout, clients=clients)
+        check_prompts(trainer, status, settings.fields()["max_tokens"])
 
     def sync() -> None:
         link.start(check)
@@ -132,13 +138,26 @@ def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> Po
 
     return _MeasuredGeneration(
         clients,
-        SamplingSettings.of(args),
+        settings,
         current=lambda: link.current,
         sync=sync,
         recover=link.recover,
         pin=link.pin,
+        agree=partial(_agree, trainer.accelerator),
         trainer=trainer,
     )
+
+
+def _agree(accelerator: Any, error: TinkError | None) -> None:
+    """Raise on every rank what any of them could not sample, so that all can leave a checkpoint."""
+    if accelerator.num_processes > 1:
+        found = gather_object([None if error is None else [error.to_wire(), error.status]])
+        first = next((wire for wire in found if wire is not None), None)
+        if first is not None:
+            error = error or from_wire(*first)
+            error.details["ranks"] = "all"
+    if error is not None:
+        raise error
 
 
 class _MeasuredGeneration(PolicyGeneration):

@@ -30,6 +30,7 @@ from tink_rl.download import download, is_from_hub
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
 from tink_rl.loopback import http_url, is_loopback
 from tink_rl.policy.model_dir import model_to_serve
+from tink_rl.post_mortem import count_oom_kills, explain
 from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.startup_log import stage
 from tink_rl.tokens import ensure_token_file
@@ -46,6 +47,7 @@ _MODES = {
     "full": (SyncMode.FULL,),
 }
 _PLUGIN = "tink_rl"
+_END_S = 5.0
 _RECEIVER = "tink_rl.server.receiver.TinkWorkerExtension"
 # Our own settings that vLLM would misread or warn about, and what a launcher such as torchrun or
 # accelerate leaves in the environment of a trainer.
@@ -53,13 +55,6 @@ _NOT_FOR_THE_SERVER = re.compile(
     r"^(USE_VLLM|USE_MEGATRON|MEGATRON_SERVER_URL|VLLM_(BASE_URL|HOST|PORT|GROUP_PORT|TIMEOUT|"
     r"ENABLE_LORA|MAX_LORAS|MAX_LORA_RANK)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|"
     r"MASTER_PORT|ACCELERATE_.*|TORCHELASTIC_.*|FSDP_.*|OMP_NUM_THREADS|TINK_.*)$"
-)
-_GOLDEN_MARK = "golden_does_not_fit: "
-_MEMORY_PATTERN = re.compile(
-    r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|"
-    r"larger than the available KV cache memory|less than desired GPU memory utilization|"
-    r"not enough memory",
-    re.IGNORECASE,
 )
 
 
@@ -376,6 +371,7 @@ class VLLMServer:
         self.memory_line = ""
         """Who takes what of the GPU, once `prepare` or `start` ran; "" on a CPU."""
         self._log_offset = 0
+        self._oom_kills: int | None = None
         self._is_prepared = False
 
     def __enter__(self) -> VLLMServer:
@@ -479,10 +475,7 @@ class VLLMServer:
             waits_asleep=placement.who_waits_asleep(),
             has_gpu=gpu,
         )
-        self.log_path = Path(
-            self.options.log_file or Path(tempfile.mkdtemp(prefix="tink-vllm-")) / "server.log"
-        )
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path, self._oom_kills = self._make_log(), count_oom_kills()
         with self.log_path.open("ab") as log:
             self._log_offset = log.tell()
             self._process = subprocess.Popen(
@@ -494,6 +487,26 @@ class VLLMServer:
                 start_new_session=True,
                 preexec_fn=_all_cores,
             )
+
+    def _make_log(self) -> Path:
+        """The log's file, which can be written.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        given = self.options.log_file
+        try:
+            path = Path(given or Path(tempfile.mkdtemp(prefix="tink-vllm-")) / "server.log")
+            path = path.expanduser()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        except OSError as error:
+            where = f"--log-file {given}" if given else f"a log in {error.filename or 'TMPDIR'}"
+            raise ConfigError(
+                f"{where} cannot be written ({error.strerror or error}); name a file that can be, with "
+                "--log-file FILE"
+            ) from error
+        return path
 
     def _wait_ready(self) -> None:
         start = time.monotonic()
@@ -516,10 +529,18 @@ class VLLMServer:
         try:
             self._first_request(client, start)
         except TinkError as error:
+            if isinstance(error, ConnectionError):
+                self._wait_for_the_end()
             raise self._failure(f"the first request failed: {error}") from error
         finally:
             client.close()
         self._on_wait("ready", time.monotonic() - start)
+
+    def _wait_for_the_end(self) -> None:
+        """A worker that dies takes the others with it within seconds, and the log then says how it died."""
+        deadline = time.monotonic() + _END_S
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _first_request(self, client: VLLMClient, start: float) -> None:
         """It takes seconds more than any later one; `on_wait` goes on meanwhile."""
@@ -542,7 +563,16 @@ class VLLMServer:
             return log.read().decode(errors="replace")
 
     def _failure(self, what: str) -> LaunchFailed | TinkError:
-        return explain_failure(what, self.log_tail(200_000), str(self.log_path))
+        code = self._process.poll() if self._process else None
+        now = count_oom_kills()
+        known = now is not None and self._oom_kills is not None
+        return explain(
+            what,
+            self.log_tail(200_000),
+            str(self.log_path),
+            exit_code=code,
+            oom_kills=(now or 0) - (self._oom_kills or 0) if known else None,
+        )
 
     def exit_reason(self) -> str:
         """One line on why the server is not alive any more."""
@@ -617,23 +647,3 @@ def _end_group(group: int, number: signal.Signals, timeout_s: float) -> None:
         os.killpg(group, number)
     while group_members(group) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def explain_failure(what: str, log: str, log_path: str) -> TinkError:
-    """The one line that a user needs of a failed start."""
-    lines = [line for line in log.splitlines() if re.search(r"Error|error:|Exception", line)]
-    lines = [line for line in lines if "See root cause above" not in line] or lines
-    last = re.sub(r"^\(.*?\)\s*|ERROR [\d\- :.]+\[.*?\]\s*", "", lines[-1]).strip() if lines else ""
-    _, golden, reason = log.partition(_GOLDEN_MARK)
-    if golden:
-        return errors.GoldenDoesNotFit(f"{reason.splitlines()[0]}; log: {log_path}")
-    memory = [line for line in log.splitlines() if _MEMORY_PATTERN.search(line)]
-    if memory:
-        hint = re.sub(r"^.*?\]\s", "", memory[-1]).strip()[:200]
-        return errors.OutOfMemory(
-            f"{what}: out of memory ({hint}); lower --max-model-len or --gpu-memory-utilization (on a "
-            f"CPU: VLLM_CPU_KVCACHE_SPACE), or take a smaller model; log: {log_path}"
-        )
-    if "address already in use" in log.lower():
-        return errors.PortTaken(f"{what}: its port is in use; give another --port; log: {log_path}")
-    return LaunchFailed(f"{what}: {last[:300] or 'no error line in its log'}; log: {log_path}")

@@ -17,7 +17,7 @@ _GRACE_S = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """Exit code of the command, or 1 after the parent died."""
+    """Exit code of the command, 128 + N if signal N ended it; 1 after the parent died."""
     parent, line = int(argv[0]), argv[1:]
     child = subprocess.Popen(line)
     # The group gets the signal too; the leader stays to reap, so that the group keeps its id.
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
             _end_group(child)
             return 1
         time.sleep(_POLL_S)
-    return child.returncode
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:

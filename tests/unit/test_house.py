@@ -15,7 +15,7 @@ ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
     {"errors", "types", "loopback", "gpus", "startup_log"},
-    {"tokens", "urls", "tls"},
+    {"tokens", "urls", "tls", "post_mortem"},
     {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},
     {"transport", "memory_plan"},

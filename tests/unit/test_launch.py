@@ -19,7 +19,7 @@ import pytest
 
 from tests.cards import card
 from tests.hub_cache import cache_snapshot
-from tink_rl import errors, launch, placement, tokens
+from tink_rl import errors, launch, placement, post_mortem, tokens
 from tink_rl.cli import serve
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
@@ -210,7 +210,7 @@ def test_failure_of_the_engine_is_told_by_its_cause():
         "(EngineCore pid=1) ValueError: rope_scaling has no factor\n"
         "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert "rope_scaling" in str(launch.explain_failure("vLLM ended", log, "server.log"))
+    assert "rope_scaling" in str(post_mortem.explain("vLLM ended", log, "server.log"))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_token_file_that_cannot_be_made_or_read_is_named_with_the_way_out(tmp_pa
     ],
 )
 def test_log_of_a_failed_start_becomes_one_line(line, error, text):
-    found = launch.explain_failure("vLLM ended while starting", line, "server.log")
+    found = post_mortem.explain("vLLM ended while starting", line, "server.log")
     assert type(found) is error and text in str(found) and "\n" not in str(found)
 
 

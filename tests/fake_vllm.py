@@ -208,7 +208,7 @@ class FakeVLLM:
         self.served[name] = digest
         for old in body["retire"]:
             self.served.pop(old, None)
-        return {"held_seconds": 0.0, "digest": digest}
+        return {"held_seconds": 0.0, "digest": digest, "full": self.full}
 
     def _discard(self, body: dict[str, Any]) -> dict[str, Any]:
         self.stages.pop(body["stage_id"], None)

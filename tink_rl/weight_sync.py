@@ -106,6 +106,8 @@ class WeightSync:
         """A buffer that holds no version any more, to pack the next one into."""
         self.current: PublishRecord | None = None
         """The version that new rollouts sample from."""
+        self.base_taken_by: str | None = None
+        """Whose whole tensors a server held in place of its base at the last commit of a packet."""
 
     def _client(self, url: str) -> VLLMClient:
         return VLLMClient(
@@ -592,6 +594,7 @@ class WeightSync:
         with watch(Phase.COMMIT):
             self._take(outgoing.header.version)
             answers = self.fleet.each(commit)
+        self.base_taken_by = next((a["full"] for a in answers if a.get("full")), None)
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
                 if answer["digest"] != outgoing.digest():

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.adapters import tensors_of
+from tests.fake_vllm import FakeVLLM
 from tink_rl import SyncConfig, errors
+from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.sharded import Sharding
 from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
+from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.weight_sync import WeightSync
 
 NO_TIME = {
     f"{name}_s": 0.01
@@ -35,6 +40,43 @@ def test_trls_host_may_be_an_ipv6_address():
     (client,) = clients_of(None, SyncConfig(token="t" * 20), args)
     assert client.base_url == "http://[::1]:8001"
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("proven_on", "now", "words"),
+    [
+        (
+            None,
+            "vllm@4",
+            "now holds the whole tensors of 'vllm@4'; this run was proven on the base",
+        ),
+        (
+            "vllm@4",
+            None,
+            "now holds the base; this run was proven on the whole tensors of 'vllm@4'",
+        ),
+    ],
+)
+def test_run_in_slots_whose_base_was_taken_under_way_is_told_by_whom(proven_on, now, words):
+    link = follower()
+    link._proven_on = link.sync.base_taken_by = proven_on
+    link._check_base_is_there("policy@3")
+    link.sync.base_taken_by = now
+    with pytest.raises(errors.BaseMismatch, match=words):
+        link._check_base_is_there("policy@4")
+
+
+def test_commit_of_a_slot_says_whose_whole_tensors_it_adds_to(model_dir):
+    fake = FakeVLLM(str(model_dir("qwen3")))
+    client = VLLMClient("http://fake", token="t" * 20, transport=fake.transport())
+    config = SyncConfig(mode="adapter", transport="http")
+    adapter = Adapter(tensors=tensors_of(), rank=4)
+    with WeightSync(client, base_model=fake.root, config=config) as sync:
+        sync.publish(adapter)
+        assert sync.base_taken_by is None
+        fake.full = "vllm@4"
+        sync.publish(Adapter(tensors=tensors_of(seed=1), rank=4))
+        assert sync.base_taken_by == "vllm@4"
 
 
 def follower(*replicas, **changes):

@@ -227,7 +227,8 @@ class Policies:
             for name in retire:
                 self._retire_slot(name)
         self.stages.took(staged)
-        return {"held_seconds": held_s, "digest": self._served[staged.name].digest}
+        full = next((v.name for v in self._served.values() if v.mode is SyncMode.FULL), None)
+        return {"held_seconds": held_s, "digest": self._served[staged.name].digest, "full": full}
 
     @property
     def world_size(self) -> int:

@@ -83,6 +83,7 @@ class PolicyLink:
         self._current = ""
         self._digests: dict[str, str] = {}
         self._started = False
+        self._proven_on: str | None = None
 
     @property
     def current(self) -> str:
@@ -116,6 +117,7 @@ class PolicyLink:
             if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
                 self.sync.check_whole(self._model)
             self._prober.prove(self.sync, self.collector, partial(self._on_all, "measure_with"))
+            self._proven_on = self.sync.base_taken_by
             if self._config.probe_every and self.collector.sharding is Sharding.ZERO3:
                 logger.info(
                     "ZeRO-3: only the first version is probed; rollout/logprob_gap goes on comparing"
@@ -131,6 +133,7 @@ class PolicyLink:
 
         Raises:
             ConfigError: a rollout is under way, and in this mode it would go on with another policy.
+            BaseMismatch: another run has put its whole tensors in place of the base since the start.
             TinkError: see `WeightSync.publish`.
         """
 
@@ -144,6 +147,7 @@ class PolicyLink:
             measure = partial(self._on_all, "measure")
             probe = self._prober.probe(measure) if self._probes_now() else None
             record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
+            self._check_base_is_there(record.name)
             return asdict(record)
 
         data = self.ranks.lead(work, self._duties())
@@ -153,6 +157,18 @@ class PolicyLink:
         if record.published:
             self.records.append(record)
         return record
+
+    def _check_base_is_there(self, name: str) -> None:
+        now, proven_on = self.sync.base_taken_by, self._proven_on
+        if now != proven_on:
+            weights, proven = (
+                f"the whole tensors of {n!r}" if n else "the base" for n in (now, proven_on)
+            )
+            raise errors.BaseMismatch(
+                f"{name} is a slot on a server that now holds {weights}; this run was proven on {proven}, so "
+                "what is sampled is no longer the policy that is trained. Give one of the two runs a server "
+                "of its own, or drop that version, then resume"
+            )
 
     def _probes_now(self) -> bool:
         """Whether the next version is the first, or another `probe_every` later.

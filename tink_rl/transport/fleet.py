@@ -341,7 +341,8 @@ class Replica:
             digest: Check the packet first; for a replica that nobody has to wait for.
 
         Returns:
-            `{"digest", "held_seconds"}` as the workers hold it then.
+            `{"digest", "held_seconds"}` as the workers hold it then, and `full`: whose whole tensors are
+            in place of the base.
 
         Raises:
             TinkError: the packet is refused; the server serves what it served before.

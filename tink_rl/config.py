@@ -59,7 +59,7 @@ class SyncConfig:
     transport: str = field(
         default="auto",
         metadata={
-            "help": "What carries the bytes: `shm` (one machine), `gloo`, `nccl`, `http` (no port needed), "
+            "help": "What carries the bytes: `shm` (one machine), `gloo`, `http` (no port needed), "
             "or `auto`: shared memory where both sides can map it, else gloo."
         },
     )
@@ -114,6 +114,11 @@ class SyncConfig:
             ConfigError: names the field, the value and what is allowed.
         """
         _one_of("mode", self.mode, MODES)
+        if self.transport == "nccl":
+            raise ConfigError(
+                "SyncConfig.transport='nccl': NCCL is not offered (two ranks of it cannot share a GPU, and "
+                "a lost peer would end vLLM's worker); use 'auto': shared memory, or gloo between machines"
+            )
         _one_of("transport", self.transport, tuple(Transport))
         _one_of("on_running", self.on_running, ON_RUNNING)
         try:

@@ -55,7 +55,6 @@ class Transport(StrEnum):
     SHM = "shm"
     """A segment of shared memory: trainer and server on one machine, under one user."""
     GLOO = "gloo"
-    NCCL = "nccl"
     HTTP = "http"
 
 

@@ -8,25 +8,28 @@ import time
 import pytest
 import torch
 
+from tests.worker_rig import wait_until
+from tink_rl.config import SyncConfig
 from tink_rl.errors import ChannelLost, ConfigError
+from tink_rl.server.channels import Channels
 from tink_rl.transport import communicator
 from tink_rl.types import Transport
 
 
-def _join(world_size: int, timeout_s: float = 10.0) -> list[communicator.Channel]:
+def _join(
+    world_size: int, timeout_s: float = 10.0, hosts: tuple[str, ...] = ("127.0.0.1",)
+) -> list[communicator.Channel]:
     store, port = communicator.bind_store("127.0.0.1", 0, timeout_s)
     channels: dict[int, communicator.Channel] = {}
 
     def join(rank: int) -> None:
         mine = store if rank == 0 else communicator.dial_store("127.0.0.1", port, timeout_s)
-        channels[rank] = communicator.open_channel(
-            Transport.GLOO,
+        channels[rank] = communicator.Channel(
             mine,
             nonce="test",
             rank=rank,
             world_size=world_size,
-            host="127.0.0.1",
-            device=torch.device("cpu"),
+            host=hosts[rank % len(hosts)],
             timeout_s=timeout_s,
         )
 
@@ -38,8 +41,9 @@ def _join(world_size: int, timeout_s: float = 10.0) -> list[communicator.Channel
     return [channels[rank] for rank in range(world_size)]
 
 
-def test_every_rank_gets_the_bytes_of_the_last_one():
-    channels = _join(3)
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2", "127.0.0.3")])
+def test_every_rank_gets_the_bytes_of_the_last_one(hosts):
+    channels = _join(3, hosts=hosts)
     sent = torch.randint(0, 256, (300_000,), dtype=torch.uint8)
     buffers = [torch.zeros_like(sent), torch.zeros_like(sent), sent.clone()]
     for _ in range(3):
@@ -67,13 +71,13 @@ def test_silent_peer_is_an_exception_within_the_deadline_and_a_fresh_channel_wor
         channel.close()
     with pytest.raises(ChannelLost, match="was closed"):
         first.broadcast(torch.zeros(1, dtype=torch.uint8), src=1, timeout_s=1.0)
-    test_every_rank_gets_the_bytes_of_the_last_one()
+    test_every_rank_gets_the_bytes_of_the_last_one(("127.0.0.1",))
 
 
 def test_missing_rank_is_named_at_join():
     store, _ = communicator.bind_store("127.0.0.1", 0, 5.0)
     with pytest.raises(ChannelLost, match="did not join within 1 s"):
-        communicator.GlooChannel(
+        communicator.Channel(
             store, nonce="x", rank=0, world_size=2, host="127.0.0.1", timeout_s=1.0
         )
 
@@ -94,94 +98,39 @@ def test_store_listens_on_the_given_interface_only():
     assert store is not None
 
 
+def test_address_of_another_machine_is_a_lost_channel_that_names_it():
+    store, _ = communicator.bind_store("127.0.0.1", 0, 5.0)
+    with pytest.raises(ChannelLost, match=r"rank 1 of 2 cannot use 10\.255\.255\.1"):
+        communicator.Channel(
+            store, nonce="x", rank=1, world_size=2, host="10.255.255.1", timeout_s=1.0
+        )
+
+
+def test_worker_of_another_node_joins_under_its_own_address(monkeypatch):
+    monkeypatch.setattr(communicator, "local_address", lambda host, port: "127.0.0.9")
+    monkeypatch.setattr(communicator, "dial_store", lambda host, port, timeout_s: "store")
+    monkeypatch.setattr(communicator, "Channel", lambda store, **given: given)
+    channels = Channels(rank=1)
+    spec = {"host": "127.0.0.1", "port": 1, "nonce": "x", "world_size": 3, "timeout_s": 5.0}
+    channels.join(7, spec)
+    wait_until(lambda: channels.state(7) == "done")
+    assert channels.joined(7)["host"] == "127.0.0.9"
+
+
 @pytest.mark.parametrize(
-    ("wanted", "trainer", "server", "same_machine", "found"),
+    ("wanted", "same_machine", "found"),
     [
-        ("auto", "cpu", "cpu", False, "gloo"),
-        ("auto", "cuda", "cuda", False, "gloo"),
-        ("auto", "cpu", "cpu", True, "shm"),
-        ("auto", "cuda", "cuda", True, "shm"),
-        ("http", "cuda", "cuda", True, "http"),
-        ("gloo", "cpu", "cpu", True, "gloo"),
-        ("nccl", "cuda", "cuda", False, "nccl"),
+        ("auto", False, "gloo"),
+        ("auto", True, "shm"),
+        ("http", True, "http"),
+        ("gloo", True, "gloo"),
     ],
 )
-def test_transport_follows_machine_and_devices(wanted, trainer, server, same_machine, found):
-    choice = communicator.choose_transport(
-        Transport(wanted), trainer_device=trainer, server_device=server, same_machine=same_machine
-    )
+def test_transport_follows_the_machine(wanted, same_machine, found):
+    choice = communicator.choose_transport(Transport(wanted), same_machine=same_machine)
     assert choice is Transport(found)
 
 
-def test_nccl_without_a_gpu_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="transport='gloo'"):
-        communicator.choose_transport(
-            Transport.NCCL, trainer_device="cpu", server_device="cuda", same_machine=True
-        )
-    store, _ = communicator.bind_store("127.0.0.1", 0, 5.0)
-    with pytest.raises(ConfigError, match="NCCL needs a GPU"):
-        communicator.open_channel(
-            Transport.NCCL,
-            store,
-            nonce="x",
-            rank=0,
-            world_size=1,
-            host="127.0.0.1",
-            device=torch.device("cpu"),
-            timeout_s=1.0,
-        )
-
-
-class _Work:
-    """Of a broadcast whose peer is gone: it never ends."""
-
-    def is_completed(self):
-        return False
-
-
-class _Group:
-    aborted = False
-
-    def broadcast(self, tensors, options):
-        return _Work()
-
-    def abort(self):
-        self.aborted = True
-
-
-def test_nccl_gives_a_lost_peer_up_at_the_deadline():
-    channel, group = object.__new__(communicator.NcclChannel), _Group()
-    channel._group, channel._store = group, None
-    with pytest.raises(ChannelLost, match=r"within 0\.05 s"):
-        channel.broadcast(torch.zeros(8, dtype=torch.uint8), src=0, timeout_s=0.05)
-    assert group.aborted
-    with pytest.raises(ChannelLost, match="was closed"):
-        channel.broadcast(torch.zeros(8, dtype=torch.uint8), src=0, timeout_s=0.05)
-
-
-def test_ranks_meet_before_nccl_begins_or_say_that_they_did_not():
-    store, port = communicator.bind_store("127.0.0.1", 0, 5.0)
-    with pytest.raises(RuntimeError):
-        communicator._meet(store, "x", 0, 2, 0.2)
-    other = communicator.dial_store("127.0.0.1", port, 5.0)
-    communicator._meet(other, "x", 1, 2, 5.0)
-    communicator._meet(store, "x", 0, 2, 5.0)
-
-
-@pytest.mark.gpu
-def test_nccl_moves_bytes_on_a_gpu():
-    store, _ = communicator.bind_store("127.0.0.1", 0, 10.0)
-    channel = communicator.open_channel(
-        Transport.NCCL,
-        store,
-        nonce="x",
-        rank=0,
-        world_size=1,
-        host="127.0.0.1",
-        device=torch.device("cuda:0"),
-        timeout_s=10.0,
-    )
-    buffer = torch.arange(100, dtype=torch.uint8, device="cuda:0")
-    channel.broadcast(buffer, src=0, timeout_s=10.0)
-    assert torch.equal(buffer.cpu(), torch.arange(100, dtype=torch.uint8))
-    channel.close()
+def test_nccl_is_refused_with_the_reason_and_what_is_there_instead():
+    with pytest.raises(ConfigError, match=r"NCCL is not offered.*use 'auto'"):
+        SyncConfig(transport="nccl")

@@ -10,12 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from tink_rl.errors import ChannelLost, StaleEpoch, TinkError, TruncatedPacket
 from tink_rl.transport import communicator
 from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec
-from tink_rl.types import Transport
 
 logger = logging.getLogger("tink_rl.server")
 
@@ -55,8 +52,8 @@ class Task:
 class Channels:
     """All channels of one worker, by epoch."""
 
-    def __init__(self, *, rank: int, device: torch.device) -> None:
-        self._rank, self._device = rank, device
+    def __init__(self, *, rank: int) -> None:
+        self._rank = rank
         self._stores: dict[int, Any] = {}
         self._joins: dict[int, Task] = {}
         self._segments: dict[int, dict[str, Segment]] = {}
@@ -76,14 +73,14 @@ class Channels:
 
         def join() -> communicator.Channel:
             timeout_s = spec["timeout_s"]
-            return communicator.open_channel(
-                Transport(spec["transport"]),
-                store or communicator.dial_store(spec["host"], spec["port"], timeout_s),
+            host, port = spec["host"], spec["port"]
+            return communicator.Channel(
+                store or communicator.dial_store(host, port, timeout_s),
                 nonce=spec["nonce"],
                 rank=self._rank,
                 world_size=spec["world_size"],
-                host=spec["host"],
-                device=self._device,
+                # Not the server's own: a worker on another node does not have that address.
+                host=communicator.local_address(host, port),
                 timeout_s=timeout_s,
             )
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,35 +24,6 @@ from tink_rl.types import Transport
 
 PIECE_BYTES = 4 * 2**20
 """Both sides of a transfer cut the buffer here."""
-_NEVER = timedelta(days=1)
-_POLL_S = 50e-6
-
-
-class Channel(Protocol):
-    """A joined communicator. Not thread-safe: one transfer at a time."""
-
-    device: torch.device
-    """Where the buffer of a transfer must lie."""
-
-    def broadcast(
-        self,
-        buffer: torch.Tensor,
-        *,
-        src: int,
-        timeout_s: float,
-    ) -> None:
-        """Move `buffer` `[num_bytes] uint8` from rank `src` to all others, in place.
-
-        Every rank must call it with a buffer of the same length.
-
-        Raises:
-            ChannelLost: a peer is gone or the deadline passed. Close the channel then.
-        """
-        ...
-
-    def close(self) -> None:
-        """End the channel; idempotent, never raises."""
-        ...
 
 
 def bind_store(host: str, port: int, timeout_s: float) -> tuple[dist.TCPStore, int]:
@@ -110,17 +81,26 @@ def dial_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def local_address(host: str, port: int) -> str:
-    """Address of the interface of this machine from which `host` is reached."""
+    """Address of the interface of this machine from which `host` is reached.
+
+    Raises:
+        ChannelLost: there is no way to it.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # a datagram socket: nothing is sent
-        return str(probe.getsockname()[0])
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ChannelLost(f"no interface of this machine reaches {host}: {error}") from error
 
 
-class GlooChannel:
-    """Gloo over TCP, for buffers on the CPU."""
+class Channel:
+    """A joined communicator: gloo over TCP, for buffers on the CPU. One transfer at a time.
 
-    device = torch.device("cpu")
+    Not NCCL, between GPUs either: two of its ranks cannot share one GPU, its writes are not ordered behind
+    the engine's streams, and its watchdog ends the process of whoever lost a peer.
+    """
 
     def __init__(
         self,
@@ -134,12 +114,25 @@ class GlooChannel:
     ) -> None:
         """Rendezvous with all `world_size` ranks; blocks until they are there.
 
+        Args:
+            store: Where they meet.
+            nonce: Of this channel.
+            rank: This side's.
+            world_size: Number of ranks.
+            host: Address of this machine that the other ranks reach; each rank gives its own.
+            timeout_s: For all of them to come.
+
         Raises:
-            ChannelLost: not all ranks came within `timeout_s`.
+            ChannelLost: not all ranks came within `timeout_s`, or `host` is no address of this machine.
         """
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        try:
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        except RuntimeError as error:
+            raise ChannelLost(
+                f"rank {rank} of {world_size} cannot use {host} as its address: {str(error)[:200]}"
+            ) from error
         try:
             self._group: Any = dist.ProcessGroupGloo(
                 dist.PrefixStore(f"tink/{nonce}", store), rank, world_size, options
@@ -157,80 +150,17 @@ class GlooChannel:
         src: int,
         timeout_s: float,
     ) -> None:
-        """See `Channel.broadcast`."""
+        """Move `buffer` `[num_bytes] uint8` from rank `src` to all others, in place.
+
+        Every rank must call it with a buffer of the same length.
+
+        Raises:
+            ChannelLost: a peer is gone or the deadline passed. Close the channel then.
+        """
         _broadcast(self._group, buffer, src, timeout_s)
 
     def close(self) -> None:
-        """See `Channel.close`."""
-        group, self._group, self._store = self._group, None, None  # type: ignore[assignment]
-        if group is not None:
-            with contextlib.suppress(RuntimeError):
-                group.abort()
-
-
-class NcclChannel:
-    """NCCL, for buffers on a GPU; the unique id travels through the store."""
-
-    def __init__(
-        self,
-        store: dist.Store,
-        *,
-        nonce: str,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        timeout_s: float,
-    ) -> None:
-        """Rendezvous on `device`.
-
-        Raises:
-            ConfigError: this torch has no NCCL, or `device` is no GPU.
-            ChannelLost: not all ranks came within `timeout_s`.
-        """
-        if device.type != "cuda" or not dist.is_nccl_available():
-            raise ConfigError(
-                f"transport 'nccl' on device {str(device)!r}: NCCL needs a GPU on both sides; "
-                "use SyncConfig(transport='gloo')"
-            )
-        options = dist.ProcessGroupNCCL.Options()
-        # torch's watchdog ends the whole process; our own deadline is in `broadcast`.
-        options._timeout = _NEVER
-        self.device = device
-        try:
-            _meet(store, nonce, rank, world_size, timeout_s)
-            self._group: Any = dist.ProcessGroupNCCL(
-                dist.PrefixStore(f"tink/{nonce}", store), rank, world_size, options
-            )
-            # NCCL connects lazily: without a first transfer a missing peer would only be
-            # noticed in the middle of a publish.
-            first = torch.zeros(1, dtype=torch.uint8, device=device)
-            self.broadcast(first, src=0, timeout_s=timeout_s)
-        except RuntimeError as error:
-            raise ChannelLost(
-                f"NCCL rank {rank} of {world_size}: the others did not join within {timeout_s:g} s"
-            ) from error
-        self._store = store
-
-    def broadcast(
-        self,
-        buffer: torch.Tensor,
-        *,
-        src: int,
-        timeout_s: float,
-    ) -> None:
-        """See `Channel.broadcast`."""
-        deadline = time.monotonic() + timeout_s
-        work = _broadcast(self._group, buffer, src, timeout_s, wait=False)
-        # work.wait() would only order streams, and a synchronize() has no deadline.
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                self.close()
-                raise _lost(buffer, timeout_s, "the deadline passed")
-            time.sleep(_POLL_S)
-        _wait(work, buffer, timeout_s)
-
-    def close(self) -> None:
-        """See `Channel.close`."""
+        """End the channel; idempotent, never raises."""
         group, self._group, self._store = self._group, None, None  # type: ignore[assignment]
         if group is not None:
             with contextlib.suppress(RuntimeError):
@@ -252,38 +182,15 @@ def transfer(
         yield piece
 
 
-def _meet(store: dist.Store, nonce: str, rank: int, world_size: int, timeout_s: float) -> None:
-    """Wait until all ranks are there: NCCL's own rendezvous has no deadline.
-
-    Raises:
-        RuntimeError: they did not come within `timeout_s`.
-    """
-    here = [f"tink/{nonce}/here/{i}" for i in range(world_size)]
-    store.set(here[rank], "1")
-    store.wait(here, timedelta(seconds=timeout_s))
-
-
-def _broadcast(
-    group: Any, buffer: torch.Tensor, src: int, timeout_s: float, *, wait: bool = True
-) -> Any:
+def _broadcast(group: Any, buffer: torch.Tensor, src: int, timeout_s: float) -> None:
     if group is None:
         raise ChannelLost("this channel was closed; the next publish opens a fresh one")
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = src, 0
     options.timeout = timedelta(seconds=timeout_s)
     try:
-        work = group.broadcast([buffer], options)
-    except RuntimeError as error:
-        raise _lost(buffer, timeout_s, error) from error
-    if wait:
-        _wait(work, buffer, timeout_s)
-    return work
-
-
-def _wait(work: Any, buffer: torch.Tensor, timeout_s: float) -> None:
-    try:
         # Not wait(timeout): gloo's work ends by itself at the deadline of its options.
-        work.wait()
+        group.broadcast([buffer], options).wait()
     except RuntimeError as error:
         raise _lost(buffer, timeout_s, error) from error
 
@@ -295,53 +202,8 @@ def _lost(buffer: torch.Tensor, timeout_s: float, why: object) -> ChannelLost:
     )
 
 
-def choose_transport(
-    wanted: Transport, *, trainer_device: str, server_device: str, same_machine: bool
-) -> Transport:
-    """What carries the bytes: shared memory on one machine, else gloo, unless said otherwise.
-
-    Raises:
-        ConfigError: NCCL was asked for, but one side has no GPU.
-    """
-    both_gpu = trainer_device == "cuda" and server_device == "cuda"
-    if wanted is Transport.NCCL and not both_gpu:
-        raise ConfigError(
-            f"transport 'nccl' with the trainer on {trainer_device!r} and the server on "
-            f"{server_device!r}: NCCL needs a GPU on both; use SyncConfig(transport='gloo')"
-        )
+def choose_transport(wanted: Transport, *, same_machine: bool) -> Transport:
+    """What carries the bytes: shared memory on one machine, else gloo, unless said otherwise."""
     if wanted is not Transport.AUTO:
         return wanted
-    # Two ranks of one NCCL communicator cannot share one GPU, and a trainer cannot see whether
-    # they do: AUTO stays on gloo, which for an adapter's megabytes costs milliseconds.
     return Transport.SHM if same_machine else Transport.GLOO
-
-
-def open_channel(
-    transport: Transport,
-    store: dist.Store,
-    *,
-    nonce: str,
-    rank: int,
-    world_size: int,
-    host: str,
-    device: torch.device,
-    timeout_s: float,
-) -> Channel:
-    """Join as `rank`; blocks until all `world_size` ranks did.
-
-    Raises:
-        ChannelLost: not all came within `timeout_s`.
-        ConfigError: `transport` does not work on `device`.
-    """
-    if transport is Transport.NCCL:
-        return NcclChannel(
-            store,
-            nonce=nonce,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            timeout_s=timeout_s,
-        )
-    return GlooChannel(
-        store, nonce=nonce, rank=rank, world_size=world_size, host=host, timeout_s=timeout_s
-    )

@@ -71,7 +71,7 @@ class Replica:
         """
         if self._joined is not None:
             return
-        joined = self._join(self.status())
+        joined = self._join()
         try:
             if joined["transport"] not in (Transport.HTTP, Transport.SHM):
                 self._channel = self._dial(joined)
@@ -83,9 +83,11 @@ class Replica:
         self.last_version = max(self.last_version, int(joined["last_version"]))
         self._start_heartbeat(joined)
 
-    def _join(self, status: ServerStatus) -> dict[str, Any]:
+    def _join(self) -> dict[str, Any]:
+        from tink_rl.transport.communicator import choose_transport
+
         local = is_local(self.client.base_url)
-        transport = _transport(self._transport, _device_type(), status.device, local)
+        transport = choose_transport(self._transport, same_machine=local)
         if transport is not Transport.SHM:
             return self._take_lease(transport)
         try:
@@ -124,23 +126,16 @@ class Replica:
                 time.sleep(min(1.0, float(error.details.get("expires_in_s", 1.0)) + 0.05))
 
     def _dial(self, joined: dict[str, Any]) -> Channel:
-        import torch
-
         from tink_rl.transport import communicator
 
-        device = torch.device(
-            f"cuda:{torch.cuda.current_device()}" if joined["transport"] == "nccl" else "cpu"
-        )
         timeout_s = self._config.join_timeout_s
         store = communicator.dial_store(joined["host"], joined["port"], timeout_s)
-        channel = communicator.open_channel(
-            Transport(joined["transport"]),
+        channel = communicator.Channel(
             store,
             nonce=joined["nonce"],
             rank=joined["rank"],
             world_size=joined["world_size"],
             host=communicator.local_address(joined["host"], joined["port"]),
-            device=device,
             timeout_s=timeout_s,
         )
         body = {"policy": self._config.policy, "epoch": joined["epoch"], "timeout_s": timeout_s}
@@ -306,7 +301,7 @@ class Replica:
         from tink_rl.transport.communicator import transfer
 
         assert self._channel is not None and self._joined is not None
-        src, moved = self._joined["rank"], buffer.to(self._channel.device)
+        src, moved = self._joined["rank"], buffer.cpu()
         try:
             for _ in transfer(self._channel, moved, src=src, timeout_s=timeout_s):
                 pass
@@ -538,22 +533,3 @@ def _named(work: Callable[[Replica], T], replica: Replica) -> T:
     except TinkError as error:
         error.details.setdefault("replica", replica.url)
         raise
-
-
-def _device_type() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _transport(
-    wanted: Transport, trainer_device: str, server_device: str, same_machine: bool
-) -> Transport:
-    from tink_rl.transport.communicator import choose_transport
-
-    return choose_transport(
-        wanted,
-        trainer_device=trainer_device,
-        server_device=server_device,
-        same_machine=same_machine,
-    )

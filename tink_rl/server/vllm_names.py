@@ -9,17 +9,21 @@ from __future__ import annotations
 from vllm import envs
 from vllm.config import set_current_vllm_config
 from vllm.distributed.device_communicators import shm_broadcast
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.model_loader import default_loader
 from vllm.model_executor.model_loader.reload import (
@@ -39,6 +43,8 @@ TESTED_VLLM = ("0.31.0",)
 __all__ = [
     "TESTED_VLLM",
     "InputProcessor",
+    "KVConnectorBase_V1",
+    "KVConnectorFactory",
     "LRUCacheWorkerLoRAManager",
     "LinearBase",
     "LoRAAdapterNotFoundError",
@@ -52,9 +58,11 @@ __all__ = [
     "default_loader",
     "VLLMValidationError",
     "envs",
+    "UnquantizedLinearMethod",
     "finalize_layerwise_reload",
     "get_layerwise_info",
     "initialize_layerwise_reload",
+    "is_deferred_attention_layer",
     "lora_model_runner_mixin",
     "place_kernel_tensors",
     "set_current_vllm_config",

@@ -37,16 +37,22 @@ class Workers:
     async def until_done(self, method: str, key: Any, timeout_s: float, what: str) -> None:
         """Ask `method(key)` again and again until every worker says "done".
 
+        A busy engine answers between two of its steps, and with several workers waits for the one under
+        way: it is left alone for as long as it took to answer.
+
         Raises:
             ChannelLost: `what` did not end within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         for attempt in range(10_000_000):
+            asked = time.monotonic()
             if all(state == "done" for state in await self.ask(method, key)):
                 return
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise errors.ChannelLost(f"{what} did not end within {timeout_s:g} s")
-            await asyncio.sleep(_POLL_S[min(attempt, len(_POLL_S) - 1)])
+            pause_s = _POLL_S[min(attempt, len(_POLL_S) - 1)]
+            await asyncio.sleep(max(pause_s, min(now - asked, _POLL_S[-1])))
 
 
 def check_alike(name: str, digest: str | None, held: Iterable[str | None]) -> None:

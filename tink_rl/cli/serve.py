@@ -163,7 +163,7 @@ def _say_ready(server: VLLMServer) -> None:
     if status.golden:
         say(
             f"golden weights: {status.golden['bytes'] / 2**20:.1f} MiB per worker on tier "
-            f"{status.golden['tier']!r}"
+            f"{status.golden['tier']!r} ({status.golden['reason']})"
         )
     if server.memory_line:
         free = ", ".join(f"GPU {g.index} {g.free_bytes / 2**30:.1f} GiB" for g in visible_gpus())

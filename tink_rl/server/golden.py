@@ -1,7 +1,8 @@
 """Golden weights: the untouched base weights that every merged version is folded from.
 
 They are read from the checkpoint, never from the served tensors: on a CPU those are packed, and
-folding in place would drift. Each rank keeps its own rows and columns only.
+folding in place would drift. Each rank keeps its own rows and columns only, in one piece of memory:
+a pinned tensor each would be rounded up to a power of two, which for 7B is twice the bytes.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any
 
 import torch
 
-from tink_rl.errors import ConfigError, GoldenDoesNotFit
-from tink_rl.policy.fingerprint import CheckpointTensor, checkpoint_index, read_checkpoint_tensor
+from tink_rl.errors import ConfigError
+from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
+from tink_rl.server import golden_plan
+from tink_rl.server.golden_plan import GIB, GoldenNeed, GoldenPlan, Memory
 from tink_rl.server.modules import Layer, Shard
 
 logger = logging.getLogger("tink_rl.server")
-_GIB = 2**30
-_HOST_SHARE = 0.5
-_DEVICE_SHARE = 0.8
-TIERS = ("auto", "device", "host", "file")
+_ALIGN_BYTES = 256
+"""Of each projection in the slab: what a GPU's matrix kernels read fastest."""
 
 
 class GoldenWeights:
@@ -32,39 +33,81 @@ class GoldenWeights:
 
     def __init__(
         self,
-        model_dir: str,
+        index: Mapping[str, CheckpointTensor],
         layers: Mapping[str, Layer],
         *,
         dtype: torch.dtype,
         device: torch.device,
-        tier: str,
-        budget_gib: float | None,
+        memory: Memory,
+        wanted: GoldenNeed,
+        tier: str = "auto",
+        budget_gib: float | None = None,
     ) -> None:
-        """Plan; nothing is read yet but the checkpoint's headers.
+        """Plan; nothing is read yet.
+
+        Args:
+            index: The checkpoint; it holds every projection of `layers` (`foldable`).
+            layers: The layers that can be folded.
+            dtype: That of the served weights.
+            device: Where they are served.
+            memory: What was measured.
+            wanted: What they take (`golden_plan.need`).
+            tier: One of `golden_plan.TIERS`.
+            budget_gib: At most so much, if given.
 
         Raises:
-            ConfigError: a layer's weight is not in the checkpoint, or `tier` is unknown.
+            ConfigError: `tier` is unknown.
             GoldenDoesNotFit: the weights exceed the budget.
         """
-        self._dtype, self._device = dtype, device
-        self._index = _entries(checkpoint_index(model_dir), layers)
+        self._dtype, self._device, self._index = dtype, device, index
+        self._memory, self._wanted, self._budget_gib = memory, wanted, budget_gib
+        self._auto = tier == "auto"
+        self.plan: GoldenPlan = golden_plan.plan(tier, wanted, memory, budget_gib)
+        self._shards = [shard for layer in layers.values() for shard in layer.shards]
         self._kept: dict[str, torch.Tensor] = {}
-        shards = [shard for layer in layers.values() for shard in layer.shards]
-        self.num_bytes = sum(_local_numel(shard) for shard in shards) * dtype.itemsize
-        self.tier, self.budget_bytes = _choose_tier(tier, self.num_bytes, budget_gib, device)
-        self._shards = shards
+        self._pinned = False
 
     def load(self) -> None:
-        """Read what the tier keeps in memory."""
-        if self.tier == "file":
+        """Read what the tier keeps in memory.
+
+        A GPU that has less memory than was measured a moment ago: `auto` takes the host's instead.
+
+        Raises:
+            GoldenDoesNotFit: it was asked for that tier, or the host has no room either.
+        """
+        if self.plan.tier == "file":
             return
+        try:
+            self._read_all()
+        except torch.OutOfMemoryError as error:
+            self._kept = {}
+            needed, budget = self._wanted.num_bytes, self.plan.budget_bytes
+            if not self._auto or self.plan.tier == "host":
+                raise golden_plan.does_not_fit(needed, budget, self.plan.tier) from error
+            logger.warning("tink_rl: golden weights go to the host, not the GPU: %s", error)
+            self.plan = golden_plan.plan("host", self._wanted, self._memory, self._budget_gib)
+            self._read_all()
+
+    def _read_all(self) -> None:
+        on_device = self.plan.tier == "device"
+        slab, self._kept = self._slab(self._device if on_device else torch.device("cpu"))
+        self._pinned = self._device.type == "cuda" and not on_device and _pin(slab)
         for shard in self._shards:
-            tensor = self._read(shard)
-            if self.tier == "device":
-                tensor = tensor.to(self._device)
-            elif self._device.type == "cuda":
-                tensor = tensor.pin_memory()
-            self._kept[shard.name] = tensor
+            self._kept[shard.name].copy_(self._read(shard))
+
+    def _slab(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Room for all projections on `device`, and each one's part of it."""
+        step = _ALIGN_BYTES // self._dtype.itemsize
+        starts, end = [], 0
+        for shard in self._shards:
+            starts.append(end)
+            end += -(-golden_plan.local_numel(shard) // step) * step
+        slab = torch.empty(end, dtype=self._dtype, device=device)
+        views = {}
+        for shard, start in zip(self._shards, starts, strict=True):
+            part = slab[start : start + golden_plan.local_numel(shard)]
+            views[shard.name] = part.view(shard.rows.stop - shard.rows.start, -1)
+        return slab, views
 
     def weight(self, shard: Shard) -> torch.Tensor:
         """This rank's part of the base weight `[rows, columns]`; not to be written to."""
@@ -73,67 +116,85 @@ class GoldenWeights:
 
     def describe(self) -> dict[str, Any]:
         """Tier, bytes and budget, for the start-up line and the status."""
-        return {"tier": self.tier, "bytes": self.num_bytes, "budget_bytes": self.budget_bytes}
+        return {
+            "tier": self.plan.tier,
+            "bytes": self._wanted.num_bytes,
+            "budget_bytes": self.plan.budget_bytes,
+            "reason": self.plan.reason,
+            "pinned": self._pinned,
+        }
 
     def _read(self, shard: Shard) -> torch.Tensor:
         whole = read_checkpoint_tensor(self._index[shard.name])
         return whole[shard.rows, shard.columns].to(self._dtype).clone()
 
 
-def _entries(
+def _pin(slab: torch.Tensor) -> bool:
+    """Let the GPU read `slab` at the speed of the bus; whether the system allows it.
+
+    Registering pins exactly these bytes; torch's own pinned memory is handed out in powers of two.
+    """
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    failed = int(cuda.cudaHostRegister(slab.data_ptr(), slab.numel() * slab.itemsize, 0))
+    if failed:
+        logger.warning(
+            "tink_rl: %.1f GiB of golden weights cannot be pinned (CUDA error %d); folds read them at "
+            "a fraction of the bus's speed. Raise the limit of locked memory (ulimit -l)",
+            slab.numel() * slab.itemsize / GIB,
+            failed,
+        )
+    return not failed
+
+
+def foldable(
     index: Mapping[str, CheckpointTensor], layers: Mapping[str, Layer]
-) -> dict[str, CheckpointTensor]:
-    entries = {}
-    for layer in layers.values():
-        for shard in layer.shards:
-            entry = index.get(f"{shard.name}.weight")
-            if entry is None or tuple(entry.shape) != shard.shape:
-                raise ConfigError(
-                    f"merged mode: the checkpoint holds {shard.name}.weight as "
-                    f"{None if entry is None else list(entry.shape)}, the served layer wants "
-                    f"{list(shard.shape)}; this model's layout is not supported: --mode adapter"
-                )
-            entries[shard.name] = entry
-    return entries
+) -> tuple[dict[str, CheckpointTensor], dict[str, Layer], dict[str, str]]:
+    """Which layers the checkpoint holds as the served model does.
+
+    Layers whose weight has another name or shape there (a convolution that vLLM serves as a linear layer,
+    a vision tower that it renames) cannot be folded; they stay at the base.
+
+    Returns:
+        The checkpoint's tensors by projection, the layers that can be folded, and of the other
+        projections why not.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    entries: dict[str, CheckpointTensor] = {}
+    kept: dict[str, Layer] = {}
+    reasons: dict[str, str] = {}
+    for name, layer in layers.items():
+        found = {shard.name: index.get(f"{shard.name}.weight") for shard in layer.shards}
+        whys = [_why_not(shard, found[shard.name]) for shard in layer.shards]
+        if any(whys):
+            why = next(why for why in whys if why)
+            reasons.update((shard.name, why) for shard in layer.shards)
+        else:
+            kept[name] = layer
+            entries.update((part, entry) for part, entry in found.items() if entry is not None)
+    if not kept:
+        raise ConfigError(
+            "merged mode: the checkpoint holds no linear layer of this model under the name and in the "
+            f"shape that vLLM serves ({next(iter(reasons.values()), 'it has none')}); use --mode adapter"
+        )
+    if reasons:
+        logger.warning(
+            "tink_rl: %d of %d projections cannot be folded and stay at the base, such as %s: %s",
+            len(reasons),
+            len(reasons) + len(entries),
+            min(reasons),
+            reasons[min(reasons)],
+        )
+    return entries, kept, reasons
 
 
-def _local_numel(shard: Shard) -> int:
-    rows, columns = shard.rows, shard.columns
-    return int((rows.stop - rows.start) * (columns.stop - columns.start))
-
-
-def _choose_tier(
-    tier: str, num_bytes: int, budget_gib: float | None, device: torch.device
-) -> tuple[str, int]:
-    if tier not in TIERS:
-        raise ConfigError(f"golden tier {tier!r}: expected one of {', '.join(TIERS)}")
-    if tier == "file":
-        return tier, 0
-    budgets = {"host": _host_budget(), "device": _device_budget(device)}
-    if budget_gib is not None:
-        budgets = dict.fromkeys(budgets, int(budget_gib * _GIB))
-    wanted = (
-        [tier] if tier != "auto" else (["device", "host"] if device.type == "cuda" else ["host"])
-    )
-    for candidate in wanted:
-        if num_bytes <= budgets[candidate]:
-            return candidate, budgets[candidate]
-    raise GoldenDoesNotFit(
-        f"golden_does_not_fit: the golden weights of merged mode need {num_bytes / _GIB:.3f} GiB per "
-        f"worker, the budget is {budgets[wanted[-1]] / _GIB:.3f} GiB ({wanted[-1]}); raise "
-        "--golden-budget-gib, or use --mode adapter, or --golden-tier file (slow)",
-        needed=num_bytes,
-        budget=budgets[wanted[-1]],
-    )
-
-
-def _host_budget() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available * _HOST_SHARE)
-
-
-def _device_budget(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _host_budget()
-    return int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE)
+def _why_not(shard: Shard, entry: CheckpointTensor | None) -> str:
+    if entry is None:
+        return f"the checkpoint has no {shard.name}.weight"
+    if tuple(entry.shape) != shard.shape:
+        return (
+            f"the checkpoint holds {shard.name}.weight as {list(entry.shape)}, the served layer wants "
+            f"{list(shard.shape)}"
+        )
+    return ""

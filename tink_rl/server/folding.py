@@ -1,19 +1,22 @@
 """Merged mode: golden + B·A into the served tensors, always as whole fused layers.
 
 Writing goes through vLLM's layerwise reload, layer by layer, because after start-up a layer's tensors
-may be packed for its kernels. A fused layer of which only some projections are sent would keep
-uninitialised memory for the others, in silence: every projection of a touched layer is written, from
-golden where the adapter has none.
+may be packed for its kernels; on a GPU most layers are folded in place instead (`direct.py`). A fused layer
+of which only some projections are sent would keep uninitialised memory for the others, in silence: every
+projection of a touched layer is written, from golden where the adapter has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from tink_rl.server.golden import GoldenWeights
+from tink_rl.server import direct
+from tink_rl.server.derived import Derived
+from tink_rl.server.direct import Golden
+from tink_rl.server.layout import put_back
 from tink_rl.server.modules import Layer, Shard
 from tink_rl.server.reloading import reloading
 
@@ -24,12 +27,25 @@ class Folder:
     def __init__(
         self,
         layers: Mapping[str, Layer],
-        golden: GoldenWeights,
+        golden: Golden,
         *,
         vllm_config: Any,
         device: torch.device,
+        derived: Derived | None = None,
+        in_place: Iterable[str] = (),
     ) -> None:
+        """Store.
+
+        Args:
+            layers: Those that can be folded.
+            golden: Their base weights.
+            vllm_config: The engine's.
+            device: Where the weights are served.
+            derived: What the model makes of its weights; made again after every fold.
+            in_place: Names of the layers that were found equal to golden (`direct.same_as_golden`).
+        """
         self._layers = layers
+        self._derived, self._in_place = derived, frozenset(in_place)
         self._golden = golden
         self._vllm_config = vllm_config
         self._device = device
@@ -60,13 +76,26 @@ class Folder:
         }
         todo = sorted(self._touched | now)
         self._touched |= now  # before writing: after a failure all of them must be folded again
-        with reloading(self._vllm_config, self._device):
+        with reloading(self._vllm_config, self._device), direct.exact_products(self._device):
             for name in todo:
                 self.write_layer(self._layers[name], tensors)
+            if self._derived is not None:
+                self._derived.refresh(self._layers[name].module for name in todo)
         self._touched = now
 
     def write_layer(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write all projections of one layer."""
+        """Write all projections of one layer; after an exception it can be written again."""
+        rows = direct.served_rows(layer) if layer.name in self._in_place else None
+        if rows is not None:
+            direct.fold_in_place(layer, rows, self._golden, tensors)
+            return
+        try:
+            self._reload_layer(layer, tensors)
+        except BaseException:
+            put_back(layer.module)  # else the next reload would wrap half a layer
+            raise
+
+    def _reload_layer(self, layer: Layer, tensors: Mapping[str, torch.Tensor]) -> None:
         from tink_rl.server.vllm_names import finalize_layerwise_reload, initialize_layerwise_reload
 
         module: Any = layer.module

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from tink_rl.errors import ConfigError, GoldenDoesNotFit
+from tink_rl.memory_plan import HOST_SHARE, RESERVE_BYTES
 from tink_rl.server.modules import Layer, Shard
 
 GIB = 2**30
-DEVICE_RESERVE_BYTES = 2 * GIB
-"""Left free on a GPU: what vLLM's profiling does not see (prompt logprobs of a large vocabulary), graphs."""
-_HOST_SHARE = 0.5
 _HOST_RESERVE_BYTES = GIB
 TIERS = ("auto", "device", "host", "file")
 
@@ -133,12 +131,12 @@ def plan(tier: str, wanted: GoldenNeed, memory: Memory, budget_gib: float | None
 
 def _host_budget(memory: Memory, given: int | None) -> int:
     if given is None:
-        return int(memory.host_available * _HOST_SHARE)
+        return int(memory.host_available * HOST_SHARE)
     return min(given, max(0, memory.host_available - _HOST_RESERVE_BYTES))
 
 
 def _device_budget(memory: Memory, wanted: GoldenNeed, given: int | None) -> int:
-    left = memory.device_free - DEVICE_RESERVE_BYTES - wanted.fold_bytes
+    left = memory.device_free - RESERVE_BYTES - wanted.fold_bytes
     return max(0, left if given is None else min(given, left))
 
 

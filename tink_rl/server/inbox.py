@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,7 @@ from tink_rl.transport import communicator
 from tink_rl.transport.shared_memory import Segment, SegmentSpec
 from tink_rl.types import SyncMode, Transport
 
+logger = logging.getLogger("tink_rl.server")
 _NUM_SPARE_BUFFERS = 2
 _COPIED_BYTES = 2**20
 """At once out of shared memory: what is copied is hashed while it is in a core's cache."""
@@ -48,7 +50,7 @@ class Stage:
         if self.buffer.numel() != self.header.num_bytes:
             return  # `check` will say so
         whole = self.header.mode is SyncMode.FULL
-        self.tensors = packet.unpack(self.header, self.buffer if whole else self.buffer.cpu())
+        self.tensors = packet.unpack(self.header, self.buffer)
         try:
             check_packed(self.header, self.buffer, _MAX_ABS_WHOLE if whole else MAX_ABS_WEIGHT)
         except TinkError as error:
@@ -64,8 +66,9 @@ class Stage:
 class Inbox:
     """The packets that one worker receives or holds for a commit, by stage id."""
 
-    def __init__(self, channels: Channels) -> None:
-        self._channels = channels
+    def __init__(self, channels: Channels, *, device: torch.device) -> None:
+        self._channels, self._device = channels, device
+        self._pins = device.type == "cuda"
         self.stages: dict[str, Stage] = {}
         self._spare: list[torch.Tensor] = []
 
@@ -75,28 +78,27 @@ class Inbox:
         Raises:
             ChannelLost, StaleEpoch, SegmentUnreachable, TruncatedPacket: it cannot come that way.
         """
-        pieces, device = self._source(header, options)
-        stage = Stage(header, self._buffer(header.num_bytes, device))
+        pieces = self._source(header, options)
+        stage = Stage(header, self._buffer(header.num_bytes))
         self.stages[stage_id] = stage
         if pieces is not None:
             _start(stage, pieces(stage.buffer))
 
     def _source(
         self, header: packet.PacketHeader, options: dict[str, Any]
-    ) -> tuple[Callable[[torch.Tensor], Iterable[torch.Tensor]] | None, torch.device]:
-        """What fills a buffer piece by piece (None: chunks will come), and where it must lie."""
+    ) -> Callable[[torch.Tensor], Iterable[torch.Tensor]] | None:
+        """What fills a buffer piece by piece (None: chunks will come)."""
         transport = Transport(options["transport"])
         if transport is Transport.HTTP:
-            return None, torch.device("cpu")
+            return None
         if transport is Transport.SHM:
             spec = SegmentSpec.from_json(options["segment"])
             segment = self._channels.segment(header.epoch, spec, header.num_bytes)
-            return functools.partial(_copied, segment, options["timeout_s"]), torch.device("cpu")
+            return functools.partial(_copied, segment, options["timeout_s"])
         channel = self._channels.joined(header.epoch)
-        receive = functools.partial(
+        return functools.partial(
             communicator.transfer, channel, src=options["src"], timeout_s=options["timeout_s"]
         )
-        return receive, channel.device
 
     def chunk(self, stage_id: str, offset: int, data: bytes) -> int:
         """Take one chunk of a packet that travels as HTTP body; gives the bytes received so far.
@@ -153,18 +155,27 @@ class Inbox:
         """Forget a packet, because it is served or never will be; unknown ones are fine."""
         self.stages.pop(stage_id, None)
 
-    def _buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
         """Room for a packet, `[num_bytes] uint8`; an old one's where it fits.
 
-        Fresh pages cost more than the bytes that are written to them.
+        Fresh pages cost more than the bytes that are written to them. For a GPU they are pinned: vLLM then
+        takes every tensor of an adapter as it lies, instead of pinning a copy of each.
         """
         for i, spare in enumerate(self._spare):
-            if spare.numel() == num_bytes and spare.device == device:
+            if spare.numel() == num_bytes:
                 return self._spare.pop(i)
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if self._pins:
+            try:
+                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:  # the limit of locked memory, most of all
+                self._pins = False
+                logger.warning("tink_rl: packets are not pinned, publishing is slower: %s", error)
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Nothing refers to the bytes of `buffer` any more."""
+        """The work on the GPU that was asked for so far is the last that reads `buffer`."""
+        if self._device.type == "cuda":  # copies out of pinned memory are only queued
+            torch.cuda.current_stream(self._device).synchronize()
         self._spare = [*self._spare, buffer][-_NUM_SPARE_BUFFERS:]
 
 

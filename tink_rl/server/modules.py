@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tink_rl.errors import RankExceeded, ShapeMismatch, UnknownModules
+from tink_rl.errors import RankExceeded, ShapeMismatch, UnknownModules, UnsupportedAdapter
 from tink_rl.policy.packet import PacketHeader
 from tink_rl.types import SyncMode
 
@@ -140,11 +140,19 @@ def check_header(
     shards: Mapping[str, Shard],
     *,
     max_lora_rank: int,
+    refused: Mapping[str, str] | None = None,
 ) -> None:
     """Raise unless every tensor of `header` fits a projection of the served model.
 
+    Args:
+        header: Of the packet.
+        shards: Every projection by its name.
+        max_lora_rank: Of the server's slots.
+        refused: Projections that this mode cannot change here, and why.
+
     Raises:
         RankExceeded: adapter mode, and the rank does not fit the slots.
+        UnsupportedAdapter: a projection cannot be changed in this mode.
         UnknownModules: a name matches nothing, or an A has no B.
         ShapeMismatch: a shape does not fit.
     """
@@ -166,6 +174,14 @@ def check_header(
             f"model, first {unknown[0]!r}; the model has names such as {sorted(shards)[0]!r}: was "
             "the adapter trained on this base?",
             unknown=unknown[:10],
+        )
+    cannot = sorted(set(found) & set(refused or {}))
+    if refused and cannot:
+        raise UnsupportedAdapter(
+            f"{len(cannot)} of {len(found)} modules of the adapter cannot be changed in mode "
+            f"{header.mode.value!r}, first {cannot[0]!r}: {refused[cannot[0]]}; leave them out of "
+            "target_modules, or use another mode",
+            modules=cannot[:10],
         )
     for module, parts in found.items():
         _check_shapes(module, parts, shards[module].shape, header.rank)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from typing import Any
 
@@ -25,6 +26,8 @@ def register() -> None:
     from tink_rl.server.amx import ask_for_tiles
 
     ask_for_tiles()
+    if _only_looks_at_a_model():
+        return
     _wait_asleep()
     load_only_the_checkpoint()
     refuse_unknown_ids()
@@ -36,6 +39,16 @@ def register() -> None:
     if current is not LRUCacheWorkerLoRAManager:
         logger.warning("another plugin replaced vLLM's LoRA manager; tink_rl builds on %r", current)
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _with_tink_paths(current)
+
+
+def _only_looks_at_a_model() -> bool:
+    """Whether this is the child in which vLLM imports a model's class to ask what it can do.
+
+    It serves nothing, and our imports would be a quarter of its time. The API server is no such case: the
+    engine may be forked from it, and then inherits what was registered there.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return getattr(spec, "name", None) == "vllm.model_executor.models.registry"
 
 
 def _wait_asleep() -> None:

@@ -28,10 +28,12 @@ from tink_rl.policy import packet
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import amx, full_logprobs, host_store, modules
 from tink_rl.server.channels import Channels
+from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights
-from tink_rl.server.inbox import Inbox
+from tink_rl.server.inbox import Inbox, Stage
 from tink_rl.server.layout import trace_layout
+from tink_rl.server.preparing import merged_mode
 from tink_rl.server.whole import WholeWriter
 from tink_rl.transport.shared_memory import Segment, SegmentSpec
 from tink_rl.types import SyncMode
@@ -70,10 +72,12 @@ class _State:
     """What one worker remembers between calls."""
 
     def __init__(self, *, rank: int, device: torch.device) -> None:
-        self.channels = Channels(rank=rank, device=device)
-        self.inbox = Inbox(self.channels)
+        self.channels = Channels(rank=rank)
+        self.inbox = Inbox(self.channels, device=device)
         self.layers: dict[str, modules.Layer] = {}
         self.shards: dict[str, modules.Shard] = {}
+        self.refused: dict[SyncMode, dict[str, str]] = {}
+        """Projections that a mode cannot change here, and why."""
         self.golden: GoldenWeights | None = None
         self.folder: Folder | None = None
         self.writer: WholeWriter | None = None
@@ -106,30 +110,42 @@ class TinkWorkerExtension:
         model = worker.model_runner.get_model()
         state.layers = modules.linear_layers(model)
         state.shards = modules.by_checkpoint_name(state.layers)
+        derived = Derived(model, worker.model_config.dtype)
+        state.refused[SyncMode.ADAPTER] = {
+            name: f"{owner} multiplies by that weight itself, which a slot does not change"
+            for name, owner in derived.owned(state.layers.values()).items()
+        }
         lora = worker.vllm_config.lora_config
         state.max_lora_rank = lora.max_lora_rank if lora is not None else 0
         if lora is not None:
             state.adapter_dtype = str(lora.lora_dtype).removeprefix("torch.")
         if SyncMode.MERGED in options["modes"]:
-            self._tink_load_golden(state, options)
+            merged = merged_mode(worker, state.layers, derived, options)
+            state.golden, state.folder = merged.golden, merged.folder
+            state.refused[SyncMode.MERGED] = dict(merged.refused)
         no_full = None
         if SyncMode.FULL in options["modes"]:
-            no_full = self._tink_trace_layout(state, options)
+            no_full = self._tink_trace_layout(state, derived, options)
         self.tink_state_ = state
         return {
             "num_modules": len(state.shards),
             "adapter_dtype": state.adapter_dtype,
-            "golden": state.golden.describe() if state.golden is not None else {},
+            "golden": {}
+            if state.golden is None
+            else state.golden.describe() | _left(worker.device),
             "no_full": no_full,
             "amx": amx.may_use_tiles(),
             "no_full_logprobs": full_logprobs.install(worker.model_runner),
         }
 
-    def _tink_trace_layout(self, state: _State, options: dict[str, Any]) -> str | None:
+    def _tink_trace_layout(
+        self, state: _State, derived: Derived, options: dict[str, Any]
+    ) -> str | None:
         """Prepare full mode; why it cannot be offered, or None."""
         worker: Any = self
         model = worker.model_runner.get_model()
         try:
+            derived.check()
             layout = trace_layout(model, checkpoint_index(options["model_dir"]))
         except Exception as error:  # an odd loader costs this server full mode, nothing else
             logger.warning("tink_rl: no full mode on this server", exc_info=True)
@@ -140,23 +156,9 @@ class TinkWorkerExtension:
             vllm_config=worker.vllm_config,
             dtype=worker.model_config.dtype,
             device=worker.device,
+            derived=derived,
         )
         return None
-
-    def _tink_load_golden(self, state: _State, options: dict[str, Any]) -> None:
-        worker: Any = self
-        state.golden = GoldenWeights(
-            options["model_dir"],
-            state.layers,
-            dtype=worker.model_config.dtype,
-            device=worker.device,
-            tier=options["golden_tier"],
-            budget_gib=options["golden_budget_gib"],
-        )
-        state.golden.load()
-        state.folder = Folder(
-            state.layers, state.golden, vllm_config=worker.vllm_config, device=worker.device
-        )
 
     # -- channel ----------------------------------------------------------------------------------
 
@@ -206,7 +208,12 @@ class TinkWorkerExtension:
             self._tink_update(options["update_id"])
             self._tink_writer().layout.check(header.tensors)
         else:
-            modules.check_header(header, state.shards, max_lora_rank=state.max_lora_rank)
+            modules.check_header(
+                header,
+                state.shards,
+                max_lora_rank=state.max_lora_rank,
+                refused=state.refused.get(header.mode),
+            )
             _check_dtypes(header, state.adapter_dtype)
         state.inbox.open(stage_id, header, options)
 
@@ -297,11 +304,18 @@ class TinkWorkerExtension:
             state.writer.restore()
             self._tink_reset_lora()
         if state.folder is not None:
-            state.folder.fold(stage.tensors if stage is not None else {})
+            state.folder.fold({} if stage is None else self._tink_on_device(stage))
         if stage is not None:
             state.inbox.discard(str(stage_id))
             state.inbox.give_back(stage.buffer)
         return stage.header.digest if stage is not None else None
+
+    def _tink_on_device(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """The tensors of a packet where the weights are; a GPU gets them in one copy."""
+        worker: Any = self
+        if worker.device.type == "cpu":
+            return stage.tensors
+        return packet.unpack(stage.header, stage.buffer.to(worker.device, non_blocking=True))
 
     # -- full -------------------------------------------------------------------------------------
 
@@ -413,6 +427,13 @@ class TinkWorkerExtension:
         worker.remove_lora(lora_id)
         if released is not None:  # and nobody reads its bytes any more
             self._tink().inbox.give_back(released.buffer)
+
+
+def _left(device: torch.device) -> dict[str, int]:
+    """What nobody has taken of a GPU."""
+    return (
+        {"device_left_bytes": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
+    )
 
 
 def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:

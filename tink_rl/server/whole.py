@@ -19,6 +19,7 @@ from torch import nn
 
 from tink_rl.errors import IncompleteGroup
 from tink_rl.policy.fingerprint import read_checkpoint_tensor
+from tink_rl.server.derived import Derived
 from tink_rl.server.layout import Group, Layout, own_tensors, put_back
 from tink_rl.server.reloading import reloading
 
@@ -38,8 +39,9 @@ class WholeWriter:
         vllm_config: Any,
         dtype: torch.dtype,
         device: torch.device,
+        derived: Derived | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout, self._derived = layout, derived
         self._model = model
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._vllm_config, self._dtype, self._device = vllm_config, dtype, device
@@ -141,6 +143,8 @@ class WholeWriter:
                         put_back(part)
                 raise
             self._repack_tied(modules)
+            if self._derived is not None:
+                self._derived.refresh(part for module in modules for part in module.modules())
 
     def _forget_packing(self, module: nn.Module) -> None:
         """Let experts be packed for a CPU again.

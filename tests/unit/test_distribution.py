@@ -19,6 +19,7 @@ from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.ratio import RATIO, RatioWatch
 from tink_rl.training.rollouts import RolloutBatch, RolloutLog, requests_of
 from tink_rl.transport.fleet import Fleet, Replica
+from tink_rl.transport.payloads import Limits
 from tink_rl.types import FULL_LOGPROBS
 
 NARROWED = [
@@ -91,6 +92,9 @@ class Sampler:
 
     def __init__(self, logprob=-0.5):
         self.asked, self.logprob = [], logprob
+
+    def limits(self):
+        return Limits()
 
     def generate(self, prompts, *, n=1, **more):
         self.asked.append(more)

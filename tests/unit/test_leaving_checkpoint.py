@@ -10,6 +10,7 @@ from tink_rl import errors
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.publishing import leaving_checkpoint
 from tink_rl.training.rollouts import RolloutBatch
+from tink_rl.transport.payloads import Limits
 
 
 class Trainer:
@@ -88,6 +89,9 @@ def test_what_all_ranks_agreed_on_is_saved_by_all(tmp_path):
 
 class Refusing:
     """A client that takes no prompt above a length."""
+
+    def limits(self):
+        return Limits()
 
     def generate(self, prompts, *, n, model, **_):
         if max(map(len, prompts)) > 4:

@@ -14,11 +14,13 @@ from tink_rl.training.rollouts import (
     Ask,
     RolloutBatch,
     RolloutLog,
+    _turn_json,
     derive_seed,
     read_rollouts,
     requests_of,
     scores_of,
 )
+from tink_rl.transport.payloads import Limits
 
 CALL, ANSWER, EOS = 7, 8, 9
 
@@ -28,10 +30,17 @@ class SeededServer:
 
     def __init__(self):
         self.requests = []
+        self.max_tokens = []
+        self.max_model_len = None
+
+    def limits(self):
+        return Limits(max_model_len=self.max_model_len)
 
     def generate(self, prompts, *, n, model, generation_kwargs=None, **_):
-        seed = (generation_kwargs or {}).get("seed")
+        asked = generation_kwargs or {}
+        seed = asked.get("seed")
         self.requests.append({"prompts": prompts, "n": n, "model": model, "seed": seed})
+        self.max_tokens.append(asked.get("max_tokens"))
         rows = [self.sample(p, model, seed + k) for p in prompts for k in range(n)]
         logprobs = [[[-0.5]] * len(row) for row in rows]
         return {"completion_ids": rows, "logprobs": logprobs, "logprob_token_ids": None}
@@ -62,6 +71,34 @@ def generation(server, versions=("p@1",), num_clients=1):
         recover=lambda: False,
     )
     return made, publish
+
+
+def test_later_turn_asks_for_what_is_left_where_a_whole_completion_would_not_fit():
+    server = SeededServer()
+    made, _ = generation(server)
+    server.max_model_len = 16
+    with made.rollout(RolloutBatch(run_seed=0)) as batch:
+        _, [one, other], *_ = made.generate([[1] * 8, [2] * 2], None, 1)
+        grown = [[1] * 8 + one + [ANSWER], [2] * 2 + other + [ANSWER]]
+        made.generate(grown, None, 1)
+    # 8 tokens a completion: of the first rollout 6 are there, and 16 - 14 fit; the other has room for all.
+    assert sorted(server.max_tokens[-2:], key=str) == [2, None]
+    first, second = batch.turns[0][1], batch.turns[1][1]
+    assert (first.max_tokens, second.max_tokens) == (2, None)
+    row = {"prompt_ids": [1] * 8, "policy": "p", "version": 1, "sampling": {"max_tokens": 8}}
+    row["turns"] = [_turn_json(batch.turns[0][0], first)]
+    assert requests_of(row)[0]["generation_kwargs"]["max_tokens"] == 2
+
+
+def test_seed_of_a_request_is_ours_whatever_else_is_given():
+    server = SeededServer()
+    settings = SamplingSettings(max_completion_length=8, generation_kwargs={"seed": None})
+    made = PolicyGeneration(
+        [server], settings, current=lambda: "p@1", sync=list, recover=lambda: False
+    )
+    with made.rollout(RolloutBatch(run_seed=0)):
+        made.generate([[1]], None, 1)
+    assert server.requests[0]["seed"] is not None
 
 
 def first_turn(rank=0, prompts=None, **key):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tink_rl.errors import ConfigError, TinkError, UnknownVersion
@@ -171,7 +171,10 @@ class PolicyGeneration:
         if not batch.model:
             batch.model = self._current()
             self._pin(batch.model if self._batch is not None else None)
+        is_first = batch.num_turns == 0
         asks = batch.plan(prompts)
+        if not is_first:
+            asks = [self._within_limits(ask, batch) for ask in asks]
         start = time.perf_counter()
         with profiler or nullcontext():
             answers = self._sample_together(asks, batch)
@@ -190,6 +193,20 @@ class PolicyGeneration:
             None if self.settings.logprobs is None else logprobs,
             [row["logprob_token_ids"] for row in rows],
         )
+
+    def _within_limits(self, ask: Ask, batch: RolloutBatch) -> Ask:
+        """`ask`, with what is left of the rollout's completion where another whole one would not fit.
+
+        TRL cuts a rollout at max_completion_length, its tools' answers included: the same tokens are left.
+        """
+        limit = self.clients[0].limits().max_model_len
+        room = None if limit is None else limit - len(ask.prompt_ids)
+        if room is None or room >= self.settings.fields()["max_tokens"]:
+            return ask
+        begin = batch.turns[ask.rows[0]][0].prompt_ids
+        left = self.settings.max_completion_length - (len(ask.prompt_ids) - len(begin))
+        # Where nothing is left the server's limit says so.
+        return replace(ask, max_tokens=min(left, room)) if min(left, room) > 0 else ask
 
     def _sample_together(self, asks: list[Ask], batch: RolloutBatch) -> list[list[dict[str, Any]]]:
         if self._agree is None or batch is not self._batch or batch.num_turns > 0:
@@ -229,11 +246,11 @@ class PolicyGeneration:
         settings = self.settings.as_request()
         first = items[0][1]
         n = len(first.rows)
-        if first.seed is not None:
-            settings["generation_kwargs"] = {
-                "seed": first.seed,
-                **(settings["generation_kwargs"] or {}),
-            }
+        own = {"seed": first.seed, "max_tokens": first.max_tokens}
+        settings["generation_kwargs"] = {
+            **(settings["generation_kwargs"] or {}),
+            **{name: value for name, value in own.items() if value is not None},
+        }
         output = self.clients[client_index].generate(
             [ask.prompt_ids for _, ask in items], n=n, model=model, **settings
         )
@@ -247,10 +264,11 @@ class PolicyGeneration:
 
 
 def _requests(asks: Sequence[Ask], num_clients: int) -> list[tuple[int, list[tuple[int, Ask]]]]:
-    """`(client, [(index of ask, ask)])`: what has one seed and one number of rows travels together."""
-    alike: dict[tuple[int, int], list[tuple[int, Ask]]] = {}
+    """`(client, [(index of ask, ask)])`: what has one seed, number of rows and length travels together."""
+    alike: dict[tuple[int, int, int], list[tuple[int, Ask]]] = {}
     for index, ask in enumerate(asks):
-        alike.setdefault((ask.seed or 0, len(ask.rows)), []).append((index, ask))
+        key = (ask.seed or 0, len(ask.rows), ask.max_tokens or 0)
+        alike.setdefault(key, []).append((index, ask))
     found = []
     for turn, items in enumerate(alike.values()):
         for share in range(num_clients):

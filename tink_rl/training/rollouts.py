@@ -41,6 +41,8 @@ class Ask:
     prompt_ids: list[int]
     rows: list[int]
     seed: int | None
+    max_tokens: int | None = None
+    """Instead of the settings', where a history has grown so long that those would not fit any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Turn:
     completion_ids: list[int]
     logprobs: list[float] | None
     seed: int | None
+    max_tokens: int | None = None
+    """See `Ask.max_tokens`."""
 
 
 @dataclass(kw_only=True)
@@ -157,6 +161,7 @@ class RolloutBatch:
                         completion_ids=list(answer["completion_ids"]),
                         logprobs=_sampled(answer["logprobs"]),
                         seed=None if ask.seed is None else ask.seed + k,
+                        max_tokens=ask.max_tokens,
                     )
                 )
         self.num_turns += 1
@@ -281,6 +286,7 @@ def _turn_json(former: Turn | None, turn: Turn) -> dict[str, Any]:
         "completion_ids": turn.completion_ids,
         "logprobs": None if turn.logprobs is None else [_number(x) for x in turn.logprobs],
         "seed": turn.seed,
+        **({} if turn.max_tokens is None else {"max_tokens": turn.max_tokens}),
     }
 
 
@@ -316,6 +322,8 @@ def requests_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         options = dict(row["sampling"].get("generation_kwargs") or {})
         if turn["seed"] is not None:
             options["seed"] = turn["seed"]
+        if "max_tokens" in turn:
+            options["max_tokens"] = turn["max_tokens"]
         requests.append(
             {
                 **row["sampling"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ import trl
 from transformers import AutoModelForCausalLM
 
 import tink_rl
+from benchmarks import step
 from tests.trainers import PROMPTS, make_trainer, rows, settings
-from tink_rl.training.ratio import RATIO
+from tink_rl.training.ratio import LOWEST_RATIO, RATIO
 from tink_rl.training.rollouts import read_rollouts
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
@@ -88,10 +88,12 @@ def run(server, model_dir, path, **changes):
 
 
 def assert_learned(trainer, moved, caplog):
-    history = rows(trainer)
-    assert all(row[f"sampling/importance_sampling_ratio/{kind}"] == pytest.approx(1, abs=1e-3)
-               for row in history for kind in ("min", "mean", "max"))  # fmt: skip
-    assert max(row["rollout/logprob_gap"] for row in history) < 1e-4
+    # With num_iterations=2, every other step samples.
+    sampled = [row for row in rows(trainer) if RATIO in row]
+    kinds = [f"sampling/importance_sampling_ratio/{kind}" for kind in ("min", "mean", "max")]
+    assert len(sampled) >= 2
+    assert all(row[kind] == pytest.approx(1, abs=1e-3) for row in sampled for kind in kinds)
+    assert max(row["rollout/logprob_gap"] for row in sampled) < 1e-4
     # A gradient of denormal numbers would move Adam's parameters by far less than the learning rate.
     assert min(moved.values()) > 1e-3
     assert not [text for text in caplog.messages if "next to nothing is learned" in text]
@@ -153,10 +155,23 @@ def test_narrowed_evaluation_and_rloo_compare_like_with_like(server, model_dir, 
     assert len(gaps) >= 4 and max(gaps) < 1e-3 and min(moved.values()) > 1e-3
 
 
+def test_completions_that_ignore_the_end_token_are_long_and_leave_the_ratio_alone(
+    server, model_dir, tmp_path, caplog
+):
+    trainer, moved = run(server, model_dir, tmp_path, generation_kwargs={"ignore_eos": True})
+    assert_learned(trainer, moved, caplog)
+    step.check_learns(rows(trainer))  # as the benchmark does
+    for row in read_rollouts(tmp_path / "rollouts.jsonl"):
+        assert len(row["turns"][0]["completion_ids"]) == 8
+        assert "full_logprobs" not in row["sampling"]
+
+
 def test_run_whose_ratio_vanishes_says_so(server, model_dir, tmp_path, caplog, monkeypatch):
-    # As a stock server answers: renormalised over one token.
+    # As a stock server answers: renormalised over what the grammar left.
     monkeypatch.setattr("tink_rl.training.generation.distribution_changes", lambda fields: ())
-    trainer, _ = run(server, model_dir, tmp_path, top_k=1, max_steps=2)
-    assert all(row[RATIO] < 1e-3 and math.isfinite(row["loss"]) for row in rows(trainer))
+    trainer, _ = run(server, model_dir, tmp_path, vllm_structured_outputs_regex="[a-d]{8}")
+    assert all(row[RATIO] < LOWEST_RATIO for row in rows(trainer))
     (line,) = [text for text in caplog.messages if "next to nothing is learned" in text]
     assert line.startswith("step 1: mean importance ratio")
+    with pytest.raises(SystemExit, match="3 of 3 steps"):
+        step.check_learns(rows(trainer))

@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.policy.content import ContentDigest, files_identity
+from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
 from tink_rl.server.leases import Leases
 from tink_rl.server.numbers import Numbers
 from tink_rl.types import PROTOCOL_VERSION
@@ -28,6 +29,9 @@ class FakeVLLM:
         self.base = "base"
         self.max_model_len = 256
         self.fingerprint = base_fingerprint(root) if Path(root).is_dir() else "f" * 32
+        index = checkpoint_index(root) if Path(root).is_dir() else {}
+        self.base_files = files_identity(index) if index else None
+        self.content = ContentDigest(index)
         self.lock = threading.Lock()
         self.calls: list[str] = []
         self.generated: list[str] = []
@@ -170,7 +174,13 @@ class FakeVLLM:
             "served": dict(self.served),
             "merged": self.merged,
             "full": self.full,
+            "base_files": self.base_files,
         }
+
+    def _base(self, body: dict[str, Any]) -> dict[str, Any]:
+        num_bytes = self.content.num_bytes
+        tensors = self.content.wait()
+        return {"num_bytes": num_bytes, "num_done": num_bytes, "tensors": tensors}
 
     def _join(self, body: dict[str, Any]) -> dict[str, Any]:
         lease, _ = self.leases.take(body["policy"], body["writer"])

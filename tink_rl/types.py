@@ -167,6 +167,8 @@ class ServerStatus:
     """Versions of vllm, torch and tink_rl in the server."""
     amx: bool | None = None
     """Whether vLLM's workers may use AMX's tile registers; None: torch reports no AMX there."""
+    base_files: str | None = None
+    """Which files the base was loaded from (`policy.content.files_identity`); None: not known."""
     draining: dict[str, int] = field(default_factory=dict)
     """Dropped names whose host copy waits for running requests."""
     running: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,12 @@ from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.policy.live_check import check_live_base
 from tink_rl.policy.modes import choose_mode
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
+from tink_rl.transport.base_content import check_content
 from tink_rl.transport.fleet import Fleet, Replica
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.probes import Probe, ProbeCheck
@@ -94,6 +96,8 @@ class WeightSync:
         """A version that stays served beyond `keep_versions`, because a rollout goes on with it."""
         self._last: tuple[packet.PacketHeader, torch.Tensor] | None = None
         self._collector: tuple[Any, Collector] | None = None
+        self._compared: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Live models whose base was found to be the checkpoint's."""
         self._live_digest = ""
         """Of what was trained in the current full version, if a live PEFT model gave it."""
         self._said: str | None = None
@@ -138,6 +142,7 @@ class WeightSync:
             self._fingerprint = base_fingerprint(self._base_model)
             self._mode = choose_mode(self.config.mode, status, policy=self.config.policy).mode
             self._check_base(status)
+            check_content(self.fleet, self._base_model)
             self._status = status
         self.fleet.each(lambda replica: replica.ensure_channel())
         return self._status
@@ -340,6 +345,9 @@ class WeightSync:
         with watch.naming_phase():
             with watch(Phase.JOIN):
                 self.open()
+            if hasattr(source, "get_base_model"):
+                sent = self._whole(source).entries or ()
+                self._check_live(source, travels={entry.name for entry in sent})
             record = self._publish_whole(
                 lambda: self._whole(source), self._next_version(), watch, probe, once=once
             )
@@ -355,6 +363,7 @@ class WeightSync:
         if hasattr(source, "get_base_model"):
             if self._collector is None or self._collector[0] is not source:
                 self._collector = (source, collector_for(source, self._base_model))
+                self._check_live(source)
             collector = self._collector[1]
             self.settle(collector.needs)
             return collector.collect(live=True)  # packed before it can change
@@ -368,6 +377,16 @@ class WeightSync:
             )
         taken: Adapter | LiveModel = found
         return taken
+
+    def _check_live(self, model: Any, travels: Collection[str] = ()) -> None:
+        """Compare the base of a live PEFT model with what is served, once a model.
+
+        Raises:
+            BaseMismatch: it was changed in memory.
+        """
+        if model not in self._compared:
+            check_live_base(model, self._base_model, travels=travels)
+            self._compared.add(model)
 
     def _publish_live(
         self, live: LiveModel, watch: Stopwatch, probe: Probe | None, *, synthetic: bool

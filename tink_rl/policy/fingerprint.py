@@ -47,6 +47,11 @@ class CheckpointTensor:
     """First byte in the file."""
     end: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the stored tensor."""
+        return self.end - self.begin
+
 
 # -- which files are the checkpoint -----------------------------------------------------------------
 
@@ -172,6 +177,22 @@ def read_checkpoint_tensor(entry: CheckpointTensor) -> torch.Tensor:
     with safe_open(entry.file, framework="pt") as handle:  # type: ignore[no-untyped-call]
         tensor: torch.Tensor = handle.get_tensor(entry.name)
     return tensor
+
+
+class MappedCheckpoint:
+    """Tensors of a checkpoint, mapped from files that are opened once each."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, Any] = {}
+
+    def tensor(self, entry: CheckpointTensor) -> torch.Tensor:
+        """As `read_checkpoint_tensor`, without reading the file's header again."""
+        from safetensors import safe_open
+
+        if entry.file not in self._handles:
+            self._handles[entry.file] = safe_open(entry.file, framework="pt")  # type: ignore[no-untyped-call]
+        tensor: torch.Tensor = self._handles[entry.file].get_tensor(entry.name)
+        return tensor
 
 
 def base_fingerprint(model: str | Path) -> str:

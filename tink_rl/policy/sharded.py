@@ -56,6 +56,45 @@ def reshard(model: Any) -> None:
             module.reshard()
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the whole parameter, of which this rank may hold a part, or packed values."""
+    if sharding_of(parameter) is Sharding.ZERO3:
+        return tuple(parameter.ds_shape)
+    state = getattr(parameter, "quant_state", None)
+    return tuple(state.shape if state is not None else parameter.shape)
+
+
+def own_part(parameter: Any) -> tuple[torch.Tensor, int] | None:
+    """What this rank holds of a parameter, flat, and the index of its first element in the whole.
+
+    None where it does not hold one piece of the flat whole (columns, several dimensions, another place);
+    that is so on every rank, which then can read it whole together.
+    """
+    sharding = sharding_of(parameter)
+    if sharding is Sharding.WHOLE:
+        return parameter.detach().reshape(-1), 0
+    if sharding is Sharding.ZERO3:
+        return _own_partition(parameter)
+    if all(placement.is_replicate() for placement in parameter.placements):
+        return parameter.to_local().detach().reshape(-1), 0
+    dim = _dim_that_cuts_rows(parameter.placements)
+    if dim is None:
+        return None
+    rows, mesh = parameter.shape[0], parameter.device_mesh
+    first = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
+    width = parameter.numel() // rows if rows else 0
+    return parameter.to_local().detach().reshape(-1), first * width
+
+
+def _own_partition(parameter: Any) -> tuple[torch.Tensor, int] | None:
+    part = parameter.ds_tensor
+    if not part.is_floating_point() or part.numel() == 0:
+        return None  # quantised, or swapped out to a disk
+    first = dist.get_rank(parameter.ds_process_group) * part.numel()
+    num_own = max(0, min(part.numel(), parameter.ds_numel - first))  # the last ones are padded
+    return part.detach().reshape(-1)[:num_own], min(first, parameter.ds_numel)
+
+
 @torch.no_grad()
 def read_whole(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The whole value of each parameter, detached. Every rank must call it.

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkError
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
+from tink_rl.server.content import ServedContent
 from tink_rl.server.gate import GATE, GateMiddleware
 from tink_rl.server.offered import check_layout, offered_modes
 from tink_rl.server.policies import Policies
@@ -60,13 +61,15 @@ class TinkEndpoints:
         check_layout(config, args)
         modes = offered_modes(config, os.environ.get("TINK_SERVER_MODES"))
         model_dir = str(_model_dir(config))
+        content = await asyncio.to_thread(ServedContent, model_dir)
         facts = await asyncio.to_thread(_facts, config, model_dir)
         policies = Policies(
             engine=engine_client,
             models=state.openai_serving_models,
             gate=GATE,
             modes=modes,
-            facts=facts,
+            facts={**facts, "base_files": content.identity},
+            content=content,
             channel_host=_channel_host(os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1")),
             channel_port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
             make_lora_request=LoRARequest,
@@ -164,6 +167,7 @@ _ACTIONS: dict[str, Callable[[Policies], _Handler]] = {
     "discard": lambda p: p.stages.discard,
     "commit": lambda p: p.commit,
     "drop": lambda p: p.drop,
+    "base": lambda p: p.describe_base,
     "forget_prefixes": lambda p: p.forget_prefixes,
     "begin": lambda p: p.updates.begin,
     "finish": lambda p: p.updates.finish,

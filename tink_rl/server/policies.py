@@ -18,6 +18,7 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.server.caches import forget_caches
+from tink_rl.server.content import ServedContent
 from tink_rl.server.gate import Gate
 from tink_rl.server.host_store import SCHEME
 from tink_rl.server.leases import Leases
@@ -60,6 +61,7 @@ class Policies:
         channel_host: str,
         channel_port: int,
         make_lora_request: Callable[..., Any],
+        content: ServedContent | None = None,
     ) -> None:
         """Store; `prepare` does the work.
 
@@ -72,10 +74,12 @@ class Policies:
             channel_host: Interface that channels bind.
             channel_port: Port that channels bind, 0 for any.
             make_lora_request: vLLM's `LoRARequest`.
+            content: Of the served checkpoint.
         """
         self.engine, self._models, self.gate = engine, models, gate
         self.modes, self._facts = modes, facts
         self._make_lora_request = make_lora_request
+        self._content = content
         self.workers, self.leases = Workers(engine), Leases()
         self.writers = Writers(self, host=channel_host, port=channel_port)
         self.stages = Stages(self)
@@ -130,6 +134,15 @@ class Policies:
             "running": self.gate.num_running,
             "holding": self.gate.is_holding,
         }
+
+    async def describe_base(self, body: dict[str, Any]) -> dict[str, Any]:
+        """See `ServedContent.ask`.
+
+        Raises:
+            BaseMismatch, ConfigError: it cannot be told.
+        """
+        assert self._content is not None
+        return await self._content.ask(body)
 
     def check_base(self, fingerprint: str) -> None:
         """Raise unless `fingerprint` is that of the served checkpoint.

@@ -82,6 +82,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         config=sync,
         base_model=_base_of(model, trainer.args),
         prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
+        tokenizer=getattr(trainer, "processing_class", None),
         rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     trainer.policy_link = link

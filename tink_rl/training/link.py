@@ -19,8 +19,9 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.policy.adapter import active_adapter
+from tink_rl.policy.adapter import AdapterCollector, active_adapter
 from tink_rl.policy.collect import collector_for
+from tink_rl.policy.live_check import check_frozen, check_live_base
 from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.modes import check_fits
 from tink_rl.policy.peft_dir import POLICY_FILE
@@ -48,6 +49,7 @@ class PolicyLink:
         config: SyncConfig,
         base_model: str,
         prober: Prober,
+        tokenizer: Any = None,
         rank_timeout_s: float = 1800.0,
     ) -> None:
         """Find the adapter in `model`; speaks to no server yet.
@@ -59,6 +61,7 @@ class PolicyLink:
             config: Settings.
             base_model: Directory (or cached hub id) of the base.
             prober: Of the same model.
+            tokenizer: The trainer's, to be compared with the served vocabulary.
             rank_timeout_s: How long one process may wait for another.
 
         Raises:
@@ -79,7 +82,7 @@ class PolicyLink:
             accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
         )
         self._model, self._accelerator, self._prober = model, accelerator, prober
-        self._config, self._base_model = config, base_model
+        self._config, self._base_model, self._tokenizer = config, base_model, tokenizer
         self._current = ""
         self._digests: dict[str, str] = {}
         self._started = False
@@ -102,6 +105,7 @@ class PolicyLink:
         Every rank must call it.
 
         Raises:
+            BaseMismatch: the trainer's base, as it is in memory on any rank, is not what is served.
             ProbeFailed: the server does not apply what is published.
             TinkError: a server is missing, holds another base, is taken, ...
         """
@@ -112,6 +116,7 @@ class PolicyLink:
 
         def work() -> None:
             check(self.sync.open())
+            self.ranks.together("check_base")
             mode = self.sync.settle(self.collector.needs)
             # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
             if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
@@ -191,12 +196,20 @@ class PolicyLink:
         return self._digests[name]
 
     def _duties(self) -> Duties:
-        """What a sharded model needs every rank for."""
+        """What every rank does together, all of it only where the model is sharded."""
         return {
+            "check_base": self._check_base,
             "measure": self._prober.measure,
             "measure_with": partial(self._prober.measure_with, self.collector),
             "collect": partial(self.collector.collect, live=True),
         }
+
+    def _check_base(self) -> None:
+        """What no file says: the base in memory, with several processes each its own."""
+        if isinstance(self.collector, AdapterCollector):
+            check_frozen(self._model)
+        tokenizer = self._tokenizer if self.ranks.is_leader else None
+        check_live_base(self._model, self._base_model, tokenizer=tokenizer)
 
     def _on_all(self, duty: str, *args: Any) -> Any:
         """`duty` on every rank if the model is sharded, else here alone; rank 0's result."""

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from trl import GRPOConfig
 
 import tink_rl
-from tests.multi import fsdp_on_cpu, zero3_on_cpu
+from tests.multi import fsdp_on_cpu, planted, zero3_on_cpu
 from tink_rl import SyncConfig, errors
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
@@ -170,6 +170,8 @@ def main(job):
         let_fail(trainer, job, rank)
         trainer.train(resume_from_checkpoint=job.get("resume"))
         found = facts(trainer, snapshot)
+        if "moe" in job:
+            found["planted"] = planted.outcomes(trainer, job)
     except BaseException as error:
         found = {"error": type(error).__name__, "message": str(error)}
         raise

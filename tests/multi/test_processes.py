@@ -26,6 +26,7 @@ class Runs:
 
     def __init__(self, servers, model_dir, root):
         self.servers, self.model, self.root = servers, model_dir("qwen3"), root
+        self.moe = model_dir("qwen3_moe")
         self._done = {}
 
     def _job(self, name, **changes):
@@ -42,6 +43,8 @@ class Runs:
         if (kind, fail) not in self._done:
             name = f"{kind}-{(fail or 'fine').replace(' ', '-')}"
             given = self._job(name, fail=fail, args={"per_device_train_batch_size": 8})
+            if fail is None:
+                given |= {"kind": kind, "moe": str(self.moe)}
             out = self.root / name
             self._done[kind, fail] = (*launch(KINDS[kind], given, out), out)
         return self._done[kind, fail]
@@ -78,6 +81,25 @@ def test_collected_adapter_is_bit_for_bit_the_single_process_one(runs, kind):
     assert {facts["sharding"] for facts in ranks.values()} == {
         {"ddp": "whole", "fsdp2": "dtensor", "zero3": "zero3"}[kind]
     }
+
+
+PLANTED = {
+    "a thousandth of one tensor": "model.layers.1.mlp.up_proj.weight",
+    "one norm": "model.layers.1.input_layernorm.weight",
+    "one row of the embedding": "model.embed_tokens.weight",
+    "one expert": "model.layers.1.mlp.experts.3.up_proj.weight",
+}
+
+
+@pytest.mark.parametrize("kind", _BY_KIND)
+def test_change_in_the_base_of_the_last_rank_is_refused_by_name_on_all(runs, kind):
+    ranks, _ = runs.fine(kind)
+    for case, tensor in PLANTED.items():
+        found = [facts["planted"][case] for facts in ranks.values()]
+        assert [(name, error) for name, _, error in found] == [(tensor, "BaseMismatch")] * 2, case
+        assert found[0][1] == found[1][1] and "differs by up to" in found[0][1]
+    for honest in ("an honest one with experts", "none any more"):
+        assert {facts["planted"][honest] for facts in ranks.values()} == {None}
 
 
 @pytest.mark.parametrize("kind", _BY_KIND)

@@ -39,4 +39,15 @@ def read_on(rank: int, num_ranks: int, store: str) -> None:
             assert type(read) is torch.Tensor and read.dtype == whole.dtype
             assert torch.equal(read, whole), (name, whole.shape)
         assert same.data_ptr() == plain.data_ptr()
+        for whole, shard in zip(wholes, cut, strict=True):
+            _assert_own_part(whole, shard, is_one_piece="columns" not in name)
     dist.destroy_process_group()
+
+
+def _assert_own_part(whole: torch.Tensor, shard: torch.Tensor, *, is_one_piece: bool) -> None:
+    assert sharded.whole_shape(shard) == tuple(whole.shape)
+    own = sharded.own_part(shard)
+    assert (own is not None) == is_one_piece
+    if own is not None:
+        part, begin = own
+        assert torch.equal(part, whole.reshape(-1)[begin : begin + part.numel()])

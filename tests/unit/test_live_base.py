@@ -1,4 +1,4 @@
-"""The base that a trainer holds against the checkpoint: every planted change is named, no honest run is refused."""
+"""A trainer's base beside the checkpoint: every planted change is named, no honest run is refused."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(model_dir, caplog):
     for layer in model.get_base_model().model.layers:
         layer.mlp.up_proj.base_layer.weight.SCB = None
     check(model, model_dir("qwen3"))
-    assert f"2 tensors of the trainer's base could not be compared" in caplog.text
+    assert "2 tensors of the trainer's base could not be compared" in caplog.text
 
 
 # -- on purpose -------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_text_model_of_a_checkpoint_with_towers_passes_and_a_missing_layer_does_
     live_base.compare_base(
         base.eval().requires_grad_(False), index, where="d", saved_as=("Qwen3VL",)
     )
-    with pytest.raises(errors.BaseMismatch, match="visual.*in the checkpoint only"):
+    with pytest.raises(errors.BaseMismatch, match=r"visual.*in the checkpoint only"):
         live_base.compare_base(base, index, where="d", saved_as=("Qwen3ForCausalLM",))
     index["model.layers.2.norm.weight"] = some
     with pytest.raises(errors.BaseMismatch, match=r"layers\.2.*in the checkpoint only"):
@@ -382,9 +382,9 @@ class _Allocations(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         inputs = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
         for tensor in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                if tensor.untyped_storage()._cdata not in inputs:
-                    self.largest = max(self.largest, tensor.numel())
+            is_real = isinstance(tensor, torch.Tensor) and not tensor.is_meta
+            if is_real and tensor.untyped_storage()._cdata not in inputs:
+                self.largest = max(self.largest, tensor.numel())
         return found
 
 

@@ -10,6 +10,8 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.policies import PeftTwin
 from tests.unit import gathering
+from tink_rl import errors
+from tink_rl.policy.live_check import check_live_base
 from tink_rl.policy.sharded import Sharding, read_whole, sharding_of, write_whole
 from tink_rl.training.probe import Prober
 
@@ -51,6 +53,22 @@ def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(m
     after = twin.collector.collect()
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
     assert Prober(twin.model, vocab_size=64).logprobs() == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "qwen2", "qwen3_moe"])
+def test_fully_sharded_base_is_compared_by_parts(model_dir, mesh, shape):
+    twin = PeftTwin(model_dir(shape))
+    for layer in twin.model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(twin.model, mesh=mesh)
+    check_live_base(twin.model, str(model_dir(shape)))
+    with torch.no_grad():
+        layer = twin.model.get_base_model().model.layers[1]
+        name = "gate_up_proj" if shape == "qwen3_moe" else "up_proj.base_layer.weight"
+        planted = next(p for n, p in layer.named_parameters() if n.endswith(name))
+        planted.to_local().view(-1)[-1] += 0.01
+    with pytest.raises(errors.BaseMismatch, match=r"layers\.1\.mlp.*up_proj.*0\.01 in 1 of"):
+        check_live_base(twin.model, str(model_dir(shape)))
 
 
 def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_dir, mesh):

@@ -22,7 +22,7 @@ from tink_rl.errors import BaseMismatch
 from tink_rl.policy.base_names import HEAD, Pair, match_names
 from tink_rl.policy.fingerprint import CheckpointTensor, MappedCheckpoint
 from tink_rl.policy.packed_base import is_packed, packed_difference
-from tink_rl.policy.sharded import own_part, read_whole, reshard, whole_shape
+from tink_rl.policy.sharded import own_part, read_whole, whole_shape
 
 logger = logging.getLogger("tink_rl")
 _CHUNK = 2**22
@@ -85,7 +85,6 @@ def compare_base(
     Raises:
         BaseMismatch: a tensor differs, is missing or is too many; names the first and how far off.
     """
-    reshard(base)
     live = dict(base_tensors(base))
     known = match_names(base, {name: whole_shape(t) for name, t in live.items()}, index, tied=tied)
     found = Comparison()

@@ -6,9 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 from tink_rl.errors import UnsupportedAdapter
-from tink_rl.policy.fingerprint import checkpoint_index, local_model_dir
+from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.policy.live_base import base_tensors, compare_base, unwrapped_modules
 from tink_rl.policy.live_settings import check_settings
+from tink_rl.policy.model_dir import local_model_dir
+from tink_rl.policy.sharded import reshard
 from tink_rl.policy.support import changes_base
 from tink_rl.policy.vocabulary import check_vocabulary
 
@@ -30,6 +32,7 @@ def check_live_base(
     Raises:
         BaseMismatch: a tensor, a setting or a token differs; names the first and the way out.
     """
+    reshard(model)
     base, directory = model.get_base_model(), local_model_dir(base_model)
     saved = type(base.config).from_pretrained(directory)
     text = saved.get_text_config()

@@ -9,12 +9,13 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.tiny_models import make_model
 from tink_rl import errors
-from tink_rl.policy import live_base
+from tink_rl.policy import live_base, live_settings
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.policy.live_check import changed_weights, check_frozen, check_live_base
 
@@ -186,6 +187,37 @@ def test_setting_that_was_changed_in_memory_is_refused_by_name(model_dir, settin
 def test_setting_that_was_given_when_loading_is_refused(model_dir, changed):
     model = adapted(load(model_dir("qwen3"), **changed))
     assert next(iter(changed)) in refused(model, model_dir("qwen3")).details["setting"]
+
+
+def test_table_that_only_the_config_says_is_compared_also_outside_of_rope(model_dir):
+    model = adapted(load(model_dir("gemma3")))
+    check(model, model_dir("gemma3"))
+    model.get_base_model().model.embed_tokens.embed_scale.mul_(1.5)
+    setting = refused(model, model_dir("gemma3")).details["setting"]
+    assert setting == "model.embed_tokens.embed_scale"
+
+
+def test_model_that_cannot_be_built_again_is_said(model_dir, monkeypatch, caplog):
+    model = adapted(load(model_dir("qwen3")))
+
+    def broken(*_, **__):
+        raise KeyError("remote code")
+
+    monkeypatch.setattr(type(model.get_base_model()), "__init__", broken)
+    check(model, model_dir("qwen3"))
+    assert "cannot be built again from its config ('remote code')" in caplog.text
+
+
+def test_dropout_is_no_setting_of_the_served_model():
+    assert not list(live_settings._of_numbers("d", torch.nn.Dropout(0.0), torch.nn.Dropout(0.1)))
+
+
+def test_head_beside_a_tied_embedding_in_the_file_is_not_read(model_dir, tmp_path):
+    directory = shutil.copytree(model_dir("qwen2"), tmp_path / "copy")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(64, 128)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    check(adapted(load(directory)), directory)
 
 
 # -- tokens -----------------------------------------------------------------------------------------

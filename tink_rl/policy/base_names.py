@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from tink_rl.policy.fingerprint import CheckpointTensor
 
 Shape = tuple[int, ...]
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,6 @@ def match_names(
     base: Any,
     live: Mapping[str, Shape],
     index: Mapping[str, CheckpointTensor],
-    *,
-    tied: bool = False,
 ) -> list[Pair]:
     """The pairs of `base` and the checkpoint of `index`, in the live model's order.
 
@@ -73,14 +70,11 @@ def match_names(
         base: The transformers model, for its conversions.
         live: Whole shapes by name in memory.
         index: The checkpoint.
-        tied: Leave the head out: it is the embedding, whatever the file holds under its name.
     """
     pairs: list[Pair] = []
     whole_only: dict[frozenset[str], list[str]] = {}
     """Names in the checkpoint -> live names that only together make them."""
     for name, shape in live.items():
-        if tied and name == HEAD:
-            continue
         if name in index:
             pairs.append(Pair(stored=name, live=(name,), shape=shape, begin=0))
             continue

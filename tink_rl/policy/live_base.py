@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tink_rl.errors import BaseMismatch
-from tink_rl.policy.base_names import HEAD, Pair, match_names
+from tink_rl.policy.base_names import Pair, match_names
 from tink_rl.policy.fingerprint import CheckpointTensor, MappedCheckpoint
 from tink_rl.policy.packed_base import is_packed, packed_difference
 from tink_rl.policy.sharded import own_part, read_whole, whole_shape
@@ -30,6 +30,7 @@ _CHUNK = 2**22
 _WHOLE_CHUNK = 2**26
 """Elements that are compared in one call where nothing has to be cast."""
 _SAY_EVERY_S = 5.0
+HEAD = "lm_head.weight"
 _ROUNDINGS = (torch.bfloat16, torch.float16)
 _WAY_OUT = (
     "serve what the trainer holds: save the base and its tokenizer before the LoRA is added "
@@ -79,16 +80,20 @@ def compare_base(
         where: Directory or name of the checkpoint, for the error.
         changed_on_purpose: Names of weights that an initialisation (PiSSA, LoftQ, ...) changed; they
             travel with the adapter.
-        tied: Whether the checkpoint's config ties head and embedding: its head is not read then.
+        tied: Whether the checkpoint's config ties head and embedding.
         saved_as: Names of the class that was saved; another one may leave tensors out (images).
 
     Raises:
         BaseMismatch: a tensor differs, is missing or is too many; names the first and how far off.
     """
     live = dict(base_tensors(base))
-    known = match_names(base, {name: whole_shape(t) for name, t in live.items()}, index, tied=tied)
+    shapes = {name: whole_shape(tensor) for name, tensor in live.items()}
+    if tied and any(live.get(HEAD) is t for name, t in live.items() if name != HEAD):
+        del shapes[HEAD]  # loaders leave the file's alone, if it has one
+        index = {name: entry for name, entry in index.items() if name != HEAD}
+    known = match_names(base, shapes, index)
     found = Comparison()
-    found.differences += _without_partner(base, live, index, known, tied=tied, saved_as=saved_as)
+    found.differences += _without_partner(base, live, index, known, saved_as)
     progress = _Progress(sum(index[pair.stored].num_bytes for pair in known))
     parts = _Parts(base, live)
     files, skipped = MappedCheckpoint(), set(changed_on_purpose)
@@ -167,8 +172,6 @@ def _without_partner(
     live: Mapping[str, torch.Tensor],
     index: Mapping[str, CheckpointTensor],
     pairs: Collection[Pair],
-    *,
-    tied: bool,
     saved_as: Collection[str],
 ) -> Iterator[Difference]:
     """Tensors of one side that the other one lacks; what is no part of the computation is only said."""
@@ -183,11 +186,7 @@ def _without_partner(
             logger.info("the buffer %s of the trainer's base is not in the checkpoint", name)
     stored = {pair.stored for pair in pairs}
     missing = set(index) - stored
-    unused = sorted(
-        name
-        for name in missing
-        if (tied and name == HEAD) or _is_unused(base, name, stored, saved_as)
-    )
+    unused = sorted(name for name in missing if _is_unused(base, name, stored, saved_as))
     if unused:
         logger.info(
             "%d tensors of the checkpoint are no part of the trainer's %s, first %s",

@@ -13,18 +13,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tink_rl.errors import BaseMismatch
 from tink_rl.policy.live_base import unwrapped_modules
 
 logger = logging.getLogger("tink_rl")
 _NO_MATTER = re.compile(
-    r"^_|token_id|dropout|loss|jitter|^output_|label|architectures|dtype|use_cache|return_dict|"
+    r"^_|token_id|drop|loss|jitter|^output_|label|architectures|dtype|use_cache|return_dict|"
     r"transformers_version|quantization|problem_type|initializer|tokenizer|^torchscript|task_specific|"
     r"max_position_embeddings|max_seq_len|vocab_size|padding_idx|layer_idx|^training$|checkpointing|"
     r"pruned_heads|chunk_size_feed_forward|is_causal|keys_to_ignore|^name_or_path$|pretraining_tp"
 )
 """Settings by name that say how a model is trained, saved or told, or that tensors show by their shape."""
+_LARGEST_TABLE = 2**20
+"""Elements; what is larger is a weight."""
 _SAME = 1e-6
 """Relative; a config is written in decimals."""
 
@@ -80,7 +83,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
 def _of_modules(base: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
     """Numbers of modules (eps, scaling, ...) and the tables that they computed (rotary frequencies)."""
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), _WeightsWithoutData():
             built = dict(_plain_class(base)(saved).named_modules())
     except Exception as error:  # noqa: BLE001 - a model's own code; its weights were compared all the same
         logger.warning(
@@ -94,8 +97,24 @@ def _of_modules(base: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from _of_tables(name, module, built[name])
 
 
+class _WeightsWithoutData(TorchFunctionMode):
+    """Lets a model be built with its tables and without memory for its weights."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            found = func(*args, **{**kwargs, "device": "meta"})
+            if func is torch.empty or found.numel() > _LARGEST_TABLE:
+                return found
+        return func(*args, **kwargs)
+
+
 def _of_numbers(name: str, module: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     numbers = (int, float, bool)
+    if "Dropout" in type(other).__name__:
+        return
     for key, wanted in vars(other).items():
         mine = vars(module).get(key, wanted)
         comparable = type(wanted) in numbers and type(mine) in (*numbers, type(None))
@@ -111,16 +130,16 @@ def _plain_class(base: Any) -> Any:
 
 def _of_tables(name: str, module: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     """Buffers that are in no checkpoint because the config says them."""
-    tables = [key for key in other._non_persistent_buffers_set if key in module._buffers]
-    config = getattr(other, "config", None)
-    if not tables or config is None or "Rotary" not in type(other).__name__:
-        return
-    fresh = type(other)(config)
-    for key in sorted(tables):
-        mine, wanted = module._buffers[key], fresh._buffers.get(key)
-        if mine is None or wanted is None:
+    # With these, a long sequence may have stretched the table already; the original one stays.
+    stretched = any(
+        kind in str(getattr(other, "rope_type", "")) for kind in ("dynamic", "longrope")
+    )
+    for key in sorted(other._non_persistent_buffers_set):
+        mine, wanted = module._buffers.get(key), other._buffers[key]
+        if mine is None or wanted is None or wanted.is_meta or mine.is_meta:
+            continue
+        if stretched and "original" not in key:
             continue
         wanted = wanted.to(mine.device).to(mine.dtype)
-        same_shape = mine.shape == wanted.shape
-        if not same_shape or not torch.allclose(mine, wanted, rtol=1e-5, atol=0.0):
+        if mine.shape != wanted.shape or not torch.allclose(mine, wanted, rtol=1e-5, atol=0.0):
             yield f"{name}.{key}", mine.flatten()[:3].tolist(), wanted.flatten()[:3].tolist()

@@ -19,6 +19,7 @@ FLOORS = [
     {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},
     {"transport", "memory_plan"},
+    {"serve_options"},
     {"launch", "weight_sync", "server", "residency"},
     {"training", "vllm_backend"},
     {"worker", "report", "doctor", "export"},

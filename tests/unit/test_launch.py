@@ -19,12 +19,13 @@ import pytest
 
 from tests.cards import card
 from tests.hub_cache import cache_snapshot
-from tink_rl import errors, launch, placement, post_mortem, tokens
+from tink_rl import errors, launch, placement, post_mortem, serve_options, tokens
 from tink_rl.cli import serve
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
-from tink_rl.launch import ServerOptions, VLLMServer
+from tink_rl.launch import VLLMServer
 from tink_rl.placement import plan
+from tink_rl.serve_options import ServerOptions
 from tink_rl.tokens import ensure_token_file
 from tink_rl.transport import payloads
 
@@ -65,7 +66,7 @@ def test_unknown_mode_lists_the_modes(model_dir):
 
 
 def test_vllm_that_is_not_installed_is_an_import_error(model_dir, monkeypatch):
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve_options, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="vLLM is not available"):
         launch.check_options(_options(model_dir))
 
@@ -400,12 +401,12 @@ def test_dtype_among_vllms_own_flags_counts(model_dir, given):
 
 def test_vllm_for_gpus_without_one_is_told_before_it_is_started(model_dir, monkeypatch):
     monkeypatch.setattr(launch.gpus, "vllm_build", lambda: "cuda")
-    monkeypatch.setattr(launch, "entry_points", lambda group: [])
+    monkeypatch.setattr(serve_options, "entry_points", lambda group: [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=''.*tink-rl\[cpu\]"):
         launch.check_options(_options(model_dir), has_gpu=False)
     launch.check_options(_options(model_dir), has_gpu=True)
-    monkeypatch.setattr(launch, "entry_points", lambda group: ["another platform"])
+    monkeypatch.setattr(serve_options, "entry_points", lambda group: ["another platform"])
     launch.check_options(_options(model_dir), has_gpu=False)
 
 

@@ -15,7 +15,7 @@ import pytest
 from recipes import demo
 from tests.cards import GIB, MODELS, card
 from tests.docs.commands import ROOT, blocks
-from tink_rl import gpus, launch, memory_plan, placement
+from tink_rl import gpus, memory_plan, placement, serve_options
 from tink_rl.cli import serve
 from tink_rl.doctor.memory import describe
 from tink_rl.errors import ConfigError
@@ -70,7 +70,7 @@ def server_part(options, cards, visible):
     has_gpu = bool(cards)
     shape = MODELS[next((n for n in MODELS if n in options.model), "tiny base")]
     plan = placement.plan(cores=(0, 1), num_workers=1, has_gpu=has_gpu)
-    env = launch.environment(
+    env = serve_options.environment(
         options,
         {"VLLM_PLUGINS": ""},
         token_file=Path("TOKEN_FILE"),
@@ -83,7 +83,7 @@ def server_part(options, cards, visible):
     takes = [finding.what for finding in describe(memory, serve_plan)]
     if has_gpu:
         takes = memory_plan.gpu_line(memory, serve_plan, gpus.select(cards, visible)).split("; ")
-    started = in_lines(launch.command(options, has_gpu=has_gpu))
+    started = in_lines(serve_options.command(options, has_gpu=has_gpu))
     return [*started, *in_environment(env), "takes:", *(f"    {part}" for part in takes)]
 
 
@@ -116,7 +116,7 @@ def page_of(machine):
         lines += ["", f"## {part}"]
         first, second = commands(machine, part)
         options, visible = options_of(first)
-        launch._check_device(options, bool(cards))
+        serve_options._check_device(options, bool(cards))
         lines += [typed(first), *server_part(options, cards, visible), typed(second)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -143,7 +143,7 @@ def test_demo_trains_in_the_dtype_that_it_serves_on_any_machine(machine, mode):
     cards = MACHINES[machine][1]
     arguments = argparse.Namespace(mode=mode, seed=0, max_steps=0, output=Path("runs/demo"))
     options = demo.server_options(Path("TINY_BASE"), arguments, on_gpu=bool(cards))
-    launch._check_device(options, bool(cards))
+    serve_options._check_device(options, bool(cards))
     train = demo.training_command(options, Path("t"), arguments, on_gpu=bool(cards))
     assert ("--dtype" in train) is bool(cards)
     if cards:
@@ -164,6 +164,6 @@ def test_every_documented_server_starts_on_a_gpu():
     found = [c for b in blocks() for c in b.commands if "tink-rl serve" in c and "[" not in c]
     assert len(found) > 8
     for line in found:
-        launch._check_device(options_of(line)[0], has_gpu=True)
+        serve_options._check_device(options_of(line)[0], has_gpu=True)
     with pytest.raises(ConfigError, match="LoRA slots"):
-        launch._check_device(options_of("tink-rl serve m --dtype float32")[0], has_gpu=True)
+        serve_options._check_device(options_of("tink-rl serve m --dtype float32")[0], has_gpu=True)

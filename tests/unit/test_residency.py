@@ -16,7 +16,7 @@ import pytest
 from tests.fake_vllm import FakeVLLM
 from tests.policies import PeftTwin
 from tests.tiny_models import make_model
-from tink_rl import errors, launch, vllm_backend
+from tink_rl import errors, launch, serve_options, vllm_backend
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.residency import server_view
 from tink_rl.residency.names import MAX_TRIES, adapter_version
@@ -982,7 +982,7 @@ def test_call_that_never_ends_keeps_an_old_backend_for_its_request_timeout(initi
 
 
 def test_serving_without_vllm_says_what_the_seed_says_and_what_to_install(model_dir, monkeypatch):
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve_options, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as caught:
         launch.VLLMServer(model_dir("qwen3")).start()
     first, second = str(caught.value).splitlines()

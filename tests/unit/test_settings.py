@@ -227,7 +227,7 @@ class _NoServer:
     def __init__(self, options, on_wait):
         type(self).options = options
 
-    def start(self):
+    def prepare(self):
         raise ConfigError("not in this test")
 
     def stop(self):

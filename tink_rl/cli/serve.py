@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from tink_rl.cli.console import say, show_wait
 from tink_rl.errors import ConfigError
 from tink_rl.gpus import visible_gpus
-from tink_rl.launch import ServerOptions, VLLMServer
+from tink_rl.launch import VLLMServer
 from tink_rl.loopback import is_loopback
+from tink_rl.serve_options import ServerOptions
 from tink_rl.settings import Settings
 
 

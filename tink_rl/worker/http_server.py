@@ -24,8 +24,8 @@ from waitress.utilities import Error
 from waitress.wasyncore import close_all
 
 from tink_rl.errors import ConfigError, PortTaken
-from tink_rl.launch import port_holder
 from tink_rl.loopback import http_url
+from tink_rl.serve_options import port_holder
 from tink_rl.worker.problems import body_of, code_of, new_request_id
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 

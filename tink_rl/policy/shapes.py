@@ -120,7 +120,8 @@ class BaseShapes:
             example = next(iter(sorted(self.shapes)), "none")
             raise UnknownModules(
                 f"{where}: {len(unknown)} of {len(given)} modules are not in the base {self.name}, first "
-                f"{unknown[0]!r}, names there are such as {example!r}; serve the base that the adapter was made for",
+                f"{unknown[0]!r}, names there are such as {example!r}; serve the base that the adapter "
+                "was made for",
                 unknown=unknown[:10],
             )
         for module, shape in given.items():

@@ -11,7 +11,7 @@ import torch
 from tests.probe_rig import Rig, under_autocast
 from tink_rl import errors
 from tink_rl.training import precision
-from tink_rl.transport.probe_rules import limits
+from tink_rl.transport.probe_rules import limits, share_applied
 from tink_rl.transport.probes import NUM_DECODED
 from tink_rl.types import SyncMode
 
@@ -65,6 +65,7 @@ SEEN = {
     ("autocast", 0.002): ("ended",) * 6,
     ("autocast", 0.05): ("ended",) * 6,
     ("bf16 server", 0.01): ("warned", "-", "-", "warned", "-", "-"),  # 0.7
+    ("bf16 server", 0.002): ("warned", "-", "-", "warned", "-", "-"),
     ("bf16 server", 0.05): ("ended", "-", "-", "ended", "ended", "warned"),
     ("bf16 server", 0.2): ("ended", "warned", "told", "ended", "ended", "ended"),  # 5.9
 }
@@ -240,6 +241,15 @@ def test_no_noise_excuses_more_than_the_absolute_bound():
     assert limits("float32", 1e-5).fail == 1e-3
     assert limits("bfloat16", 0.02).quiet == pytest.approx(0.06)
     assert limits("bfloat16", 0.02).fail == pytest.approx(0.2)
+
+
+def test_share_of_the_adapter_is_told_from_rounding_by_all_tokens_together():
+    base, ours = [[-3.0] * 25], [[-3.0 + 0.1 * (-1) ** i for i in range(25)]]
+    for share in (0.0, 1.0, 2.0):
+        theirs = [[b + share * (o - b) for o, b in zip(ours[0], base[0], strict=True)]]
+        found, sigmas = share_applied(ours, theirs, base, 0.05)
+        assert found == pytest.approx(share) and sigmas == pytest.approx(10 * abs(share - 1))
+    assert share_applied(base, ours, base, 0.05) == (1.0, 0.0)
 
 
 def test_tolerance_of_the_user_is_the_limit(rig, caplog):

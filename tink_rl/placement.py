@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from tink_rl.cpu_limit import affinity, cores_here
 from tink_rl.gpus import has_gpu
 
 _SMALL_MACHINE_CORES = 8
-CORES = tuple(sorted(os.sched_getaffinity(0)))
-"""Cores of this process as of its start, before it pinned itself."""
+CORES = affinity() if has_gpu() else cores_here()
+"""Cores of this process as of its start, before it pinned itself; without a GPU as many as its container's
+CPU limit is worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,12 @@ def who_waits_asleep(*, cores: tuple[int, ...] = CORES) -> str:
     """Which of vLLM's processes must not spin while they wait for each other, see `server/plugin.py`.
 
     On a small machine without a GPU the engine core shares its core with trainer, API server and their
-    like ("engine"); if nothing is pinned, the workers share theirs too ("all"); elsewhere nobody ("").
+    like ("engine"); if nothing is pinned, or there is one core, the workers share theirs too ("all");
+    elsewhere nobody ("").
     """
     if has_gpu() or len(cores) > _SMALL_MACHINE_CORES:
         return ""
-    return "all" if _is_off() else "engine"
+    return "all" if _is_off() or len(cores) == 1 else "engine"
 
 
 def _is_off() -> bool:

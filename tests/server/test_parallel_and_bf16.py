@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.server.faulty import faulty_options
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.gpus import exact_dtype
-from tink_rl.launch import VLLMServer
+from tink_rl.launch import VLLMServer, group_members
 from tink_rl.training.probe import Prober
 from tink_rl.weight_sync import WeightSync
 
@@ -27,8 +28,20 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture
 def tensor_parallel(servers, switch):
-    """Two workers; what the switch says fails in them."""
-    return servers.get("qwen3", mode="both", tensor_parallel_size=2, **faulty_options(switch))
+    """Two workers, computing as on a CPU with AVX2 and nothing newer; what the switch says fails in them."""
+    options = faulty_options(switch)
+    options["env"] |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    return servers.get("qwen3", mode="both", tensor_parallel_size=2, **options)
+
+
+def test_workers_compute_with_the_instructions_that_they_are_held_to(tensor_parallel):
+    # The tests below compare their tokens with those of this process, which computes as the CPU can.
+    environments = [
+        Path(f"/proc/{pid}/environ").read_bytes() for pid in group_members(tensor_parallel.pid)
+    ]
+    assert len(environments) >= 4  # API server, engine, two workers
+    for name in (b"ONEDNN_MAX_CPU_ISA=AVX2", b"ATEN_CPU_CAPABILITY=avx2"):
+        assert all(name in environment for environment in environments)
 
 
 @pytest.mark.parametrize("mode", ["adapter", "merged", "full"])

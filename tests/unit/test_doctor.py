@@ -93,6 +93,8 @@ def test_import_that_crashes_is_told_from_one_that_works():
 def test_cpu_without_avx2_is_a_blocker_and_other_machines_are_not():
     assert worst(check_cpu({"avx"}, "x86_64"))
     assert not worst(check_cpu({"avx2"}, "x86_64")) and not worst(check_cpu(set(), "aarch64"))
+    assert "nothing here was run on it" in check_cpu(set(), "aarch64")[0].what
+    assert "no CPU build" in worst(check_cpu(set(), "riscv64"))[0].what
     assert "avx512f" in check_cpu({"avx2", "avx512f"}, "x86_64")[0].what
 
 

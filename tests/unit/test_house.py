@@ -14,7 +14,7 @@ import tink_rl
 ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
-    {"errors", "types", "loopback", "gpus", "startup_log"},
+    {"errors", "types", "loopback", "gpus", "startup_log", "cpu_limit"},
     {"tokens", "urls", "tls", "post_mortem"},
     {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},

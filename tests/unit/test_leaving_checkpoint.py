@@ -71,7 +71,7 @@ def test_error_in_mid_run_names_the_checkpoint_that_it_leaves(tmp_path, error, p
         (errors.SamplingRefused("saved already", checkpoint="checkpoint-5"), link()),
         (errors.SamplingRefused("on this rank alone"), link(count=2)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Exception) else "",
 )
 def test_no_checkpoint_of_broken_weights_of_nothing_or_of_one_rank(tmp_path, error, to):
     made = Trainer(tmp_path)

@@ -81,7 +81,7 @@ LIMITS = payloads.Limits(vocab_size=64, max_model_len=8, max_prompts=2)
         ),
         ({"stop": ["\ud83d"]}, "stop cannot be sent"),
         ({"user": "\udc00"}, "user cannot be sent"),
-        ({"structured_outputs": {"regex": object()}}, "structured_outputs cannot be sent"),
+        ({"structured_outputs": {"regex": {1, 2}}}, "structured_outputs cannot be sent"),
     ],
     ids=str,
 )

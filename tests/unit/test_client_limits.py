@@ -21,6 +21,7 @@ def base(tmp_path):
 
 def fake(root, monkeypatch, **facts):
     monkeypatch.setattr("tests.fake_vllm.base_fingerprint", lambda _: "f" * 32)
+    monkeypatch.setattr("tests.fake_vllm.checkpoint_index", lambda _: {})
     made = FakeVLLM(root, plugin=bool(facts))
     if facts:
         status = made._status
@@ -81,3 +82,21 @@ def test_more_prompts_than_the_server_takes_are_split_and_answered_in_order(base
         found = client.generate([[1], [2], [3], [4], [5]], n=2, model="base", logprobs=None)
     assert len(found["completion_ids"]) == 10 and len(found["prompt_ids"]) == 5
     assert server.count("/v1/completions") == 3
+
+
+@pytest.mark.parametrize("one", ["12=", [5, 6, 7]], ids=str)
+def test_one_prompt_may_stand_alone(base, monkeypatch, one):
+    server = fake(base, monkeypatch, vocab_size=10)
+    with VLLMClient("http://server", transport=server.transport()) as client:
+        found = client.generate(one, model="base", logprobs=None, n=2)
+        assert len(found["completion_ids"]) == 2
+        assert client.generate(one, model="base", logprobs=None, n=None)["completion_ids"]
+
+
+def test_one_conversation_alone_is_told_to_be_a_list(base, monkeypatch):
+    server = fake(base, monkeypatch, vocab_size=10)
+    with (
+        VLLMClient("http://server", transport=server.transport()) as client,
+        pytest.raises(errors.SamplingRefused, match="a list of messages for each conversation"),
+    ):
+        client.chat([{"role": "user", "content": "1+1"}], model="base")

@@ -167,3 +167,12 @@ def test_config_that_does_not_fit_its_tensors_is_refused(base_dir, tmp_path, cha
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(errors.AdapterFilesInvalid):
         from_peft_dir(directory)
+
+
+def test_wrapper_of_torch_compile_is_no_part_of_a_modules_name(model_dir):
+    base = AutoModelForCausalLM.from_pretrained(model_dir("qwen3"))
+    base.model.layers[0].mlp = torch.compile(base.model.layers[0].mlp, backend="eager")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["up_proj"]))
+    for live in (model, torch.compile(model, backend="eager")):
+        found = AdapterCollector(live).collect()
+        assert found.modules == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]

@@ -321,8 +321,9 @@ def _with(model, key, value):
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_honest_model_passes(model_dir, case):
+def test_honest_model_passes(model_dir, case, caplog):
     check(HONEST[case](model_dir("qwen3")), model_dir("qwen3"))
+    assert "cannot be built again" not in caplog.text
 
 
 def test_tuned_adapter_that_is_trained_on_passes_and_so_does_a_second_one(model_dir, tmp_path):

@@ -25,7 +25,7 @@ from tink_rl.policy.peft_dir import open_peft_dir
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
 from tink_rl.policy.support import changes_base, check_supported, model_facts, needs
-from tink_rl.policy.tensor_names import PREFIX
+from tink_rl.policy.tensor_names import without_wrappers
 
 _LOW_RANK_REST = 1e-5
 """Share of a weight's norm by which the base may differ from checkpoint + low-rank change: rounding."""
@@ -327,7 +327,7 @@ def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
             )
         if adapter not in (getattr(layer, "lora_A", None) or {}):
             continue
-        short = name.removeprefix(PREFIX)
+        short = without_wrappers(name, set())
         if short.rpartition(".")[2] in ("lm_head", "embed_out"):
             raise UnsupportedAdapter(f"{short}: LoRA on the head; leave it out of target_modules")
         linear_a, linear_b = layer.lora_A[adapter], layer.lora_B[adapter]

@@ -82,6 +82,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
 
 def _of_modules(base: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
     """Numbers of modules (eps, scaling, ...) and the tables that they computed (rotary frequencies)."""
+    _, base = next(unwrapped_modules(base))
     try:
         with torch.random.fork_rng(devices=[]), _WeightsWithoutData():
             built = dict(_plain_class(base)(saved).named_modules())

@@ -128,7 +128,7 @@ def _module_of(
     if as_written or (base is not None and plain in base):
         return plain
     words: set[str] = set()
-    short = _without_wrappers(name, words)
+    short = without_wrappers(name, words)
     if short.startswith(_DDP):
         inner = short
         while inner.startswith(_DDP):
@@ -145,7 +145,7 @@ def _module_of(
     return short
 
 
-def _without_wrappers(name: str, words: set[str]) -> str:
+def without_wrappers(name: str, words: set[str]) -> str:
     """`name` without wrappers that no base has in its names, and without PEFT's prefix."""
     for wrapper in _WRAPPERS.keys() & set(name.split(".")):
         words.add(f"{wrapper + '.'!r} ({_WRAPPERS[wrapper]} wrapper)")
@@ -177,7 +177,7 @@ def _refuse_head(module: str, name: str, where: str) -> None:
 
 
 def _add_copy(found: Named, entry: TensorEntry, where: str) -> None:
-    short = _without_wrappers(entry.name, set())
+    short = without_wrappers(entry.name, set())
     while short.startswith(_DDP):
         short = short.removeprefix(_DDP)
     module, _, kind = short.rpartition(".")

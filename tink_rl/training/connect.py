@@ -74,7 +74,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         UnsupportedAdapter: the adapter cannot be published.
         SecondPublisher: this model is published already.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     link = PolicyLink(
         model,
         trainer.accelerator,

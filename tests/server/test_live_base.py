@@ -71,6 +71,20 @@ def test_added_tokens_are_refused_before_the_first_step(server, model_dir, tmp_p
     assert server.client().status().served == {}
 
 
+@pytest.mark.parametrize("before", ["train", "evaluate"])
+def test_base_that_is_changed_between_two_calls_is_refused_by_the_second(
+    server, model_dir, tmp_path, before
+):
+    directory = model_dir("qwen3")
+    trainer = trainer_of(server, directory, tmp_path, load(directory))
+    trainer.eval_dataset = PROMPTS.select(range(4))
+    getattr(trainer, before)()
+    with torch.no_grad():
+        trainer.model.get_base_model().model.norm.weight.mul_(1.05)
+    with pytest.raises(errors.BaseMismatch, match=r"model\.norm\.weight differs"):
+        trainer.train()
+
+
 def test_copy_of_the_served_base_passes_and_one_with_another_row_does_not(
     server, model_dir, tmp_path
 ):

@@ -14,6 +14,7 @@ from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.sharded import Sharding
 from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
+from tink_rl.training.ranks import Ranks
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import WeightSync
@@ -96,6 +97,19 @@ def test_other_ranks_wait_until_every_server_holds_the_version_again():
 def test_other_ranks_do_not_wait_for_ever():
     with pytest.raises(errors.UnknownVersion, match="--resume_from_checkpoint"):
         follower(_Replica(99), **NO_TIME).recover()
+
+
+def test_base_is_compared_again_whenever_a_training_begins():
+    compared = []
+    link = follower()
+    link._duties = lambda: {"check_base": lambda: compared.append(True)}
+    link.ranks = Ranks(0, 1, timeout_s=1.0)
+    link._started = link._base_compared = True
+    for begins, expected in ((False, 0), (True, 1), (False, 1), (True, 2)):
+        if begins:
+            link.expect_other_base()
+        link.start(lambda status: None)
+        assert len(compared) == expected
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class PolicyLink:
         self._config, self._base_model, self._tokenizer = config, base_model, tokenizer
         self._current = ""
         self._digests: dict[str, str] = {}
-        self._started = False
+        self._started = self._base_compared = False
         self._proven_on: str | None = None
 
     @property
@@ -110,6 +110,7 @@ class PolicyLink:
             TinkError: a server is missing, holds another base, is taken, ...
         """
         if self._started:
+            self._compare_base_once()
             return
         refuse_flat_parameters(self._model)
         _tell_if_fsdp_was_left_out(self._accelerator)
@@ -129,7 +130,16 @@ class PolicyLink:
                 )
 
         self.ranks.lead(work, self._duties())
-        self._started = True
+        self._started = self._base_compared = True
+
+    def expect_other_base(self) -> None:
+        """Let the next `start` compare the base again: it may have been changed since the last one."""
+        self._base_compared = False
+
+    def _compare_base_once(self) -> None:
+        if not self._base_compared:
+            self.ranks.lead(partial(self.ranks.together, "check_base"), self._duties())
+            self._base_compared = True
 
     def publish(self) -> PublishRecord:
         """Publish what the model holds now; every rank gets the record.

@@ -82,6 +82,7 @@ class PublishCallback(TrainerCallback):
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._link.restore(self._link.resumed_from or own)
         self._link.first_step = state.global_step
+        self._link.expect_other_base()
         self._sync()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

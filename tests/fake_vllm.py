@@ -124,7 +124,7 @@ class FakeVLLM:
                 "finish_reason": "length",
                 "logprobs": None,
             }
-            for i in range(len(data["prompt"]) * data["n"])
+            for i in range(len(data["prompt"]) * data.get("n", 1))
         ]
         return httpx.Response(200, json={"model": model, "choices": choices})
 

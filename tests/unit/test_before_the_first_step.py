@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig
@@ -47,6 +49,7 @@ def arguments(**changes):
         ("min_tokens", 17, "exceeds max_tokens=16"),
         ("stop", [""], "none of them empty"),
         ("logit_bias", {"x": 1.0}, "logit_bias holds 'x'"),
+        ("max_tokens", "5", "a whole number"),
         ("structured_outputs", {"regex": object()}, "cannot be sent as JSON"),
     ],
 )
@@ -68,6 +71,18 @@ def test_entry_of_generation_kwargs_is_refused_by_name(name, value, message):
 )
 def test_entry_that_can_be_honoured_passes(given):
     checks.check_arguments(arguments(generation_kwargs=given))
+
+
+def test_generation_kwargs_that_are_no_dict_are_refused():
+    with pytest.raises(ConfigError, match="expected a dict"):
+        checks.check_generation_kwargs(SimpleNamespace(generation_kwargs=[("top_k", 5)]))
+
+
+def test_numbers_of_numpy_are_settings_and_can_be_logged():
+    given = {"top_k": np.int64(5), "logit_bias": {np.int64(7): np.float32(2)}}
+    args = arguments(temperature=np.float64(0.7), generation_kwargs=given)
+    checks.check_arguments(args)
+    assert json.loads(json.dumps(SamplingSettings.of(args).as_request()))["temperature"] == 0.7
 
 
 def test_two_grammars_and_a_temperature_that_no_two_sides_share_are_refused():

@@ -7,7 +7,9 @@ import json
 import math
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
 from tink_rl import errors
@@ -95,6 +97,60 @@ def test_what_fits_to_the_last_token_is_sent_as_it_is():
     found = {**BASE, "prompt": [[63] * 4, "\U0001f600\x00"], "logit_bias": {"63": 1.0}}
     assert json.loads(payloads.check_payload(found, LIMITS)) == found
     assert payloads.check_payload({**BASE, "prompt": [[2**31 - 1]]})  # of an unknown vocabulary
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *([np.int64(5), np.int64(6)], np.array([5, 6]), torch.tensor([5, 6])),
+        *([[np.int32(5), 6]], np.array([[5, 6]]), torch.tensor([[5, 6]]), [np.array([5, 6])]),
+        *([list(torch.tensor([5, 6]))], ((5, 6),)),
+    ],
+    ids=str,
+)
+def test_prompts_of_numpy_and_torch_are_token_ids_too(given):
+    assert payloads.as_prompts(given) == [[5, 6]]
+
+
+@pytest.mark.parametrize("given", [np.array([[5.0]]), [torch.tensor([True])]], ids=str)
+def test_arrays_of_other_things_than_whole_numbers_are_no_token_ids(given):
+    with pytest.raises(errors.SamplingRefused, match="token ids"):
+        payloads.check_prompts(payloads.as_prompts(given), 64)
+
+
+def test_output_of_a_tokenizer_as_it_is_is_no_list_of_prompts():
+    with pytest.raises(errors.SamplingRefused, match=r"give \['input_ids'\]"):
+        payloads.as_prompts({"input_ids": [[5]], "attention_mask": [[1]]})
+
+
+def test_settings_of_numpy_and_torch_are_sent_as_numbers():
+    found = payloads.sampling_fields(
+        temperature=np.float32(0.5),
+        n=None,
+        generation_kwargs={
+            "max_tokens": np.int64(3),
+            "stop_token_ids": np.array([3, 4]),
+            "logit_bias": {np.int64(7): torch.tensor(2.0)},
+        },
+    )
+    expected = {"stop_token_ids": [3, 4], "logit_bias": {7: 2.0}}
+    assert found == {"temperature": 0.5, "max_tokens": 3, **expected}
+    assert payloads.as_params({"max_tokens": np.int64(3), "logit_bias": {"7": 2}}).logit_bias == {
+        7: 2
+    }
+
+
+@pytest.mark.parametrize("given", [{}, {"regex": None}, {"regex": None, "choice": None}], ids=str)
+def test_grammar_that_says_nothing_is_left_out(given):
+    assert payloads.sampling_fields(generation_kwargs={"structured_outputs": given}) == {}
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop": 5}, {"stop_token_ids": 5}, {"logit_bias": [5]}], ids=str
+)
+def test_parameter_of_another_type_is_named(given):
+    with pytest.raises(errors.SamplingRefused, match=f"{next(iter(given))}=.*: expected"):
+        payloads.as_params(given)
 
 
 def test_prompts_are_split_in_order_by_what_a_server_takes():

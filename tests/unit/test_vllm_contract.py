@@ -46,6 +46,14 @@ def test_fields_of_a_request_are_vllms():
     assert not set(ELSEWHERE) & set(FIELDS)
 
 
+def test_keys_of_structured_outputs_are_vllms():
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from tink_rl.transport.request_fields import GRAMMAR
+
+    assert set(parameters(StructuredOutputsParams)) == set(GRAMMAR)
+
+
 def test_loader_asks_which_files_to_load_where_ours_answers():
     from tink_rl.server.vllm_names import default_loader
 

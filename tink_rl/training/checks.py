@@ -11,7 +11,8 @@ from transformers import ProcessorMixin
 
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.training.generation import SamplingSettings
-from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload
+from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload, given_kwargs
+from tink_rl.transport.request_fields import check_fields
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
@@ -74,7 +75,7 @@ def check_generation_kwargs(args: Any) -> None:
     Raises:
         ConfigError: names the entry, and what to do instead.
     """
-    given = {k: v for k, v in (args.generation_kwargs or {}).items() if v is not None}
+    given = _kwargs_of(args)
     fixed = sorted({"seed", "n"} & set(given))
     if fixed:
         raise ConfigError(
@@ -100,6 +101,20 @@ def check_generation_kwargs(args: Any) -> None:
             f"{_LEAST_TEMPERATURE} or greedily below that; expected {_LEAST_TEMPERATURE} to 2"
         )
     _check_request(args, NO_LIMITS)
+
+
+def _kwargs_of(args: Any) -> dict[str, Any]:
+    """What `generation_kwargs` sets, each value of its field's type.
+
+    Raises:
+        ConfigError: names the entry that is not.
+    """
+    try:
+        given = given_kwargs(args.generation_kwargs)
+        check_fields(given, shown="generation_kwargs[{!r}]".format)
+    except SamplingRefused as error:
+        raise ConfigError(error.message) from error
+    return given
 
 
 def _check_request(args: Any, limits: Limits) -> None:

@@ -17,11 +17,15 @@ from typing import Any
 
 from tink_rl.errors import ConfigError, TinkError, UnknownVersion
 from tink_rl.training.rollouts import Ask, RolloutBatch
-from tink_rl.transport.payloads import sampling_fields
+from tink_rl.transport.payloads import given_kwargs, sampling_fields
+from tink_rl.transport.plain import plain
 from tink_rl.transport.request_fields import distribution_changes
 from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
+_NUMBERS = (
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +81,9 @@ class SamplingSettings:
     def of(cls, args: Any) -> SamplingSettings:
         """The settings of a trainer's arguments."""
         return cls(
-            max_completion_length=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
+            **{name: plain(getattr(args, name)) for name in _NUMBERS},
             structured_outputs_regex=args.vllm_structured_outputs_regex,
-            generation_kwargs=args.generation_kwargs,
+            generation_kwargs=given_kwargs(args.generation_kwargs) or None,
         )
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tink_rl import errors
-from tink_rl.transport.request_fields import check_fields
+from tink_rl.transport.plain import plain
+from tink_rl.transport.request_fields import check_fields, says_nothing
 from tink_rl.types import Completion, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -68,14 +69,19 @@ def redirected(url: str, path: str, location: str) -> str:
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
-    """A list of prompts from one prompt or several.
+    """A list of prompts from one prompt or several; ids may be numpy's or torch's.
 
     Raises:
         SamplingRefused: neither text nor token ids.
     """
     if isinstance(prompts, str):
         return [prompts]
-    found = list(prompts) if isinstance(prompts, Iterable) else []
+    if isinstance(prompts, Mapping):
+        raise errors.SamplingRefused(
+            f"prompts is a {type(prompts).__name__} of {', '.join(map(str, prompts))}: expected texts or "
+            "token ids; of a tokenizer's output give ['input_ids']"
+        )
+    found = list(plain(prompts)) if isinstance(prompts, Iterable) else []
     if found and all(type(item) is int for item in found):
         return [found]
     for i, prompt in enumerate(found):
@@ -90,14 +96,17 @@ def as_params(given: Mapping[str, Any]) -> SamplingParams:
     Raises:
         SamplingRefused: an unknown name; the values are checked by `check_params`.
     """
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: plain(value) for name, value in given.items() if value is not None}
     unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
     if unknown:
         names = ", ".join(SamplingParams.__dataclass_fields__)
         raise errors.SamplingRefused(f"unknown parameters {unknown}; expected some of {names}")
+    check_fields(values)
     stop = values.get("stop", ())
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
+    if "logit_bias" in values:
+        values["logit_bias"] = {_as_id(k): bias for k, bias in values["logit_bias"].items()}
     return SamplingParams(**values)
 
 
@@ -146,7 +155,7 @@ def sampling_fields(
     Raises:
         SamplingRefused: a name or value that is not taken; two grammars.
     """
-    extra = {k: v for k, v in (generation_kwargs or {}).items() if v is not None}
+    extra = given_kwargs(generation_kwargs)
     check_fields(extra, chat=chat, shown="generation_kwargs[{!r}]".format)
     if structured_outputs_regex is not None:
         regex = {"regex": structured_outputs_regex}
@@ -156,7 +165,19 @@ def sampling_fields(
                 f"generation_kwargs['structured_outputs']={extra['structured_outputs']!r}: set one of them"
             )
         fields["structured_outputs"] = regex
-    return {**fields, **extra}
+    fields = {k: plain(v) for k, v in fields.items() if v is not None}
+    return {k: v for k, v in {**fields, **extra}.items() if not says_nothing(k, v)}
+
+
+def given_kwargs(generation_kwargs: Any) -> dict[str, Any]:
+    """What `generation_kwargs` sets, as JSON has it; an entry that is None is left out.
+
+    Raises:
+        SamplingRefused: it is no dict.
+    """
+    if not isinstance(generation_kwargs or {}, Mapping):
+        raise errors.SamplingRefused(f"generation_kwargs={generation_kwargs!r}: expected a dict")
+    return {k: plain(v) for k, v in (generation_kwargs or {}).items() if v is not None}
 
 
 def check_payload(

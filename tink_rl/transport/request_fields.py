@@ -46,7 +46,7 @@ class Field:
 
     effect: Effect = Effect.PLAIN
     kind: str = "any"
-    """"whole", "number", "flag", "text", "texts", "ids", "biases", "object" or "any"."""
+    """A key of `_WANTED`."""
     low: float = -math.inf
     high: float = math.inf
     off: tuple[Any, ...] = ()
@@ -97,9 +97,9 @@ FIELDS: dict[str, Field] = {
     "frequency_penalty": Field(effect=_DIST, kind="number", low=-2, high=2, off=(0,)),
     "min_tokens": Field(effect=_DIST, kind="whole", low=0, high=MAX_INT, off=(0,)),
     "logit_bias": Field(effect=_DIST, kind="biases", off=({},)),
-    "bad_words": Field(effect=_DIST, kind="texts", off=([],)),
-    "allowed_token_ids": Field(effect=_DIST, kind="ids"),
-    "structured_outputs": Field(effect=_DIST, kind="object", off=({},)),
+    "bad_words": Field(effect=_DIST, kind="list of texts", off=([],)),
+    "allowed_token_ids": Field(effect=_DIST, kind="some ids"),
+    "structured_outputs": Field(effect=_DIST, kind="grammar", off=({},)),
     "response_format": Field(effect=_DIST, kind="object", off=({"type": "text"},)),
     "thinking_token_budget": Field(effect=_DIST, kind="whole", low=-1, high=MAX_INT, off=(-1,)),
     # -- what comes back ------------------------------------------------------------------------------
@@ -172,6 +172,12 @@ CHAT_FIELDS: dict[str, Field] = {
     "chat_template_kwargs": _refused(Effect.NEVER, _TEMPLATE),
 }
 """What `POST /v1/chat/completions` takes."""
+
+GRAMMAR = (
+    *("json", "regex", "choice", "grammar", "json_object", "structural_tag", "whitespace_pattern"),
+    *("disable_any_whitespace", "disable_additional_properties"),
+)
+"""What `structured_outputs` takes; vLLM ignores other keys without a word."""
 
 _BEAMS = "no counterpart: vLLM samples here, without beams"
 _BIAS = "vLLM's name is logit_bias={id: -100}"
@@ -250,6 +256,11 @@ def _is_off(field: Field, value: Any) -> bool:
     return value is None or value in field.off
 
 
+def says_nothing(name: str, value: Any) -> bool:
+    """Whether a field is better left out: vLLM refuses structured outputs that constrain nothing."""
+    return name == "structured_outputs" and _is_off(FIELDS[name], value)
+
+
 def check_fields(
     given: Mapping[str, Any],
     *,
@@ -318,9 +329,12 @@ _WANTED = {
     "flag": "True or False",
     "text": "text",
     "texts": "text, or a list of texts, none of them empty",
+    "list of texts": "a list of texts, none of them empty",
     "ids": "a list of token ids",
+    "some ids": "a list of token ids, not an empty one",
     "biases": "{token id: a number from -100 to 100}",
     "object": "a dict",
+    "grammar": f"a dict of some of {', '.join(GRAMMAR)}",
     "any": "a value",
 }
 
@@ -340,11 +354,14 @@ _FITS: dict[str, Callable[[Field, Any], bool]] = {
     "flag": lambda field, v: isinstance(v, bool),
     "text": lambda field, v: isinstance(v, str),
     "texts": lambda field, v: _are_texts(v),
+    "list of texts": lambda field, v: not isinstance(v, str) and _are_texts(v),
     "ids": lambda field, v: isinstance(v, (list, tuple)),
+    "some ids": lambda field, v: isinstance(v, (list, tuple)) and len(v) > 0,
     "biases": lambda field, v: (
         isinstance(v, Mapping) and all(_is_number(b, -100, 100) for b in v.values())
     ),
     "object": lambda field, v: isinstance(v, Mapping),
+    "grammar": lambda field, v: isinstance(v, Mapping) and set(v) <= set(GRAMMAR),
     "any": lambda field, v: True,
 }
 

@@ -504,9 +504,9 @@ class VLLMClient:
             payload["vllm_xargs"] = {FULL_LOGPROBS: 1}
         # The prefix cache must never answer one version with another one's keys and values.
         payload["cache_salt"] = payloads.salt(payload["model"])
-        expected = len(prompts) * payload["n"]
-        choices = self._sample(payload, expected)["choices"]
-        return _as_trl(choices, payload["n"], payload["model"])
+        n = payload.get("n", 1)
+        choices = self._sample(payload, len(payload["prompt"]) * n)["choices"]
+        return _as_trl(choices, n, payload["model"])
 
     def chat(
         self,
@@ -559,11 +559,16 @@ class VLLMClient:
         }
         shared["cache_salt"] = payloads.salt(shared["model"])
         choices: list[dict[str, Any]] = []
-        for conversation in messages:
+        for i, conversation in enumerate(messages):
+            if isinstance(conversation, (str, Mapping)):
+                raise errors.SamplingRefused(
+                    f"messages[{i}] is a {type(conversation).__name__}: expected a list of messages for each "
+                    "conversation, [[{'role': 'user', 'content': '...'}], ...]"
+                )
             payload = {**shared, "messages": list(conversation)}
             data = self.complete(payload, path="/v1/chat/completions")
             choices += [_chat_choice(c, data["prompt_token_ids"]) for c in data["choices"]]
-        return _as_trl(choices, shared["n"], shared["model"])
+        return _as_trl(choices, shared.get("n", 1), shared["model"])
 
     def continuation(
         self, prompt_ids: Sequence[int], model: str, num_tokens: int

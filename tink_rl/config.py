@@ -34,7 +34,7 @@ class SyncConfig:
     )
     servers: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "URLs of the vLLM servers; empty: TRL's vllm_server_* arguments."},
+        metadata={"help": "URL(s) of the vLLM servers; empty: TRL's vllm_server_* arguments."},
     )
     token: str | None = field(default=None, metadata={"help": "Token of the control routes."})
     token_file: str | None = field(
@@ -113,6 +113,8 @@ class SyncConfig:
         Raises:
             ConfigError: names the field, the value and what is allowed.
         """
+        given = self.servers.split(",") if isinstance(self.servers, str) else self.servers
+        object.__setattr__(self, "servers", tuple(url for url in given if url))
         _one_of("mode", self.mode, MODES)
         if self.transport == "nccl":
             raise ConfigError(

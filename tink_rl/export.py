@@ -33,7 +33,7 @@ from tink_rl.policy.fingerprint import (
     checkpoint_index,
 )
 from tink_rl.policy.model_dir import local_model_dir
-from tink_rl.policy.peft_dir import POLICY_FILE
+from tink_rl.policy.peft_dir import POLICY_FILE, read_config, read_tensors
 from tink_rl.policy.shapes import BaseShapes, check_trained_on
 from tink_rl.policy.support import changes_base, needs, unsupported_reasons
 from tink_rl.policy.tensor_names import adapts_table, renamed
@@ -102,7 +102,7 @@ def export(
     run = Path(source).expanduser()
     if not run.is_dir():  # a hub id, or a file of the directory
         run = directory
-    config = json.loads((directory / _ADAPTER_FILES[0]).read_text())
+    config = read_config(directory)
     base_name = base or str(config.get("base_model_name_or_path") or "")
     if not base_name:
         raise ConfigError(f"{directory} does not name its base; give --base DIRECTORY_OR_HUB_ID")
@@ -213,16 +213,11 @@ def _write_adapter(directory: Path, config: dict[str, Any], target: Path) -> Non
 
 
 def _checked_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / _ADAPTER_FILES[1]
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; save the adapter again") from error
+    tensors = read_tensors(directory)
     if not tensors:
-        raise ConfigError(f"{path} holds no tensor; save the adapter again")
+        raise ConfigError(
+            f"{directory / _ADAPTER_FILES[1]} holds no tensor; save the adapter again"
+        )
     check_values(tensors)
     return tensors
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from tink_rl import errors, gpus, memory_plan
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url, is_loopback
+from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import model_to_serve
 from tink_rl.settings import LORA_RANKS, slot_for
 from tink_rl.types import SyncMode
@@ -161,6 +162,8 @@ def check_options(options: ServerOptions, *, has_gpu: bool | None = None) -> Ser
             f"{', '.join(map(str, LORA_RANKS))}{hint}"
         )
     model = model_to_serve(options.model, options.revision, options.subfolder)
+    if any(Path(model).expanduser().glob("*.safetensors*")):
+        base_fingerprint(model)  # what is damaged is said now, not after vLLM has started
     return replace(options, model=model, subfolder="", port=_free_port(options.host, options.port))
 
 

@@ -35,7 +35,9 @@ def server_url(given: str) -> str:
             "SyncConfig(api_key=...), the token of the control routes into TINK_TOKEN_FILE"
         )
     if "://" not in text:
-        example = f", such as http://{text}" if text else ""
+        example = (
+            f", such as http://{text}" if re.match(r"[\w.\[-]", text) and ":/" not in text else ""
+        )
         raise ConfigError(f"the URL {given!r} has no scheme: {_EXPECTED}{example}")
     parts = _split(text)
     path = parts.path.rstrip("/")

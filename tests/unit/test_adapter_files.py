@@ -66,6 +66,9 @@ LEFT_IN = {
     "FSDP": (lambda n: n.replace(".1.", ".1._fsdp_wrapped_module."), "FSDP"),
     "FSDP, in front": (lambda n: n.replace(PREFIX, PREFIX + "_fsdp_wrapped_module."), "FSDP"),
     "the prefix twice": (lambda n: PREFIX + n, "twice"),
+    "an adapter's name with dots": (lambda n: n.replace(".weight", ".sft.v1.weight"), "'sft.v1'"),
+    "Lightning's module": (lambda n: f"_forward_module.model.{n}", "'_forward_module.model.'"),
+    "a value head's": (lambda n: f"pretrained_model.{n}", "'pretrained_model.'"),
     "all at once": (
         lambda n: f"module._orig_mod.{PREFIX}_fsdp_wrapped_module."
         + n.removeprefix(PREFIX).replace(".weight", ".sft.weight"), "'sft'",
@@ -161,6 +164,24 @@ def test_several_named_adapters_are_refused_by_their_names(tmp_path, roots):
         open_peft_dir(tmp_path / "run", **given),
     ):
         pass
+
+
+@pytest.mark.parametrize("roots", [False, True])
+@pytest.mark.parametrize("place", ["global_step_20/actor/lora_adapter", "v0-2026/checkpoint-10"])
+def test_adapter_deep_in_another_trainers_run_is_named(store, tmp_path, place, roots):
+    write_adapter(tmp_path / "run" / place)
+    with pytest.raises(
+        errors.AdapterConfigInvalid, match=f"below it lies .*/run/{place}; give that"
+    ):
+        store.add(tmp_path / "run", roots=[tmp_path] if roots else None)
+
+
+def test_newest_checkpoint_without_an_adapter_is_not_passed_over_in_silence(tmp_path, caplog):
+    write_adapter(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-4").mkdir()
+    with open_peft_dir(tmp_path) as found:
+        assert found.where == f"{tmp_path}/checkpoint-2/{WEIGHTS}"
+    assert "no adapter in ['checkpoint-4'], so checkpoint-2" in caplog.text
 
 
 def test_reference_alone_is_taken_only_if_it_is_named(tmp_path):
@@ -455,6 +476,93 @@ def test_folder_of_another_kind_is_named_as_what_it_is(store, tmp_path, files, w
         with pytest.raises(errors.TinkError, match=words):
             AdapterStore(tmp_path.parent / "store").add(tmp_path, roots=roots, base=BASE)
     assert check_adapter(tmp_path)[0].level is Level.BLOCKER
+
+
+def everybody_says(source, words, store):
+    """The same of registering, looking at and exporting the adapter `source`."""
+    for ask in (lambda: store.add(source), lambda: export(source, source.parent / "out", base="b")):
+        with pytest.raises(errors.TinkError, match=words):
+            ask()
+    (finding,) = check_adapter(source)
+    assert finding.level is Level.BLOCKER
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "Git LFS.*git lfs pull",
+        ),
+        (b"<!doctype html><html>Please log in</html>", "a web page"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
+        (b"PK\x03\x04" + bytes(64), "a pickle of torch.save"),
+        (bytes(4096), "begins with zeros"),
+        (b"", "has 0 bytes"),
+    ],
+    ids=["lfs", "page", "gguf", "pickle", "zeros", "empty"],
+)
+def test_file_that_is_no_safetensors_is_named_as_what_it_is(store, tmp_path, content, words):
+    source = write_adapter(tmp_path / "a")
+    (source / WEIGHTS).write_bytes(content)
+    everybody_says(source, words, store)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "it is empty"),
+        (b'{"r": 4,}', r"not strict JSON: .*line 1 column"),
+        (b'{"r": NaN}', "NaN is no JSON number"),
+        ('{"r": 4}'.encode("utf-16"), "not in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ],
+    ids=["empty", "comma", "nan", "utf16", "lfs"],
+)
+def test_config_that_is_no_json_says_why(store, tmp_path, text, words):
+    source = write_adapter(tmp_path / "a")
+    (source / CONFIG).write_bytes(text)
+    everybody_says(source, words, store)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["adapter_model-00001-of-00002.safetensors"], "holds shards"),
+        (["pytorch_lora_weights.safetensors"], "but pytorch_lora_weights.safetensors"),
+        (["pytorch_model.bin"], r"but pytorch_model\.bin.*tink-rl convert"),
+        (["adapter_model.bin"], "tink-rl convert"),
+    ],
+)
+def test_other_files_of_weights_are_named(store, tmp_path, names, words):
+    source = write_adapter(tmp_path / "a")
+    (source / WEIGHTS).unlink()
+    for name in names:
+        (source / name).write_bytes(b"x")
+    everybody_says(source, words, store)
+
+
+def test_mark_that_windows_puts_before_a_config_is_read_over(store, tmp_path):
+    source = write_adapter(tmp_path / "a")
+    (source / CONFIG).write_bytes(b"\xef\xbb\xbf" + (source / CONFIG).read_bytes())
+    assert same(store.read(store.add(source, base=BASE).digest))
+
+
+def test_config_without_rank_or_alpha_says_so(store, tmp_path):
+    for name in ("r", "lora_alpha"):
+        config = {key: value for key, value in config_of().items() if key != name}
+        with pytest.raises(errors.AdapterConfigInvalid, match=f"no {name}, expected"):
+            store.add(write_adapter(tmp_path / name, config=config))
+
+
+def test_adapter_of_a_model_without_its_head_is_told_from_one_of_another_base(store, tmp_path):
+    source = write_adapter(
+        tmp_path / "a", tensors=named(lambda n: n.replace("model.model.", "model."))
+    )
+    with pytest.raises(
+        errors.UnknownModules, match=rf"'model\.{Q0[6:].split('.self')[0]}.*AutoModel"
+    ):
+        store.add(source, base=BASE)
 
 
 def test_empty_pickle_is_refused_and_one_of_a_raw_state_dict_ends_in_an_adapter(

@@ -246,7 +246,7 @@ def test_broken_weights_are_refused(run_dir, tmp_path):
     with pytest.raises(errors.NonFiniteWeights):
         export(broken, tmp_path / "out")
     file.write_bytes(b"no tensors")
-    with pytest.raises(errors.ConfigError, match="save the adapter again"):
+    with pytest.raises(errors.AdapterCorrupt, match="save the adapter again"):
         export(broken, tmp_path / "out")
 
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tests.adapters import write_adapter
 from tests.hub_cache import cache_snapshot
 from tests.tiny_models import make_model
-from tink_rl.errors import ConfigError
+from tink_rl.errors import ConfigError, TinkError
 from tink_rl.policy.fingerprint import (
     base_fingerprint,
     checkpoint_index,
     read_checkpoint_tensor,
 )
 from tink_rl.policy.model_dir import local_model_dir
+from tink_rl.serve_options import ServerOptions, check_options
 
 
 @pytest.fixture
@@ -66,6 +67,41 @@ def test_what_is_no_model_says_what_was_found(base, tmp_path):
         base_fingerprint(base)
     file.write_bytes(b"\xff" * 8 + b"{}")
     with pytest.raises(ConfigError, match="not a safetensors"):
+        base_fingerprint(base)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS.*git lfs pull"),
+        (b"<html>404</html>", "a web page"),
+        (bytes(4096), "begins with zeros"),
+        (b"", "truncated"),
+        (b"\x08" + bytes(7) + b"[1,2,3] ", "not one of safetensors"),
+        (b"\x10" + bytes(7) + b'{"a": {"x": 1}} ', "not one of safetensors"),
+        (b"\x08" + bytes(7) + b"\xff" * 8, "not one of safetensors"),
+    ],
+    ids=["lfs", "page", "zeros", "empty", "list", "entry", "bytes"],
+)
+def test_damaged_base_is_named_as_what_it_is_also_before_it_is_served(base, content, words):
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        base_fingerprint(base)
+    with pytest.raises(ConfigError, match=words):
+        check_options(ServerOptions(model=str(base), port=0))
+
+
+def test_base_whose_end_is_missing_is_truncated_and_has_no_fingerprint(base):
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"is truncated \(\d+ bytes of \d+\)"):
+        base_fingerprint(base)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": ', "\ufeff{}"])
+def test_config_of_a_base_that_is_no_json_is_said(base, text):
+    (base / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
         base_fingerprint(base)
 
 
@@ -160,6 +196,33 @@ def test_revision_that_is_not_cached_names_those_that_are(hub):
     words = r"revision 'v3'.*\(cached: main, refs/pr/1, v2\).*hf download acme/tiny --revision v3"
     with pytest.raises(ConfigError, match=words):
         local_model_dir("acme/tiny", revision="v3", cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("/nowhere/at/all", "give a directory that exists"),
+        ("~/nowhere", "give a directory that exists"),
+        ("C:\\models\\base", "give a directory that exists"),
+        ("https://huggingface.co/acme/tiny/tree/main", "give the hub id, 'acme/tiny'"),
+        ("acme/other", "hf download acme/other"),
+    ],
+)
+def test_what_is_no_model_here_says_what_to_give(hub, model, words):
+    for ask in (local_model_dir, lambda given: check_options(ServerOptions(model=given, port=0))):
+        with pytest.raises(TinkError, match=words):
+            ask(model)
+
+
+def test_file_of_a_model_is_told_from_a_model(base):
+    with pytest.raises(ConfigError, match=f"that is a file: give its directory, '{base}'"):
+        local_model_dir(base / "model.safetensors")
+
+
+def test_commit_in_short_is_answered_with_the_whole_one(hub):
+    cache, _, commit = hub
+    with pytest.raises(ConfigError, match=rf"\(cached: {commit}\)"):
+        local_model_dir("acme/tiny", revision=commit[:7], cache_dir=cache)
 
 
 def test_subfolder_of_a_repository_is_its_own_base(model_dir, tmp_path):

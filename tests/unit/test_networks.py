@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from tink_rl import errors, urls
 from tink_rl.cli import main
 from tink_rl.config import SyncConfig
 from tink_rl.settings import Settings
+from tink_rl.training.connect import clients_of
 from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.transport.megatron_client import MegatronClient
 from tink_rl.transport.payloads import unreachable
@@ -21,6 +23,7 @@ from tink_rl.urls import server_url
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.weight_sync import WeightSync
 
+LOCAL = "http://127.0.0.1:8000"
 PAYLOAD = {"model": BASE, "prompt": [[1]], "n": 1, "max_tokens": 1, "logprobs": None}
 
 
@@ -237,6 +240,32 @@ def test_password_in_a_url_is_refused_and_not_repeated(url):
         with pytest.raises(errors.ConfigError, match="VLLM_API_KEY") as caught:
             read(url)
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["http://h:1", ["http://h:1"], ("http://h:1",), "http://h:1, http://h:2", ()]
+)
+def test_settings_take_one_url_or_several(given):
+    found = [
+        client.base_url for client in clients_of(None, SyncConfig(servers=given, token="t"), None)
+    ]
+    assert found == (
+        ["http://h:1", "http://h:2"] if "2" in given else ["http://h:1"] if given else [LOCAL]
+    )
+
+
+@pytest.mark.parametrize("host", ["http://10.0.0.7", "http://10.0.0.7:8000", "10.0.0.7:8000"])
+def test_url_in_the_place_of_trls_host_is_said(host):
+    args = SimpleNamespace(vllm_server_host=host, vllm_server_port=8000, vllm_server_timeout=0)
+    with pytest.raises(errors.ConfigError, match="give a URL with vllm_server_base_url"):
+        clients_of(None, SyncConfig(token="t"), args)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", None])
+def test_trls_host_and_port_are_a_url(host):
+    args = SimpleNamespace(vllm_server_host=host, vllm_server_port=8000, vllm_server_timeout=0)
+    (client,) = clients_of(None, SyncConfig(token="t"), args)
+    assert client.base_url == LOCAL
 
 
 @EVERYBODY

@@ -12,10 +12,9 @@ import torch
 from tink_rl import errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
-from tink_rl.policy.adapter_folder import CONFIG_FILE, find_adapter
-from tink_rl.policy.foreign import foreign_config
+from tink_rl.policy.adapter_folder import find_adapter
 from tink_rl.policy.model_dir import local_model_dir
-from tink_rl.policy.peft_dir import WEIGHTS_FILE, strict_json
+from tink_rl.policy.peft_dir import read_config, read_tensors
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import (
     EMBEDDING,
@@ -58,16 +57,16 @@ def _said(error: errors.TinkError, fix: str) -> Finding:
 
 
 def _check(directory: Path, status: ServerStatus | None) -> list[Finding]:
-    config = _config(directory)
+    config = read_config(directory)
     if not unsupported_reasons(config):
         try:
             return _by_itself(from_peft_dir(directory, base=_base(config)), status)
         except errors.UnsupportedAdapter:  # by its tensors, which the config does not tell of
-            if not _model_facts(config, _tensors(directory)):
+            if not _model_facts(config, read_tensors(directory)):
                 raise
     if needs(config).refused:
         return _refused(needs(config))
-    tensors = _tensors(directory)
+    tensors = read_tensors(directory)
     check_values(tensors)
     facts = _model_facts(config, tensors)
     needed = needs(config | facts)
@@ -79,27 +78,6 @@ def _check(directory: Path, status: ServerStatus | None) -> list[Finding]:
 
 
 # -- what the files say -----------------------------------------------------------------------------
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise errors.AdapterConfigInvalid(f"{directory} has no {CONFIG_FILE}")
-    config = strict_json(path.read_bytes(), str(path))
-    if (foreign := foreign_config(config)) is not None:
-        raise errors.AdapterConfigInvalid(f"{path} {foreign}")
-    return config
-
-
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / WEIGHTS_FILE
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise errors.AdapterCorrupt(f"{path} cannot be read: {error}") from error
 
 
 def _model_facts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, bool | None]:

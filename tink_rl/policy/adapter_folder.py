@@ -21,6 +21,8 @@ CONFIG_FILE = "adapter_config.json"
 _REFERENCES = ("ref", "reference")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 _MAX_NAMED = 8
+_MAX_FOLDERS = 32
+"""Per directory, where one is looked for to be named only."""
 
 
 @contextmanager
@@ -77,16 +79,40 @@ def _holding(directory: SourceDir, marks: Sequence[str], stack: ExitStack) -> So
         )
     if named:
         return named[0]
+    newer: list[str] = []
     for _, name in sorted(checkpoints, reverse=True):
         if (child := directory.child(name)) is not None:
             stack.callback(child.close)
             if (found := _holding(child, marks, stack)) is not None:
+                if newer:
+                    logger.warning("%s: no adapter in %s, so %s", directory.label, newer, name)
                 return found
+        newer.append(name)
+    return None
+
+
+def _deeper(directory: SourceDir, depth: int = 4) -> str | None:
+    """The first adapter that lies deeper than is looked for one, as other trainers' runs have it."""
+    for name in directory.folders()[:_MAX_FOLDERS]:
+        child = directory.child(name) if name not in _REFERENCES else None
+        if child is None:
+            continue
+        try:
+            found = child.label if child.has(CONFIG_FILE) else None
+            found = found or (_deeper(child, depth - 1) if depth > 1 else None)
+        finally:
+            child.close()
+        if found:
+            return found
     return None
 
 
 def _nothing(directory: SourceDir) -> AdapterConfigInvalid:
     names = directory.names()
+    if deeper := _deeper(directory):
+        return AdapterConfigInvalid(
+            f"{directory.label} holds no adapter itself, but below it lies {deeper}; give that directory"
+        )
     references = [name for name in names if name in _REFERENCES]
     if references:
         return AdapterConfigInvalid(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tink_rl.errors import ConfigError
+from tink_rl.policy.foreign import what_a_file_is
 from tink_rl.policy.model_dir import local_model_dir, models_below
 
 if TYPE_CHECKING:
@@ -141,33 +142,46 @@ def _entries(files: Iterable[Path]) -> dict[str, CheckpointTensor]:
 def _read_header(file: Path) -> list[CheckpointTensor]:
     # Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON, then the tensors).
     with file.open("rb") as handle:
+        if (known := what_a_file_is(handle.read(32))) is not None:
+            raise ConfigError(f"{file} {known}")
+        handle.seek(0)
         size = struct.unpack("<Q", _exactly(handle, 8, file))[0]
         if size > _MAX_HEADER_BYTES:
             raise ConfigError(f"{file}: a header of {size} bytes; not a safetensors file")
-        try:
-            entries = json.loads(_exactly(handle, size, file))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}: the header is not JSON; not a safetensors file") from error
+        header = _exactly(handle, size, file)
     start = 8 + size
-    return [
-        CheckpointTensor(
-            name=name,
-            file=file,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            begin=start + entry["data_offsets"][0],
-            end=start + entry["data_offsets"][1],
-        )
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    ]
+    try:
+        found = [
+            CheckpointTensor(
+                name=name,
+                file=file,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                begin=start + entry["data_offsets"][0],
+                end=start + entry["data_offsets"][1],
+            )
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} has a header that is not one of safetensors; download or copy it again"
+        ) from error
+    end, there = max((tensor.end for tensor in found), default=start), os.path.getsize(file)
+    if there < end:
+        raise _truncated(file, f"{there} bytes of {end}")
+    return found
 
 
 def _exactly(handle: BinaryIO, size: int, file: Path) -> bytes:
     data = handle.read(size)
     if len(data) != size:
-        raise ConfigError(f"{file} is truncated ({os.path.getsize(file)} bytes); copy it again")
+        raise _truncated(file, f"{os.path.getsize(file)} bytes")
     return data
+
+
+def _truncated(file: Path, how: str) -> ConfigError:
+    return ConfigError(f"{file} is truncated ({how}); download or copy it again")
 
 
 def read_checkpoint_tensor(entry: CheckpointTensor) -> torch.Tensor:
@@ -230,8 +244,14 @@ def _canonical_config(directory: Path) -> bytes:
     path = directory / "config.json"
     if not path.is_file():
         raise ConfigError(f"{directory} has no config.json; expected a saved transformers model")
-    config: dict[str, Any] = json.loads(path.read_text())
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
+    try:
+        config = json.loads(path.read_text())
+        kept = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
+    except (ValueError, AttributeError) as error:
+        why = error if isinstance(error, ValueError) else "it is no object"
+        raise ConfigError(
+            f"{path} is not a JSON object ({why}); download or save the model again"
+        ) from error
     return json.dumps(kept, sort_keys=True).encode()
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from tink_rl.errors import ConfigError, ModelNotFound
 
 _COMMIT = re.compile(r"[0-9a-f]{40}$")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+_WEB = re.compile(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)")
 
 
 def local_model_dir(
@@ -79,22 +81,40 @@ def _snapshot(model: str, revision: str | None, cache_dir: str | Path | None) ->
             snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        pinned = f" --revision {revision}" if revision else ""
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
             f"base model {model!r}{at}: neither a directory nor a model in the local hub cache"
-            f"{_cached_revisions(model, cache_dir)}; `hf download {model}{pinned}` fetches it"
+            f"{_cached_revisions(model, cache_dir, revision)}; {_way_to(model, revision)}"
         ) from error
 
 
-def _cached_revisions(model: str, cache_dir: str | Path | None) -> str:
-    """` (cached: v2)`: the branches and tags of `model` that are cached; empty if none is."""
+def _way_to(model: str, revision: str | None) -> str:
+    """What to do about a model that is not here."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return f"that is a file: give its directory, {str(path.parent)!r}"
+    if web := _WEB.match(model):
+        return f"a URL is no model: give the hub id, {web[1]!r}"
+    if not _HUB_ID.fullmatch(model):
+        return "give a directory that exists, or a hub id such as ORGANISATION/NAME"
+    pinned = f" --revision {revision}" if revision else ""
+    return f"`hf download {model}{pinned}` fetches it, if that is a hub id"
+
+
+def _cached_revisions(model: str, cache_dir: str | Path | None, revision: str | None = None) -> str:
+    """` (cached: v2)`: branches and tags of `model`, or the commits that begin so; empty if none is."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    cache = Path(cache_dir or constants.HF_HUB_CACHE)
-    refs = cache / repo_folder_name(repo_id=model, repo_type="model") / "refs"
+    if not _HUB_ID.fullmatch(model):
+        return ""
+    home = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(
+        repo_id=model, repo_type="model"
+    )
+    refs = home / "refs"
     found = sorted(p.relative_to(refs).as_posix() for p in refs.rglob("*") if p.is_file())
+    if revision and re.fullmatch(r"[0-9a-f]{4,39}", revision):  # a commit is asked for in full
+        found = sorted(p.name for p in home.glob(f"snapshots/{revision}*")) or found
     return f" (cached: {', '.join(found[:8])})" if found else ""
 
 
@@ -136,11 +156,10 @@ def _check_model(model: str, revision: str | None) -> None:
             raise ConfigError("not a directory")
         local_model_dir(model, revision=revision)
     except ConfigError as error:
-        pinned = f" --revision {revision}" if revision else ""
-        cached = "" if looks_like_path else _cached_revisions(model, None)
+        cached = "" if looks_like_path else _cached_revisions(model, None, revision)
         raise ModelNotFound(
             f"model {model!r} was not found (neither a directory nor in the local hub cache{cached}); "
-            f"check the path and --revision, or `hf download {model}{pinned}` first"
+            f"check the path and --revision; {_way_to(model, revision)}"
         ) from error
 
 

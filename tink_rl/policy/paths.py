@@ -29,7 +29,12 @@ MAX_PATH_BYTES = 4096
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BLOB = re.compile(r"[0-9A-Za-z]{8,128}")
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter_model.pt",
+)
 _MAX_ENTRIES = 10_000
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # A FIFO without a writer must not block the open; a terminal must not become ours.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tink_rl.errors import (
     AdapterConfigInvalid,
+    AdapterCorrupt,
     AdapterFilesInvalid,
     AdapterIncomplete,
     DtypeMismatch,
@@ -26,7 +27,7 @@ from tink_rl.errors import (
 )
 from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
 from tink_rl.policy.base_copies import check_copies
-from tink_rl.policy.foreign import foreign_config, what_is_there
+from tink_rl.policy.foreign import foreign_config, what_a_file_is, what_else_is_there, what_is_there
 from tink_rl.policy.paths import SourceDir
 from tink_rl.policy.patterns import MAX_MATCHES, Pattern
 from tink_rl.policy.shapes import BaseShapes
@@ -43,6 +44,7 @@ POLICY_FILE = "tink_policy.json"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 8 << 20
 """Room for 50,000 full names in `target_modules`, and as many patterns; our own files keep to it too."""
+_ANY_SIZE = 1 << 62
 _MAX_POLICY_BYTES = 64 << 10
 MAX_FILE_BYTES = 512 << 20
 MAX_ALPHA = 1e6
@@ -157,11 +159,48 @@ def open_peft_dir(
             yield PeftDir(config, tensors, where, _read_fingerprint(directory), named)
 
 
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The config in the PEFT directory `source` of a trusted caller, of whatever kind of adapter.
+
+    Raises:
+        PathNotAllowed, AdapterPathMissing: see `paths.open_source`.
+        AdapterConfigInvalid: there is none, or it is none of PEFT's.
+    """
+    with open_adapter_folder(source, None) as directory:
+        return _parse_config(directory)
+
+
+def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors in the PEFT directory `source` of a trusted caller, of whatever kind of adapter.
+
+    Raises:
+        PathNotAllowed, AdapterPathMissing: see `paths.open_source`.
+        AdapterFilesInvalid, AdapterCorrupt, AdapterTooLarge: there is no whole file of them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with open_adapter_folder(source, None) as directory:
+        file = directory.open(WEIGHTS_FILE, _ANY_SIZE)
+        if file is None:
+            raise _no_weights(directory)
+        path = directory.path / WEIGHTS_FILE
+        with file:
+            TensorFile(file, str(path))
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise AdapterCorrupt(
+                f"{path} cannot be read: {error}; save the adapter again"
+            ) from error
+
+
 def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
     pickled = [name for name in PICKLE_FILES if directory.has(name)]
     if not pickled:
-        known = what_is_there(directory.names())
-        said = known or f"has no {WEIGHTS_FILE}; expected what PEFT's save_pretrained() writes"
+        names = directory.names()
+        said = what_is_there(names) or what_else_is_there(names)
+        said = said or f"has no {WEIGHTS_FILE}; expected what PEFT's save_pretrained() writes"
         return AdapterFilesInvalid(f"{directory.label} {said}")
     return PickleRefused(
         f"{directory.label} has only {pickled[0]}, a pickle, which can run code and is never opened: "
@@ -174,6 +213,13 @@ def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
 
 
 def _read_config(directory: SourceDir, max_rank: int | None) -> dict[str, Any]:
+    config = _parse_config(directory)
+    check_supported(config, where=directory.label)
+    _check_numbers(config, f"{directory.label}/{CONFIG_FILE}", max_rank)
+    return config
+
+
+def _parse_config(directory: SourceDir) -> dict[str, Any]:
     where = f"{directory.label}/{CONFIG_FILE}"
     file = directory.open(CONFIG_FILE, MAX_CONFIG_BYTES, _SHORTER)
     if file is None:
@@ -185,8 +231,6 @@ def _read_config(directory: SourceDir, max_rank: int | None) -> dict[str, Any]:
     config = strict_json(text, where)
     if (foreign := foreign_config(config)) is not None:
         raise AdapterConfigInvalid(f"{where} {foreign}")
-    check_supported(config, where=directory.label)
-    _check_numbers(config, where, max_rank)
     return config
 
 
@@ -210,18 +254,30 @@ def strict_json(text: bytes, where: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(
-            text.decode(), parse_constant=_refuse_constant, object_pairs_hook=unique_pairs
+            text.decode("utf-8-sig"),  # an editor on Windows puts a mark in front
+            parse_constant=_refuse_constant,
+            object_pairs_hook=unique_pairs,
         )
     except (ValueError, RecursionError) as error:
-        what = str(error) if type(error) is ValueError else "malformed"
+        what = _why_no_json(text, error)
         raise AdapterConfigInvalid(
-            f"{where} is not strict JSON: {what[:100]}; save the adapter again"
+            f"{where} is not strict JSON: {what[:200]}; save the adapter again"
         ) from None
     if not isinstance(found, dict):
         raise AdapterConfigInvalid(
             f"{where} holds a {type(found).__name__}, expected a JSON object; save the adapter again"
         )
     return found
+
+
+def _why_no_json(text: bytes, error: Exception) -> str:
+    if not text.strip():
+        return "it is empty"
+    if (known := what_a_file_is(text[:32])) is not None:
+        return f"it {known}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not in UTF-8"
+    return str(error) if isinstance(error, ValueError) else "it is nested too deep"
 
 
 def _refuse_constant(text: str) -> None:
@@ -233,7 +289,7 @@ def _check_numbers(config: Mapping[str, Any], where: str, max_rank: int | None) 
     for name, rank in ranks.items():
         if type(rank) is not int or rank < 1:
             raise AdapterConfigInvalid(
-                f"{where}: {name}={_brief(rank)}, expected a whole number > 0; save it again"
+                f"{where}: {_given(name, rank)}, expected a whole number > 0; save it again"
             )
         if max_rank is not None and rank > max_rank:
             raise RankExceeded(
@@ -245,7 +301,7 @@ def _check_numbers(config: Mapping[str, Any], where: str, max_rank: int | None) 
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
             raise AdapterConfigInvalid(
-                f"{where}: {name}={_brief(alpha)}, expected a number > 0, at most {MAX_ALPHA:g}; save "
+                f"{where}: {_given(name, alpha)}, expected a number > 0, at most {MAX_ALPHA:g}; save "
                 "it again"
             )
     if type(config.get("use_rslora", False)) not in (bool, type(None)):
@@ -257,6 +313,10 @@ def _entries(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any
     if not isinstance(pattern, dict):
         raise AdapterConfigInvalid(f"{where}: {field} is no object; save the adapter again")
     return {f"{field}[{key[:100]!r}]": value for key, value in pattern.items()}
+
+
+def _given(name: str, value: Any) -> str:
+    return f"no {name}" if value is None else f"{name}={_brief(value)}"
 
 
 def _brief(value: Any) -> str:

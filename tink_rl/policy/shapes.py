@@ -98,6 +98,19 @@ class BaseShapes:
         fingerprint = None if packed else base_fingerprint(model)
         return cls(name=str(model), shapes=shapes, tables=tables, fingerprint=fingerprint)
 
+    def _likest(self, module: str) -> str:
+        """What is called like `module` here, and what to do."""
+        inner = module.partition(".layers.")[2] or module.removeprefix("layers.")
+        alike = [n for n in sorted(self.shapes) if inner and n.endswith(f"layers.{inner}")]
+        if alike:
+            return (
+                f"which is called {alike[0]!r} there: the adapter was trained on the model as another class "
+                "loads it (AutoModel, or with images); train on AutoModelForCausalLM, or serve the model "
+                "that was trained"
+            )
+        example = next(iter(sorted(self.shapes)), "none")
+        return f"names there are such as {example!r}; serve the base that the adapter was made for"
+
     def check(
         self, given: Mapping[str, tuple[int, int]], *, where: str, trained_on: str | None = None
     ) -> None:
@@ -117,11 +130,9 @@ class BaseShapes:
             check_trained_on(trained_on, self.fingerprint, where=where)
         unknown = sorted(set(given) - set(self.shapes))
         if unknown:
-            example = next(iter(sorted(self.shapes)), "none")
             raise UnknownModules(
                 f"{where}: {len(unknown)} of {len(given)} modules are not in the base {self.name}, first "
-                f"{unknown[0]!r}, names there are such as {example!r}; serve the base that the adapter "
-                "was made for",
+                f"{unknown[0]!r}, {self._likest(unknown[0])}",
                 unknown=unknown[:10],
             )
         for module, shape in given.items():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tink_rl.errors import AdapterCorrupt, AdapterTooLarge
+from tink_rl.policy.foreign import what_a_file_is
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,8 @@ class TensorFile:
         size = self._before.st_size
         if size < 8:
             raise self._corrupt(f"has {size} bytes, too few for a header")
+        if (known := what_a_file_is(bytes(self._read(0, min(size, 32))))) is not None:
+            raise AdapterCorrupt(f"{where} {known}")
         (length,) = struct.unpack("<Q", self._read(0, 8))
         if 8 + length > size:
             raise self._corrupt(f"ends at byte {size}, inside its header of {length} bytes")

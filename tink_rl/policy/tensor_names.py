@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 MAX_NAME_LENGTH = 256
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>.+))?\.weight")
 _WRAPPERS = {
     "_orig_mod": "torch.compile's",
     "_fsdp_wrapped_module": "FSDP's",
@@ -45,7 +45,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"lora_(down|up)\b|^lora_(unet|te)", "is in kohya's format; convert the adapter to PEFT's"),
     (r"\.lora_embedding_[AB]", f"is LoRA on an embedding; leave it out of target_modules, or {_WHOLE}"),
     (r"\.lora_magnitude_vector", f"belongs to DoRA, which the config does not say; {_WHOLE}"),
-    (r"\.lora_[AB](\.[^.]+)?\.bias$", f"is a bias of LoRA (lora_bias=True); train without, or {_WHOLE}"),
+    (r"\.lora_[AB](\..+)?\.bias$", f"is a bias of LoRA (lora_bias=True); train without, or {_WHOLE}"),
     (r"\.lora_E$|\.lora_E\.|\.ranknum", "belongs to AdaLoRA; merge the model with merge_and_unload() and "
      "serve that, or train plain LoRA"),
     (r"\.modules_to_save\.|\.original_module\.", "is of a raw state dict with trained modules; save the "
@@ -156,6 +156,10 @@ def without_wrappers(name: str, words: set[str]) -> str:
     if outer != short and outer.startswith(PREFIX):  # around PEFT's model: no module of the base
         words.add(f"{_DDP!r} (DDP's or DataParallel's wrapper)")
         short = outer
+    before, mark, rest = short.partition(f".{PREFIX}")
+    if mark and not short.startswith(PREFIX):  # no base has PEFT's own words in its names
+        words.add(f"{before + '.'!r} (a wrapper around PEFT's model)")
+        short = f"{PREFIX}{rest}"
     short = short.removeprefix(PREFIX)
     while short.startswith(PREFIX):
         words.add(f"{PREFIX!r} (PEFT's prefix, twice)")

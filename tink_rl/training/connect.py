@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tink_rl.config import SyncConfig
+from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url
 from tink_rl.policy.model_dir import loaded_from
 from tink_rl.training import live
@@ -61,6 +63,10 @@ def _be_heard() -> None:
 def _url_of(args: Any) -> str:
     given = getattr(args, "vllm_server_base_url", None)
     host, port = (getattr(args, f"vllm_server_{name}", None) for name in ("host", "port"))
+    if not given and host and ("/" in host or (re.search(r":\d+$", host) and host.count(":") == 1)):
+        raise ConfigError(
+            f"vllm_server_host={host!r}: expected a host alone; give a URL with vllm_server_base_url"
+        )
     return given or http_url(host or "127.0.0.1", port or 8000)
 
 

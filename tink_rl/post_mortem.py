@@ -11,6 +11,8 @@ from tink_rl import errors
 from tink_rl.errors import LaunchFailed, TinkError
 
 _GOLDEN_MARK = "golden_does_not_fit: "
+_SHM = "/dev/shm"
+_SHM_WORDS = r"Insufficient space in /dev/shm|/dev/shm.*No space left"
 _MEMORY_PATTERN = re.compile(
     r"out of memory|OutOfMemoryError|No available memory for the cache blocks|Cannot allocate memory|"
     r"larger than the available KV cache memory|less than desired GPU memory utilization|"
@@ -46,8 +48,22 @@ _FATAL_SIGNALS = {
     "Aborted": signal.SIGABRT,
     "Bus error": signal.SIGBUS,
 }
+_REMEDIES = (
+    (_SHM_WORDS, f"give it more (docker: --shm-size=1g; else `mount -o remount,size=1g {_SHM}`)"),
+    (r"No space left on device|Disk quota",
+     "free space, or set HF_HOME and VLLM_CACHE_ROOT to a larger disk"),
+    (r"Too many open files", "raise the limit, `ulimit -n 65536`, and start it again"),
+    (r"not supported for now|does not recognize this architecture",
+     "serve another model, or install the vLLM and transformers that know it"),
+    (r"GatedRepo|401 Client Error|403 Client Error",
+     "ask for access on the model's page, then `hf auth login`"),
+    (r"SafetensorError|not fully covered", "a file of the model is damaged: download or copy it again"),
+    (r"unrecognized arguments", "`vllm serve --help=all` lists vLLM's flags, `tink-rl serve --help` ours"),
+    (r"greater than the derived max_model_len", "lower --max-model-len"),
+    (r"NVIDIA driver on your system is too old", "`tink-rl doctor` says which driver is needed"),
+)  # fmt: skip
+"""What mends a cause, by vLLM's, torch's and the system's words for it; the first that matches."""
 _NOT_ITS_FAULT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_SHM = "/dev/shm"
 
 
 def explain(
@@ -88,7 +104,9 @@ def explain(
         return LaunchFailed(
             f"{what}: {who} was ended by {name}: {_remedy(number)}; log: {log_path}"
         )
-    return LaunchFailed(f"{what}: {cause_in(log) or 'no error line in its log'}; log: {log_path}")
+    cause = cause_in(log)
+    remedy = next((f"; {says}" for pattern, says in _REMEDIES if re.search(pattern, cause)), "")
+    return LaunchFailed(f"{what}: {cause or 'no error line in its log'}{remedy}; log: {log_path}")
 
 
 def _out_of_memory(what: str, hint: str, log_path: str) -> errors.OutOfMemory:
@@ -182,6 +200,10 @@ def cause_in(log: str) -> str:
         if first and not chained:
             break
         first, chained = _whole(line, lines[i + 1 : i + 4]), False
+        if (
+            re.fullmatch(r"\w+:?", first) and i
+        ):  # an exception without a word: the line that raised it
+            first = f"{first} ({lines[i - 1].strip()})"
     return first[:300]
 
 

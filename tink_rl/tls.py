@@ -7,8 +7,10 @@ switch of httpx that leaves them out leaves out SSL_CERT_FILE too; so what is tr
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +18,7 @@ from tink_rl.errors import ConfigError
 
 CA_FILE = "TINK_CA_FILE"
 _OPENSSL = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_HASHED = re.compile(r"[0-9a-f]{8}\.\d+")
 _WRONG_NAME = (62, 64)
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 _WRONG_TIME = (9, 10)
@@ -46,11 +49,14 @@ def context_for(url: str, ca_file: str | None = None) -> ssl.SSLContext | None:
         if value and not all(Path(part).exists() for part in value.split(os.pathsep)):
             raise ConfigError(f"{name}={value!r} does not exist; correct or unset it")
     context = ssl.create_default_context()
+    if named := os.environ.get(_OPENSSL[0]):  # nor does it tell of one that holds no certificate
+        _add(context, Path(named), f"{_OPENSSL[0]}={named!r}")
     if not any(os.environ.get(name) for name in _OPENSSL):
         _add_public_authorities(context)
     given = ca_file or os.environ.get(CA_FILE)
     if given:
-        _add(context, Path(given).expanduser())
+        path = Path(given).expanduser()
+        _add(context, path, f"the CA file {str(path)!r}")
     return context
 
 
@@ -63,18 +69,32 @@ def _add_public_authorities(context: ssl.SSLContext) -> None:
     context.load_verify_locations(cafile=certifi.where())
 
 
-def _add(context: ssl.SSLContext, path: Path) -> None:
+def _add(context: ssl.SSLContext, path: Path, called: str) -> None:
     try:
         if path.is_dir():
-            context.load_verify_locations(capath=path)
+            _add_directory(context, path)
         else:
             context.load_verify_locations(cafile=path)
     except (OSError, ssl.SSLError) as error:
         why = "holds no PEM certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise ConfigError(
-            f"the CA file {str(path)!r} {why}; expected the authority's certificate in PEM form "
+            f"{called} {why}; expected the authority's certificate in PEM form "
             f"({CA_FILE}, SyncConfig.ca_file, --ca-file)"
         ) from error
+
+
+def _add_directory(context: ssl.SSLContext, path: Path) -> None:
+    """Both kinds: hashed names, of which OpenSSL looks up one, and plain files, which it would not see."""
+    context.load_verify_locations(capath=path)
+    files = sorted(path.iterdir())
+    added = any(_HASHED.fullmatch(file.name) for file in files)
+    for file in files:
+        if file.suffix in (".pem", ".crt", ".cer"):
+            with suppress(OSError, ssl.SSLError):
+                context.load_verify_locations(cafile=file)
+                added = True
+    if not added:
+        raise ssl.SSLError("no certificate in this directory")
 
 
 def what_is_wrong(url: str, error: BaseException) -> str | None:

@@ -103,6 +103,28 @@ def test_openssls_directory_of_authorities_is_read(secure, authority, monkeypatc
 
 
 @EVERYBODY
+def test_directory_of_plain_pem_files_is_read_without_a_rehash(secure, authority, tmp_path, ask):
+    (tmp_path / "company.crt").write_bytes(authority.file.read_bytes())
+    (tmp_path / "README").write_text("authorities")
+    assert ask(secure.url, ca_file=str(tmp_path)) == [BASE]
+
+
+def test_directory_without_a_certificate_is_said(secure, tmp_path):
+    with pytest.raises(errors.ConfigError, match="holds no PEM certificate"):
+        by_client(secure.url, ca_file=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x30\x82\x01\x0a", b"-----BEGIN CERTIFICATE-----\nMII"])
+def test_openssls_variable_that_names_no_certificate_is_said(
+    secure, monkeypatch, tmp_path, content
+):
+    (tmp_path / "ca.der").write_bytes(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.der"))
+    with pytest.raises(errors.ConfigError, match=r"SSL_CERT_FILE=.* holds no PEM certificate"):
+        by_client(secure.url)
+
+
+@EVERYBODY
 def test_certificate_that_is_not_trusted_is_named_with_the_settings(secure, ask):
     with pytest.raises(errors.TinkError, match="is not trusted") as caught:
         ask(secure.url)

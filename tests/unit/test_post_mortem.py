@@ -69,6 +69,28 @@ def test_cause_is_the_first_exception_and_no_line_of_source_or_warning(log, caus
     assert cause in found and bool(found) == bool(cause) and "\n" not in found
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("OSError: [Errno 28] No space left on device", "free space"),
+        ("OSError: [Errno 24] Too many open files", "ulimit -n 65536"),
+        ("ValueError: Model architectures ['Foo'] are not supported for now. X", "another model"),
+        ("huggingface_hub.errors.GatedRepoError: 403 Client Error.", "hf auth login"),
+        ("safetensors_rust.SafetensorError: incomplete metadata", "download or copy it again"),
+        ("RuntimeError: Insufficient space in /dev/shm: 160 MiB required", "--shm-size"),
+        ("api_server.py: error: unrecognized arguments: --foo", "vllm serve --help"),
+    ],
+)
+def test_known_cause_names_the_next_step(line, remedy):
+    said = explain("vLLM ended", f"(APIServer pid=1) {line}\n", "LOG", exit_code=1).message
+    assert line in said and remedy in said.removeprefix(line) and said.endswith("; log: LOG")
+
+
+def test_exception_without_a_word_is_told_by_the_line_that_raised_it():
+    log = "(EngineCore pid=1) ERROR     assert rows == width\n(EngineCore pid=1) AssertionError\n"
+    assert "AssertionError (" in cause_in(log) and "assert rows == width" in cause_in(log)
+
+
 def test_start_without_room_for_shared_memory_says_what_it_needs():
     found = explain("vLLM ended while starting", SHM, "x.log", exit_code=1)
     assert "160 MiB required, 64 MiB free" in str(found) and "--shm-size" in str(found)

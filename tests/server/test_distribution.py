@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.home]
 NARROWED = [
     {"top_k": 3, "temperature": 0.7},
     {"top_p": 0.5},
+    {"top_k": 3, "logprobs": 3},
     {"min_p": 0.2, "temperature": 1.3},
     {"repetition_penalty": 1.5},
     {"structured_outputs_regex": "[a-d]{2}"},

@@ -20,14 +20,18 @@ def params(temperature=0.7, asks=True):
 
 
 def sampled(logits_NV, temperatures):
-    """As vLLM: scaled and cut to the top k in place (in a copy, below float32), the likeliest drawn."""
+    """As vLLM: scaled and cut to the top k in place (in a copy, below float32), the likeliest drawn.
+
+    What it tells is the token that was drawn, then the likeliest ones, of which that is one.
+    """
     logits_NV = logits_NV.to(torch.float32)
     logits_NV /= torch.tensor(temperatures)[:, None].clamp_min(1e-5)
     rest_NV = logits_NV.argsort(-1, descending=True)[:, TOP_K:]
     logits_NV.scatter_(-1, rest_NV, -torch.inf)
     tokens_N1 = logits_NV.argmax(-1, keepdim=True)
-    logprobs_N1 = logits_NV.log_softmax(-1).gather(-1, tokens_N1)
-    tensors = SimpleNamespace(logprob_token_ids=tokens_N1.int(), logprobs=logprobs_N1)
+    tokens_NT = torch.cat([tokens_N1, logits_NV.topk(2).indices], dim=-1)
+    logprobs_NT = logits_NV.log_softmax(-1).gather(-1, tokens_NT)
+    tensors = SimpleNamespace(logprob_token_ids=tokens_NT.int(), logprobs=logprobs_NT)
     return SimpleNamespace(logprobs_tensors=tensors)
 
 
@@ -111,8 +115,7 @@ def logits_of(num_rows, dtype=torch.float32):
 
 def wanted(logits_NV, temperatures, tensors):
     scaled_NV = logits_NV.float() / torch.tensor(temperatures)[:, None]
-    tokens_N1 = tensors.logprob_token_ids.long()
-    return scaled_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
+    return scaled_NV.log_softmax(-1).gather(-1, tensors.logprob_token_ids.long())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,7 +125,7 @@ def test_logprob_is_that_of_all_tokens_at_the_request_s_temperature(runner, gram
     temperatures = [0.6, 1.0, 1.3]
     logits_NV = logits_of(3, dtype)
     tensors = runner([params(t) for t in temperatures]).step(logits_NV.clone(), grammar)
-    torch.testing.assert_close(tensors.logprobs[:, 0], wanted(logits_NV, temperatures, tensors))
+    torch.testing.assert_close(tensors.logprobs, wanted(logits_NV, temperatures, tensors))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -133,7 +136,7 @@ def test_requests_that_do_not_ask_get_what_vllm_gives(runner):
     tensors = runner(mixed).step(logits_NV.clone())
     assert torch.equal(tensors.logprobs[[0, 3]], stock[[0, 3]])
     right = wanted(logits_NV, [0.7] * 4, tensors)
-    torch.testing.assert_close(tensors.logprobs[[1, 2], 0], right[[1, 2]])
+    torch.testing.assert_close(tensors.logprobs[[1, 2]], right[[1, 2]])
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -141,14 +144,14 @@ def test_more_rows_than_are_copied_at_once(runner, monkeypatch):
     monkeypatch.setattr(full_logprobs, "_ROWS_AT_ONCE", 2)
     logits_NV = logits_of(5)
     tensors = runner([params(0.5)] * 5).step(logits_NV.clone(), [0])
-    torch.testing.assert_close(tensors.logprobs[:, 0], wanted(logits_NV, [0.5] * 5, tensors))
+    torch.testing.assert_close(tensors.logprobs, wanted(logits_NV, [0.5] * 5, tensors))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_greedy_request_is_divided_by_nothing(runner):
     logits_NV = logits_of(1)
     tensors = runner([params(0.0)]).step(logits_NV.clone())
-    torch.testing.assert_close(tensors.logprobs[:, 0], wanted(logits_NV, [1.0], tensors))
+    torch.testing.assert_close(tensors.logprobs, wanted(logits_NV, [1.0], tensors))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -157,7 +160,7 @@ def test_each_step_is_measured_by_its_own_logits(runner):
     instance.step(logits_of(2).clone(), [1])
     logits_NV = -logits_of(2)
     tensors = instance.step(logits_NV.clone())
-    torch.testing.assert_close(tensors.logprobs[:, 0], wanted(logits_NV, [0.7] * 2, tensors))
+    torch.testing.assert_close(tensors.logprobs, wanted(logits_NV, [0.7] * 2, tensors))
 
 
 def test_place_of_a_request_that_asked_may_go_to_one_that_does_not():

@@ -4,7 +4,7 @@ vLLM's `processed_logprobs` are taken last: of a token with logit z they are log
 p = softmax(z / T) and S is the mass that top-k, top-p, min-p, a grammar, `bad_words`, ... left (penalties
 and biases move z before). A trainer computes log p, so each token's importance ratio would be S
 (huggingface/trl issue 6789): a product of small numbers over a completion. A request with
-`vllm_xargs={"tink_full_logprobs": 1}` gets log p of the tokens that were sampled: like with like. Every
+`vllm_xargs={"tink_full_logprobs": 1}` gets log p of the tokens that are told: like with like. Every
 other request gets what stock vLLM gives.
 
 Both of vLLM's model runners are wrapped as they stand in the worker, by `install`; what is leaned on is
@@ -65,7 +65,10 @@ class _Kept:
         self._logits_NV = logits_NV
 
     def put(self, output: Any) -> None:
-        """Write the sampled tokens' logprobs in front of those that `output` carries."""
+        """Write the logprobs of the tokens that `output` carries: the sampled one, then the likeliest.
+
+        All of them: vLLM keeps one value per token, and the sampled one may be among the likeliest.
+        """
         tensors = output.logprobs_tensors
         if tensors is None:
             return
@@ -76,9 +79,10 @@ class _Kept:
                 self._logits_NV[rows] if self._logits_KV is None else self._logits_KV[some]
             ).float()
             temperatures_K1 = logits_KV.new_tensor(self._temperatures[some])[:, None]
-            tokens_K1 = tensors.logprob_token_ids[rows, :1].long()
+            tokens_KT = tensors.logprob_token_ids[rows].long()
             logprobs_KV = (logits_KV / temperatures_K1).log_softmax(-1)
-            tensors.logprobs[rows, 0] = logprobs_KV.gather(-1, tokens_K1)[:, 0]
+            found_KT = logprobs_KV.gather(-1, tokens_KT.clamp(min=0))
+            tensors.logprobs[rows] = torch.where(tokens_KT < 0, tensors.logprobs[rows], found_KT)
 
 
 # -- the runner of most platforms --------------------------------------------------------------------

@@ -464,7 +464,7 @@ class VLLMClient:
     ) -> dict[str, Any]:
         """`n` completions per prompt, prompt-major, from the version `model` (None: the first served).
 
-        With `full_logprobs`, the sampled tokens' logprobs are log softmax(logits / temperature) over the
+        With `full_logprobs`, logprobs are log softmax(logits / temperature) over the
         whole vocabulary, whatever top_k, a grammar, ... left of it to draw from; a server whose status
         says `no_full_logprobs` ignores this.
 

@@ -216,3 +216,9 @@ def test_prompts_of_an_environment_are_not_known_before_it_is_reset():
     made = trainer(None)
     made.environment_factories = {None: object}
     prompts.check_prompts(made, STATUS, 16)
+
+
+def test_data_without_prompts_is_told_which_columns_it_has():
+    found = Dataset.from_dict({"question": ["1+1="], "answer": ["2"]})
+    with pytest.raises(ConfigError, match=r"question, answer and no 'prompt'.*rename_column"):
+        prompts.check_prompts(trainer(found), STATUS, 16)

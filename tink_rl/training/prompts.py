@@ -52,6 +52,12 @@ def _check_dataset(
 ) -> None:
     start = said = time.monotonic()
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
+    columns = getattr(dataset, "column_names", None)  # a stream may not know them
+    if columns and "prompt" not in columns:
+        raise ConfigError(
+            f"{name} has the columns {', '.join(columns)} and no 'prompt', which the trainer reads; rename "
+            f"one: dataset.rename_column({columns[0]!r}, 'prompt')"
+        )
     seen = 0
     for prompts in _batches(dataset, num_rows):
         for i, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):

@@ -391,5 +391,8 @@ def _figures(run: Path, places: Sequence[Path]) -> dict[str, tuple[float, float]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); copy it again, or remove it") from error
     return data

@@ -65,8 +65,9 @@ def has_gpu() -> bool:
 
 
 def _hides(visible: str | None) -> bool:
-    """CUDA takes the devices before the first entry that it does not know, such as -1."""
-    return visible is not None and visible.split(",")[0].strip() in ("", "-1")
+    """CUDA takes the devices before the first entry that it does not know: -1, none, NoDevFiles."""
+    first = None if visible is None else visible.split(",")[0].strip()
+    return first is not None and not first.isdecimal() and not first.startswith(("GPU-", "MIG-"))
 
 
 def exact_dtype(mode: str, *, on_gpu: bool | None = None) -> str:

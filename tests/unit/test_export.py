@@ -250,6 +250,13 @@ def test_broken_weights_are_refused(run_dir, tmp_path):
         export(broken, tmp_path / "out")
 
 
+def test_half_written_record_of_a_run_is_named(run_dir, tmp_path):
+    broken = shutil.copytree(run_dir, tmp_path / "broken")
+    (broken / "tink_policy.json").write_text('{"policy": ')
+    with pytest.raises(errors.ConfigError, match=r"tink_policy\.json is no JSON"):
+        export(broken, tmp_path / "out")
+
+
 def test_command_writes_and_says_where(run_dir, tmp_path, capsys):
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out"), "--merged"]) == 0
     said = capsys.readouterr().err

@@ -149,3 +149,27 @@ def test_checkpoint_says_what_it_holds_where_peft_put_the_adapter(tmp_path, name
     for path in written:
         said = json.loads(path.read_text())
         assert (said["base_revision"], said["base_subfolder"]) == ("a" * 40, "inner")
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [('{"version": 7, "last_number": 9}', 9), ('{"version": 7}', 7), (None, None)],
+    ids=["written today", "of an earlier release", "of another trainer"],
+)
+def test_resumed_run_numbers_above_what_its_checkpoint_says(tmp_path, said, number):
+    started = []
+    link = follower()
+    link.sync = SimpleNamespace(start_after=started.append)
+    if said is not None:
+        (tmp_path / "tink_policy.json").write_text(said)
+    link.restore(tmp_path)
+    assert started == ([] if number is None else [number])
+
+
+@pytest.mark.parametrize("said", ["", '{"version": ', "[]", "{}", '{"version": null}'])
+def test_checkpoint_that_says_no_version_is_named_and_the_way_out(tmp_path, said):
+    (tmp_path / "tink_policy.json").write_text(said)
+    with pytest.raises(
+        errors.ConfigError, match=r"tink_policy\.json does not say.*remove the file"
+    ):
+        follower().restore(tmp_path)

@@ -282,11 +282,23 @@ class PolicyLink:
             partial.replace(path)
 
     def restore(self, directory: str | os.PathLike[str]) -> None:
-        """Number new versions above all that the run had sent by this checkpoint, if it names one."""
+        """Number new versions above all that the run had sent by this checkpoint, if it names one.
+
+        Raises:
+            ConfigError: what it says of that cannot be read.
+        """
         path = Path(directory) / POLICY_FILE
-        if path.is_file():
+        if not path.is_file():
+            return
+        try:
             data = json.loads(path.read_text())
-            self.sync.start_after(int(data.get("last_number", data["version"])))
+            number = int(data.get("last_number") or data["version"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise errors.ConfigError(
+                f"{path} does not say which version the checkpoint holds ({error!r}); resume from another "
+                "checkpoint, or remove the file: numbers then go on above those that the server knows"
+            ) from error
+        self.sync.start_after(number)
 
     def close(self) -> None:
         """Give the lease back; what was published stays served."""

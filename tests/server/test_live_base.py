@@ -81,8 +81,9 @@ def test_base_that_is_changed_between_two_calls_is_refused_by_the_second(
     getattr(trainer, before)()
     with torch.no_grad():
         trainer.model.get_base_model().model.norm.weight.mul_(1.05)
-    with pytest.raises(errors.BaseMismatch, match=r"model\.norm\.weight differs"):
-        trainer.train()
+    for again in (trainer.train, trainer.evaluate):
+        with pytest.raises(errors.BaseMismatch, match=r"model\.norm\.weight differs"):
+            again()
 
 
 def test_copy_of_the_served_base_passes_and_one_with_another_row_does_not(

@@ -125,6 +125,16 @@ def test_evaluate_before_training_publishes_first_and_is_not_sent_twice(
     assert len(trainer.policy_link.records) == 2
 
 
+def test_evaluation_outside_of_training_gives_the_lease_back(server, model_dir, tmp_path):
+    sync = settings(server, lease_wait_s=0.01)
+    first, second = (
+        make_trainer(server, model_dir, tmp_path / name, sync=sync, max_steps=1) for name in "ab"
+    )
+    for trainer in (first, second, first):
+        trainer.evaluate(PROMPTS.select(range(16)))
+    second.train()
+
+
 def test_best_model_that_is_loaded_at_the_end_is_served_named_and_evaluated(
     server, model_dir, tmp_path
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from tink_rl.policy.sharded import Sharding
 from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.ranks import Ranks
+from tink_rl.training.trainer import _giving_back
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import SyncMode
 from tink_rl.weight_sync import WeightSync
@@ -173,3 +175,25 @@ def test_checkpoint_that_says_no_version_is_named_and_the_way_out(tmp_path, said
         errors.ConfigError, match=r"tink_policy\.json does not say.*remove the file"
     ):
         follower().restore(tmp_path)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_gives_the_lease_back_unless_a_training_holds_it(is_training, fails):
+    calls = []
+
+    def evaluate():
+        calls.append("evaluate")
+        if fails:
+            raise errors.SamplingRefused("too long")
+
+    trainer = SimpleNamespace(evaluate=evaluate, _last_loaded_step=7)
+    link = follower()
+    link.is_training, link._base_compared = is_training, True
+    link.sync.close = lambda: calls.append("close")
+    with suppress(errors.SamplingRefused):
+        _giving_back(trainer, link)()
+    assert calls == (["evaluate"] if is_training else ["evaluate", "close"])
+    assert (trainer._last_loaded_step, link._base_compared) == (
+        (7, True) if is_training else (-1, False)
+    )

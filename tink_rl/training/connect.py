@@ -110,11 +110,14 @@ def _closing_on_error(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
     def closing(*args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         link.resumed_from = Path(given) if isinstance(given, (str, os.PathLike)) else None
+        link.is_training = True
         try:
             with link.ranks.failing_together(), leaving_checkpoint(trainer, link):
                 return train(*args, **kwargs)
         except BaseException:  # an interrupted notebook cell too
             link.close()
             raise
+        finally:
+            link.is_training = False
 
     return closing

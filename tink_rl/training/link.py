@@ -78,6 +78,8 @@ class PolicyLink:
         """The checkpoint that `train` was told to resume from, where it was told."""
         self.first_step: int | None = None
         """Optimizer steps that were done when training began; None: it has not."""
+        self.is_training = False
+        """Whether `train` is under way: it gives the lease back when it ends."""
         self.ranks = Ranks(
             accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
         )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import trl
@@ -121,7 +122,26 @@ def attach(
     scope.install()
     trainer.add_callback(_RolloutCallback(trainer, link, scope))
     trainer.add_callback(RunLog(trainer))
+    trainer.evaluate = _giving_back(trainer, link)
     return link
+
+
+def _giving_back(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
+    """`trainer.evaluate`, which outside of training looks at the base first and gives the lease back."""
+    evaluate = trainer.evaluate
+
+    @wraps(evaluate)
+    def giving_back(*args: Any, **kwargs: Any) -> Any:
+        if link.is_training:
+            return evaluate(*args, **kwargs)
+        link.expect_other_base()
+        trainer._last_loaded_step = -1
+        try:
+            return evaluate(*args, **kwargs)
+        finally:
+            link.sync.close()  # what a training watches over is not begun yet, or has ended
+
+    return giving_back
 
 
 def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> PolicyGeneration:

@@ -72,7 +72,7 @@ class ServerOptions:
     golden_budget_gib: float | None = None
     channel_port: int = 0
     startup_timeout_s: float | None = None
-    """None: 300, or 1800 with a GPU (compiling, capturing graphs) or a hub id; downloading is not in it."""
+    """None: 600, or 1800 with a GPU (compiling, capturing graphs) or a hub id; downloading is not in it."""
     log_file: str | None = None
     worker_extension_cls: str = _RECEIVER
     extra_args: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class ServerOptions:
         """Seconds that vLLM may take to start."""
         if self.startup_timeout_s is not None:
             return self.startup_timeout_s
-        return 1800.0 if has_gpu or not Path(self.model).is_dir() else 300.0
+        return 1800.0 if has_gpu or not Path(self.model).is_dir() else 600.0
 
     def memory(self) -> memory_plan.ServePlan:
         """The settings that decide about memory."""

@@ -481,7 +481,7 @@ def test_vllms_processes_meet_on_loopback_unless_some_are_on_other_machines(
 @pytest.mark.parametrize(
     ("model", "given", "has_gpu", "seconds"),
     [
-        ("DIR", None, False, 300),
+        ("DIR", None, False, 600),
         ("DIR", None, True, 1800),
         ("org/model", None, False, 1800),
         ("org/model", 60.0, True, 60),

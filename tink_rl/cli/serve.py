@@ -64,7 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve.add_argument(
         "--startup-timeout",
         type=float,
-        help="seconds, without downloading; default: 300, with a GPU or a hub id 1800",
+        help="seconds, without downloading; default: 600, with a GPU or a hub id 1800",
     )
     serve.add_argument("--log-file")
     serve.set_defaults(run=run)

@@ -79,7 +79,9 @@ def test_full_write_that_fails_midway_leaves_not_ready_and_is_healed_by_either_m
     twin = WholeTwin(model_dir("qwen3"))
     with sync_to(faulty, twin.directory, "merged", bucket_mib=0.05) as sync:
         name = sync.publish_full(twin.tensors()).name
-        for heal in (lambda: sync.publish_full(twin.tensors()), lambda: sync.publish(twin.model)):
+        plain = PeftTwin(twin.directory)
+        plain.randomise(3)
+        for heal in (lambda: sync.publish_full(twin.tensors()), lambda: sync.publish(plain.model)):
             twin.shake_base(1)
             switch.write_text("write")
             with pytest.raises(errors.TinkError, match="injected"):
@@ -94,8 +96,6 @@ def test_full_write_that_fails_midway_leaves_not_ready_and_is_healed_by_either_m
             if record.mode == "full":
                 assert_served(faulty, record.name, twin.base_cases())
             else:  # the checkpoint's base with the adapter, not what the failure left
-                plain = PeftTwin(twin.directory)
-                plain.randomise(3)
                 assert_served(faulty, record.name, plain.clear_cases())
             name = record.name
 
@@ -268,7 +268,7 @@ def test_server_without_the_plugin_is_named(model_dir, tmp_path, twin):
         token_file=str(tmp_path / "token"),
         max_model_len=256,
         env={"VLLM_PLUGINS": ""},
-        startup_timeout_s=120.0,
+        startup_timeout_s=280.0,
     )
     with pytest.raises(errors.PluginMissing, match="tink-rl serve"):
         server.start()

@@ -98,6 +98,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
         "qwen3",
         PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     ),
+    "AdaLoRA": ("", {"peft_type": "ADALORA"}),
     "Replicated layers": ("", {"layer_replication": [[0, 2], [1, 2]]}),
     "Transposed weights (GPT-2's Conv1D)": ("", {"fan_in_fan_out": True}),
     "Activated LoRA": ("qwen3", lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")),

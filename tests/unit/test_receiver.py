@@ -27,7 +27,10 @@ class Worker(TinkWorkerExtension):
         self.rank, self.device = 0, torch.device("cpu")
         self.model_config = SimpleNamespace(dtype=torch.float32)
         self.vllm_config = config
-        self.model_runner = SimpleNamespace(get_model=lambda: model)
+        # As of a pipeline's first rank, which samples nothing.
+        self.model_runner = SimpleNamespace(
+            get_model=lambda: model, speculative_config=None, sampler=None
+        )
 
     def ask(self, method: str, *args: Any) -> Any:
         """The value of `method`, or the error that a trainer would see."""

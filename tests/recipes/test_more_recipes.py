@@ -81,7 +81,7 @@ def last_rewards(history):
     return statistics.mean(row["reward"] for row in history[-4:])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)  # the tiny base may have to be trained first, on one core
 def test_two_policies_learn_on_one_server_what_each_learns_alone(tiny, tmp_path):
     alone, together = {}, {}
     for policy in ("right", "wrong"):

@@ -62,7 +62,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
 test: setup browser
 	$(PYTEST) -m "not long"
 
-# What takes minutes by itself; .ci/run runs both.
+# What takes minutes by itself.
 test-long: setup browser
 	$(PYTEST) -m long
 

@@ -271,8 +271,10 @@ def test_client_answers_in_trls_shapes_for_completions_and_chat(server, twin):
             )
     assert chat["prompt_ids"] == plain["prompt_ids"]
     assert chat["completion_ids"] == plain["completion_ids"]
-    with pytest.raises(errors.SamplingRefused, match="vLLM refused"):
+    with pytest.raises(errors.SamplingRefused, match=r"temperature=-1\.0: expected"):
         client.generate(["1"], temperature=-1.0)
+    with pytest.raises(errors.SamplingRefused, match="vLLM refused"):
+        client.generate(["1"], generation_kwargs={"structured_outputs": {"regex": "("}})
 
 
 def test_second_writer_is_refused_and_the_name_is_free_after_close(server, twin):

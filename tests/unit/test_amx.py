@@ -26,14 +26,15 @@ def cpu(monkeypatch):
     return found
 
 
-def test_plugin_asks_for_the_tiles_before_anything_else_of_vllm_is_loaded(cpu, monkeypatch, caplog):
+def test_plugin_asks_for_the_tiles_before_anything_else_of_vllm_is_loaded(
+    cpu, stock_vllm, monkeypatch, caplog
+):
     from tink_rl.server import plugin
 
     def loaded():
         assert cpu["asked"] == 1
 
     monkeypatch.setattr(plugin, "_wait_asleep", loaded)
-    pytest.importorskip("vllm")
     plugin.register()
     assert cpu["asked"] == 1 and "AMX" not in caplog.text
 

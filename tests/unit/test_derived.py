@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,8 @@ from tink_rl.types import SyncMode
 
 HEADS, NOPE, VALUE, LATENT = 2, 16, 16, 512
 NAME = "model.kv_b_proj"
+
+_numbers = itertools.count()
 
 
 class Latent(nn.Module):
@@ -45,7 +48,7 @@ class Latent(nn.Module):
             q_lora_rank=None,
             kv_lora_rank=LATENT,
             kv_b_proj=linear,
-            prefix=f"attention.{id(self)}",
+            prefix=f"attention.{next(_numbers)}",  # vLLM refuses a second layer of one name
             attn_backend=CPUMLABackend,
         )
 

@@ -126,7 +126,7 @@ def test_api_server_finds_adapters_and_base_names_where_we_write_them():
         assert name in source
 
 
-def test_plugin_replaces_the_manager_once():
+def test_plugin_replaces_the_manager_once(stock_vllm):
     from tink_rl.server.plugin import register
     from tink_rl.server.vllm_names import (
         InputProcessor,
@@ -135,17 +135,13 @@ def test_plugin_replaces_the_manager_once():
     )
 
     process = InputProcessor.process_inputs
-    try:
-        register()
-        first = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
-        register()
-        assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is first
-        assert issubclass(first, LRUCacheWorkerLoRAManager) and first.resolves_tink_paths
-        assert InputProcessor.process_inputs.checks_ids
-        assert InputProcessor.process_inputs.__wrapped__ is process
-    finally:
-        InputProcessor.process_inputs = process
-        lora_model_runner_mixin.LRUCacheWorkerLoRAManager = LRUCacheWorkerLoRAManager
+    register()
+    first = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    register()
+    assert lora_model_runner_mixin.LRUCacheWorkerLoRAManager is first
+    assert issubclass(first, LRUCacheWorkerLoRAManager) and first.resolves_tink_paths
+    assert InputProcessor.process_inputs.checks_ids
+    assert InputProcessor.process_inputs.__wrapped__ is process
 
 
 def test_model_runners_sample_as_their_stand_ins_in_test_full_logprobs():

@@ -15,7 +15,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.collect import collector_for
-from tink_rl.weight_sync import WeightSync
+from tink_rl.publish.publisher import WeightSync
 
 NUM_TOKENS = 8
 CLEAR_GAP = 0.05

@@ -12,8 +12,8 @@ import torch
 
 from tests.policies import PeftTwin
 from tink_rl.config import SyncConfig
+from tink_rl.publish.probes import ProbeCheck
 from tink_rl.training.probe import Prober
-from tink_rl.transport.probes import ProbeCheck
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus, SyncMode
 
 VOCAB = 64

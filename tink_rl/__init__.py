@@ -23,7 +23,7 @@ _HOMES = {
     "TinkError": "tink_rl.errors",
     "VLLMClient": "tink_rl.transport.vllm_client",
     "VLLMServer": "tink_rl.launch",
-    "WeightSync": "tink_rl.weight_sync",
+    "WeightSync": "tink_rl.publish.publisher",
     "attach": "tink_rl.training.trainer",
 }
 

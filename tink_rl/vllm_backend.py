@@ -38,7 +38,7 @@ from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import Completion, PublishRecord, SamplingParams
 
 if TYPE_CHECKING:
-    from tink_rl.weight_sync import WeightSync
+    from tink_rl.publish.publisher import WeightSync
 
 __all__ = [
     "VLLMBackend",
@@ -375,7 +375,7 @@ class VLLMBackend:
             self._open_sync(device)
 
     def _open_sync(self, device: Any) -> WeightSync:
-        from tink_rl.weight_sync import WeightSync
+        from tink_rl.publish.publisher import WeightSync
 
         if self._sync is None:
             view = self.server.view(fresh=True)

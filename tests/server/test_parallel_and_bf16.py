@@ -20,8 +20,8 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.gpus import exact_dtype
 from tink_rl.launch import VLLMServer, group_members
+from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
-from tink_rl.weight_sync import WeightSync
 
 pytestmark = pytest.mark.server
 

@@ -14,10 +14,10 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
+from tink_rl.publish.publisher import WeightSync
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION
-from tink_rl.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])

@@ -23,11 +23,11 @@ from tests.tiny_models import VOCAB
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
+from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
 from tink_rl.transport.fleet import Replica
 from tink_rl.types import Transport
-from tink_rl.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
 MODES = pytest.mark.parametrize("mode", ["adapter", "merged"])

@@ -14,8 +14,8 @@ from tests.fake_vllm import FakeVLLM
 from tink_rl import SyncConfig, VLLMClient, WeightSync, errors
 from tink_rl.policy.content import ContentDigest, files_identity
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.publish import base_content
 from tink_rl.server.content import ServedContent
-from tink_rl.transport import base_content
 
 EMBEDDING = "model.embed_tokens.weight"
 UNSAMPLED_ROW = 8

@@ -10,9 +10,9 @@ import torch
 
 from tests.probe_rig import Rig, under_autocast
 from tink_rl import errors
+from tink_rl.publish.probe_rules import limits, share_applied
+from tink_rl.publish.probes import NUM_DECODED
 from tink_rl.training import precision
-from tink_rl.transport.probe_rules import limits, share_applied
-from tink_rl.transport.probes import NUM_DECODED
 from tink_rl.types import SyncMode
 
 PRECISIONS = ("fp32", "autocast", "bf16 server", "bf16")

@@ -13,8 +13,8 @@ from tests.unit.test_sync_rules import status
 from tink_rl import errors
 from tink_rl.policy.adapter import AdapterCollector
 from tink_rl.policy.collect import WholeCollector, collector_for
-from tink_rl.policy.modes import choose_mode
 from tink_rl.policy.support import ALL, FEATURES, TIED, WHOLE, Needs, needs, table
+from tink_rl.publish.modes import choose_mode
 from tink_rl.types import SyncMode
 
 DORA = needs({"peft_type": "LORA", "use_dora": True})

@@ -15,19 +15,19 @@ import torch
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
-from tink_rl.policy.modes import choose_mode
+from tink_rl.publish.modes import choose_mode
+from tink_rl.publish.probe_rules import largest_gap
+from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.server.policies import Policies
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.probe_rules import largest_gap
 from tink_rl.transport.shared_memory import Segment
-from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerStatus, SyncMode, Transport
-from tink_rl.weight_sync import WeightSync
 
 
 def status(modes=("adapter", "merged"), **changes):

@@ -23,15 +23,15 @@ from tink_rl.policy.adapter import AdapterCollector, active_adapter
 from tink_rl.policy.collect import collector_for
 from tink_rl.policy.live_check import check_frozen, check_live_base
 from tink_rl.policy.model_dir import place_in_hub
-from tink_rl.policy.modes import check_fits
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
+from tink_rl.publish.modes import check_fits
+from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
 from tink_rl.transport.fleet import Replica
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
-from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
 _POLL_S = 0.2

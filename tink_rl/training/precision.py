@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tink_rl.transport.probe_rules import coarser, unit_roundoff
+from tink_rl.publish.probe_rules import coarser, unit_roundoff
 
 
 @contextmanager

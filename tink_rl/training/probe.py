@@ -20,10 +20,9 @@ import torch
 from tink_rl.errors import BaseMismatch, ProbeFailed
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.collect import Collector, LiveModel
-from tink_rl.policy.modes import fitting_modes
-from tink_rl.training import precision
-from tink_rl.transport.probe_rules import AGREES, coarser, largest_base_gap, largest_gap
-from tink_rl.transport.probes import (
+from tink_rl.publish.modes import fitting_modes
+from tink_rl.publish.probe_rules import AGREES, coarser, largest_base_gap, largest_gap
+from tink_rl.publish.probes import (
     BASE,
     EXACT,
     NUM_DECODED,
@@ -34,8 +33,9 @@ from tink_rl.transport.probes import (
     Probe,
     noise_of,
 )
+from tink_rl.publish.publisher import WeightSync
+from tink_rl.training import precision
 from tink_rl.types import SyncMode
-from tink_rl.weight_sync import WeightSync
 
 logger = logging.getLogger("tink_rl")
 _SMALLEST_EFFECT = 4.0
@@ -71,7 +71,7 @@ class Prober:
 
         Args:
             rows_BT: Token ids.
-            view: See `tink_rl.transport.probes`; a format scores every row `NUM_ROUNDED` times.
+            view: See `tink_rl.publish.probes`; a format scores every row `NUM_ROUNDED` times.
         """
         model = self._model
         rounded = view not in (EXACT, TRAINED, BASE)

@@ -23,15 +23,15 @@ from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
 from tink_rl.policy.live_check import check_live_base
-from tink_rl.policy.modes import choose_mode
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.policy.whole import WholeSource, whole_source
-from tink_rl.transport.base_content import check_content
+from tink_rl.publish.base_content import check_content
+from tink_rl.publish.modes import choose_mode
+from tink_rl.publish.probes import Probe, ProbeCheck
+from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.transport.fleet import Fleet, Replica
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.probes import Probe, ProbeCheck
-from tink_rl.transport.stopwatch import Stopwatch
 from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.publish.probe_rules import Limits, coarser, largest_gap, limits, share_applied
 from tink_rl.transport.fleet import Fleet
-from tink_rl.transport.probe_rules import Limits, coarser, largest_gap, limits, share_applied
 from tink_rl.types import ServerStatus, SyncMode
 
 logger = logging.getLogger("tink_rl")

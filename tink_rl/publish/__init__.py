@@ -1,0 +1,1 @@
+"""From the trainer to every replica: one policy version, verified."""

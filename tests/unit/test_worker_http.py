@@ -14,10 +14,10 @@ from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.worker.accounts import State
-from tink_rl.worker.app import ROUTES, blueprint
+from tink_rl.worker.app import blueprint
 from tink_rl.worker.auth import Scope, Tokens
-from tink_rl.worker.openapi import statuses
 from tink_rl.worker.readiness import Readiness
+from tink_rl.worker.routes import ROUTES
 from tink_rl.worker.schemas import MAX_BODY_BYTES, MODEL_ID
 
 NUM_BAD_REQUESTS = 5000
@@ -189,7 +189,7 @@ def test_the_workers_trouble_with_its_server_is_no_4xx_of_a_sampling_client(rig,
         rig.backend.fails_with = None
     error = _assert_problem(response, response.status_code)
     assert error["message"] == "why it is so"
-    assert response.status_code in statuses(ROUTES[0])
+    assert response.status_code in ROUTES[0].statuses()
     ends = rig.service.accounts.ends
     if issubclass(
         kind, (errors.UnknownAdapter, errors.SamplingRefused, errors.NotSupportedByBackend)
@@ -239,7 +239,7 @@ def test_every_route_answers_only_what_the_document_lists(kind):
         registered = found.http.post("/api/v1/adapters", json=body, headers=_admin())
         models = found.http.get("/api/v1/models")
     for response, name in ((registered, "register_adapter"), (models, "models")):
-        assert response.status_code in statuses(by_name[name]), (name, response.status_code)
+        assert response.status_code in by_name[name].statuses(), (name, response.status_code)
         assert response.json["error"]["message"] == "why it is so"
     assert models.status_code >= 500 and registered.status_code != 401
 

@@ -9,7 +9,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.worker_rig import ADMIN, worker
-from tink_rl.worker.app import ROUTES
+from tink_rl.worker.routes import ROUTES
 
 
 @pytest.fixture(scope="module")

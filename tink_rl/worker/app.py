@@ -10,7 +10,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Flask, Response, g, request
@@ -18,11 +17,10 @@ from werkzeug.exceptions import HTTPException
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
-from tink_rl.worker import openapi, schemas, strict_json
-from tink_rl.worker.auth import Scope
-from tink_rl.worker.backends import Delta
+from tink_rl.worker import answers, openapi, schemas, strict_json
 from tink_rl.worker.metrics import CONTENT_TYPE
 from tink_rl.worker.problems import body_of, code_of, new_request_id, printable
+from tink_rl.worker.routes import ROUTES, Route
 from tink_rl.worker.schemas import validate
 from tink_rl.worker.service import WorkerService
 from tink_rl.worker.work import Ticket
@@ -61,17 +59,6 @@ def blueprint(service: WorkerService | None = None) -> Blueprint:
     return routes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """One route: `Route(name="models", method="GET", rule="/api/v1/models", ...)`"""
-
-    name: str
-    method: str
-    rule: str
-    scope: Scope
-    view: Callable[..., Response]
-
-
 def _guarded(service: WorkerService, route: Route) -> Callable[..., Response]:
     """The view behind its token check, with every outcome counted and in our form."""
 
@@ -86,7 +73,7 @@ def _guarded(service: WorkerService, route: Route) -> Callable[..., Response]:
                 headers.get("Host"),
             )
             service.start()
-            response = route.view(service, **path)
+            response = _VIEWS[route.name](service, **path)
         except TinkError as error:
             response = _problem(error, service)
         except HTTPException as error:
@@ -117,13 +104,13 @@ def _sample(service: WorkerService) -> Response:
 
 
 def _list_adapters(service: WorkerService) -> Response:
-    found = [_adapter(entry) for entry in service.list_adapters()]
+    found = [answers.adapter(entry) for entry in service.list_adapters()]
     return _json({"adapters": found})
 
 
 def _register(service: WorkerService) -> Response:
     asked = validate(schemas.AdapterRequest, _json_body())
-    return _json(_adapter(service.register(asked.adapter_id, asked.lora_path)))
+    return _json(answers.adapter(service.register(asked.adapter_id, asked.lora_path)))
 
 
 def _unregister(service: WorkerService, adapter_id: str) -> Response:
@@ -132,11 +119,7 @@ def _unregister(service: WorkerService, adapter_id: str) -> Response:
 
 
 def _models(service: WorkerService) -> Response:
-    found = [
-        {"model_id": m.model_id, "kind": m.kind, "version": m.version, "digest": m.digest}
-        for m in service.models()
-    ]
-    return _json({"models": found})
+    return _json({"models": [vars(model) for model in service.models()]})
 
 
 def _livez(service: WorkerService) -> Response:
@@ -155,46 +138,28 @@ def _metrics(service: WorkerService) -> Response:
 
 
 def _openapi(service: WorkerService) -> Response:
-    return _json(openapi.document(ROUTES))
+    return _json(openapi.document())
 
 
 def _docs(service: WorkerService) -> Response:
-    response = _secured(Response(openapi.page(ROUTES), content_type="text/html; charset=utf-8"))
+    response = _secured(Response(openapi.page(), content_type="text/html; charset=utf-8"))
     response.headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
     return response
 
 
-_ONE_ADAPTER = "/api/v1/adapters/<adapter_id>"
-ROUTES = (
-    Route(name="sample", method="POST", rule="/api/v1/sample", scope=Scope.SAMPLE, view=_sample),
-    Route(name="models", method="GET", rule="/api/v1/models", scope=Scope.SAMPLE, view=_models),
-    Route(
-        name="list_adapters",
-        method="GET",
-        rule="/api/v1/adapters",
-        scope=Scope.SAMPLE,
-        view=_list_adapters,
-    ),
-    Route(
-        name="register_adapter",
-        method="POST",
-        rule="/api/v1/adapters",
-        scope=Scope.ADMIN,
-        view=_register,
-    ),
-    Route(
-        name="unregister_adapter",
-        method="DELETE",
-        rule=_ONE_ADAPTER,
-        scope=Scope.ADMIN,
-        view=_unregister,
-    ),
-    Route(name="livez", method="GET", rule="/livez", scope=Scope.OPEN, view=_livez),
-    Route(name="readyz", method="GET", rule="/readyz", scope=Scope.OPEN, view=_readyz),
-    Route(name="metrics", method="GET", rule="/metrics", scope=Scope.ADMIN, view=_metrics),
-    Route(name="openapi", method="GET", rule="/openapi.json", scope=Scope.SAMPLE, view=_openapi),
-    Route(name="docs", method="GET", rule="/docs", scope=Scope.SAMPLE, view=_docs),
-)
+_VIEWS: dict[str, Callable[..., Response]] = {
+    "sample": _sample,
+    "models": _models,
+    "list_adapters": _list_adapters,
+    "register_adapter": _register,
+    "unregister_adapter": _unregister,
+    "livez": _livez,
+    "readyz": _readyz,
+    "metrics": _metrics,
+    "openapi": _openapi,
+    "docs": _docs,
+}
+"""By the name of the route."""
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -218,14 +183,10 @@ def _json_body() -> Any:
 # -- answers --------------------------------------------------------------------------------------
 
 
-def _adapter(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry.get(name) for name in schemas.AdapterOut.model_fields}
-
-
 def _answer(service: WorkerService, ticket: Ticket) -> dict[str, Any]:
     job = ticket.job
     assert job.completions is not None
-    answer = schemas.sample_response(job.work.request_id, job.work.model_id, job.completions)
+    answer = answers.sample_response(job.work.request_id, job.work.model_id, job.completions)
     service.metrics.tokens.inc(answer["usage"]["completion_tokens"] or 0)
     service.metrics.seconds.observe(job.ended - job.started)
     return answer
@@ -242,9 +203,9 @@ class _Events:
     def __iter__(self) -> Iterator[bytes]:
         try:
             if self._first is not None:
-                yield _event("delta", _delta(self._first))
+                yield _event("delta", vars(self._first))
             for delta in self._deltas:
-                yield _event("delta", _delta(delta))
+                yield _event("delta", vars(delta))
             yield _event("done", _answer(self._service, self._ticket))
         except TinkError as error:
             self._service.metrics.errors.labels(error.code).inc()
@@ -267,16 +228,6 @@ def _streamed(service: WorkerService, ticket: Ticket, headers: dict[str, str]) -
     response = Response(events, content_type="text/event-stream", headers=headers)  # type: ignore[arg-type]
     response.headers["X-Accel-Buffering"] = "no"
     return _secured(response)
-
-
-def _delta(delta: Delta) -> dict[str, Any]:
-    return {
-        "prompt_index": delta.prompt_index,
-        "index": delta.index,
-        "text": delta.text,
-        "token_ids": delta.token_ids,
-        "logprobs": delta.logprobs,
-    }
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -1,13 +1,12 @@
-"""What may be asked and what is answered, as pydantic models: the checks and the OpenAPI document."""
+"""What may be asked, as pydantic models: the checks and the OpenAPI document."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from tink_rl.errors import BadRequest
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import SamplingParams
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_PROMPTS = 64
@@ -44,10 +43,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    # protected_namespaces: `model_id` is the seed's name
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 # -- parts of a request ---------------------------------------------------------------------------
@@ -267,101 +263,6 @@ class AdapterRequest(_Strict):
     )
 
 
-# -- answers --------------------------------------------------------------------------------------
-
-
-class CompletionOut(BaseModel):
-    """One completion and the weights that produced it."""
-
-    model_config = ConfigDict(protected_namespaces=())
-    prompt_index: int
-    index: int
-    text: str
-    token_ids: list[int] | None
-    logprobs: list[float] | None
-    top_logprobs: list[dict[str, float]] | None
-    prompt_token_ids: list[int] | None
-    finish_reason: str | None
-    model_id: str | None
-    version: int | None
-    digest: str | None
-
-
-class Usage(BaseModel):
-    """Tokens of one request, where the backend says them."""
-
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-
-class SampleResponse(BaseModel):
-    """Completions, prompt-major: `len(prompts) * n`."""
-
-    model_config = ConfigDict(protected_namespaces=())
-    request_id: str
-    model_id: str | None
-    completions: list[CompletionOut]
-    usage: Usage
-
-
-class AdapterOut(BaseModel):
-    """A registered adapter."""
-
-    adapter_id: str
-    lora_path: str
-    version: int | None = None
-    digest: str | None = None
-
-
-class AdapterList(BaseModel):
-    """`GET /api/v1/adapters`."""
-
-    adapters: list[AdapterOut]
-
-
-class AdapterGone(BaseModel):
-    """`DELETE /api/v1/adapters/{adapter_id}`."""
-
-    adapter_id: str
-    unregistered: Literal[True] = True
-
-
-class ModelOut(BaseModel):
-    """A name that can be sampled."""
-
-    model_config = ConfigDict(protected_namespaces=())
-    model_id: str
-    kind: str
-    version: int | None
-    digest: str | None
-
-
-class ModelList(BaseModel):
-    """`GET /api/v1/models`."""
-
-    models: list[ModelOut]
-
-
-class Health(BaseModel):
-    """`GET /livez` and `/readyz`."""
-
-    status: Literal["ok"]
-
-
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    code: str
-    message: str
-    request_id: str
-
-
-class ErrorResponse(BaseModel):
-    """Every answer that is no success."""
-
-    error: ErrorBody
-
-
 # -- bounds that depend on the served model -------------------------------------------------------
 
 
@@ -437,41 +338,6 @@ def _explain(error: ValidationError) -> str:
         )
     message = first["msg"]  # only its first letter: it may show a pattern
     return f"{name}={_short(first['input'])}: {message[:1].lower()}{message[1:]}"
-
-
-def sample_response(
-    request_id: str, model_id: str | None, completions: Sequence[Completion]
-) -> dict[str, Any]:
-    """The JSON of `SampleResponse`, without a detour through pydantic: this is the hot path."""
-    tokens = [c.token_ids for c in completions]
-    prompts = {c.prompt_index: c.prompt_token_ids for c in completions}.values()
-    return {
-        "request_id": request_id,
-        "model_id": model_id,
-        "completions": [_completion(c) for c in completions],
-        "usage": {"prompt_tokens": _total(prompts), "completion_tokens": _total(tokens)},
-    }
-
-
-def _completion(c: Completion) -> dict[str, Any]:
-    return {
-        "prompt_index": c.prompt_index,
-        "index": c.index,
-        "text": c.text,
-        "token_ids": c.token_ids,
-        "logprobs": c.logprobs,
-        "top_logprobs": c.top_logprobs,
-        "prompt_token_ids": c.prompt_token_ids,
-        "finish_reason": c.finish_reason,
-        "model_id": c.model_id,
-        "version": c.version,
-        "digest": c.digest,
-    }
-
-
-def _total(lists: Any) -> int | None:
-    found = list(lists)
-    return None if any(ids is None for ids in found) else sum(map(len, found))
 
 
 _CUSTOM = "tink"

@@ -21,7 +21,7 @@ from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
-from tink_rl.server.policies import Policies
+from tink_rl.server.state import ServedState
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.shared_memory import Segment
@@ -327,12 +327,12 @@ class _Engine:
 
 def test_abort_ends_requests_that_reach_the_engine_after_it():
     async def run():
-        policies = object.__new__(Policies)
-        policies.gate = Gate()
-        policies.engine = engine = _Engine(policies.gate)
+        state = object.__new__(ServedState)
+        state.gate = Gate()
+        state.engine = engine = _Engine(state.gate)
         await engine.arrive()
-        await policies.hold(5.0, "abort")
-        assert policies.gate.num_running == 0
+        await state.hold(5.0, "abort")
+        assert state.gate.num_running == 0
 
     asyncio.run(run())
 

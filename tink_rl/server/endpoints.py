@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from fastapi.responses import JSONResponse
 from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkError
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
+from tink_rl.server.commits import Commits
 from tink_rl.server.content import ServedContent
 from tink_rl.server.gate import GATE, GateMiddleware
 from tink_rl.server.offered import check_layout, offered_modes
-from tink_rl.server.policies import Policies
+from tink_rl.server.stages import Stages
+from tink_rl.server.state import ServedState
+from tink_rl.server.updates import FullUpdates
+from tink_rl.server.writers import Writers
 
 logger = logging.getLogger("tink_rl.server")
 _PREFIX = "/tink/v1"
@@ -63,19 +68,15 @@ class TinkEndpoints:
         model_dir = str(_model_dir(config))
         content = await asyncio.to_thread(ServedContent, model_dir)
         facts = await asyncio.to_thread(_facts, config, model_dir)
-        policies = Policies(
+        served = ServedState(
             engine=engine_client,
             models=state.openai_serving_models,
             gate=GATE,
             modes=modes,
             facts={**facts, "base_files": content.identity},
-            content=content,
-            channel_host=_channel_host(os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1")),
-            channel_port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
-            make_lora_request=LoRARequest,
         )
         budget = os.environ.get("TINK_SERVER_GOLDEN_BUDGET_GIB")
-        await policies.prepare(
+        await served.prepare(
             {
                 "modes": list(modes),
                 "model_dir": model_dir,
@@ -84,8 +85,41 @@ class TinkEndpoints:
                 "shared_with_trainer": os.environ.get("TINK_SERVER_SHARED", "1") != "0",
             }
         )
-        state.tink = policies
-        logger.info("tink_rl: ready, modes %s%s", list(policies.modes), _golden_text(facts))
+        state.tink = _control(served, content, LoRARequest)
+        logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(facts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Control:
+    """What the control routes speak to."""
+
+    state: ServedState
+    content: ServedContent
+    updates: FullUpdates
+    stages: Stages
+    commits: Commits
+    writers: Writers
+
+
+def _control(
+    state: ServedState, content: ServedContent, make_lora_request: Callable[..., Any]
+) -> _Control:
+    updates = FullUpdates(state)
+    stages = Stages(state, updates)
+    return _Control(
+        state=state,
+        content=content,
+        updates=updates,
+        stages=stages,
+        commits=Commits(state, stages, make_lora_request),
+        writers=Writers(
+            state,
+            stages,
+            updates,
+            host=_channel_host(os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1")),
+            port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
+        ),
+    )
 
 
 def _read_token() -> str:
@@ -157,7 +191,7 @@ def _version(name: str) -> str:
 
 
 _Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
-_ACTIONS: dict[str, Callable[[Policies], _Handler]] = {
+_ACTIONS: dict[str, Callable[[_Control], _Handler]] = {
     "join": lambda p: p.writers.join,
     "joined": lambda p: p.writers.joined,
     "heartbeat": lambda p: p.writers.heartbeat,
@@ -165,10 +199,10 @@ _ACTIONS: dict[str, Callable[[Policies], _Handler]] = {
     "stage": lambda p: p.stages.stage,
     "staged": lambda p: p.stages.staged,
     "discard": lambda p: p.stages.discard,
-    "commit": lambda p: p.commit,
-    "drop": lambda p: p.drop,
-    "base": lambda p: p.describe_base,
-    "forget_prefixes": lambda p: p.forget_prefixes,
+    "commit": lambda p: p.commits.commit,
+    "drop": lambda p: p.commits.drop,
+    "base": lambda p: p.content.ask,
+    "forget_prefixes": lambda p: p.state.forget_prefixes,
     "begin": lambda p: p.updates.begin,
     "finish": lambda p: p.updates.finish,
     "abort": lambda p: p.updates.end,
@@ -178,7 +212,7 @@ _ACTIONS: dict[str, Callable[[Policies], _Handler]] = {
 def _router(token: str) -> APIRouter:
     router = APIRouter()
 
-    def policies(request: Request) -> Policies:
+    def policies(request: Request) -> _Control:
         given = request.headers.get("authorization", "")
         scheme, _, value = given.partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(value.encode(), token.encode()):
@@ -186,7 +220,7 @@ def _router(token: str) -> APIRouter:
                 "the bearer token of this request is missing or wrong; give the server's token file "
                 "with SyncConfig(token_file=...), --token_file or TINK_TOKEN_FILE"
             )
-        found: Policies | None = getattr(request.app.state, "tink", None)
+        found: _Control | None = getattr(request.app.state, "tink", None)
         if found is None:
             raise NotReady("the server is still preparing its workers")
         return found
@@ -203,7 +237,7 @@ def _router(token: str) -> APIRouter:
     @router.get(f"{_PREFIX}/status")
     async def status(request: Request) -> JSONResponse:
         async def work() -> dict[str, Any]:
-            return await policies(request).status()
+            return policies(request).state.status()
 
         return await answer(work)
 
@@ -224,7 +258,7 @@ def _router(token: str) -> APIRouter:
 
         return await answer(work)
 
-    def add(action: str, handler: Callable[[Policies], _Handler]) -> None:
+    def add(action: str, handler: Callable[[_Control], _Handler]) -> None:
         @router.post(f"{_PREFIX}/{action}", name=f"tink_{action}")
         async def route(request: Request) -> JSONResponse:
             async def work() -> dict[str, Any]:

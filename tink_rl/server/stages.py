@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tink_rl import errors
 from tink_rl.policy.packet import PacketHeader
-from tink_rl.server.updates import Update
+from tink_rl.server.state import ServedState
+from tink_rl.server.updates import FullUpdates, Update
 from tink_rl.types import SyncMode, Transport
-
-if TYPE_CHECKING:
-    from tink_rl.server.policies import Policies
 
 _IDLE_PATIENCE_S = 0.02
 """An engine without requests may wait this long for a packet instead of being asked again and again."""
@@ -35,8 +33,8 @@ class Staged:
 class Stages:
     """What is being received or was checked, by stage id."""
 
-    def __init__(self, policies: Policies) -> None:
-        self._policies, self._workers = policies, policies.workers
+    def __init__(self, state: ServedState, updates: FullUpdates) -> None:
+        self._state, self._updates, self._workers = state, updates, state.workers
         self._stages: dict[str, Staged] = {}
 
     async def stage(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -46,12 +44,12 @@ class Stages:
             TinkError: whatever is wrong with the packet; nothing has changed then.
         """
         header = PacketHeader.from_json(body["header"])
-        self._policies.leases.check(header.policy, header.epoch)
+        self._state.leases.check(header.policy, header.epoch)
         if header.mode is SyncMode.FULL:
-            self._policies.updates.check_header(header, body.get("update_id"))
+            self._updates.check_header(header, body.get("update_id"))
         else:
-            self._policies.check_mode(header.mode, header.policy)
-        self._policies.check_base(header.base_fingerprint)
+            self._state.check_mode(header.mode, header.policy)
+        self._state.check_base(header.base_fingerprint)
         transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
         name = f"{header.policy}@{header.version}"
         staged = Staged(
@@ -59,11 +57,11 @@ class Stages:
             name=name,
             header=header,
             transport=transport,
-            update=self._policies.updates.current if header.mode is SyncMode.FULL else None,
+            update=self._updates.current if header.mode is SyncMode.FULL else None,
         )
         options = {
             "transport": transport,
-            "src": self._policies.world_size,
+            "src": self._state.world_size,
             "timeout_s": timeout_s,
             "update_id": body.get("update_id"),
             "segment": body.get("segment"),
@@ -84,7 +82,7 @@ class Stages:
         except Exception as error:
             await self._forget(staged)
             if staged.update is not None:
-                await self._policies.updates.abort(staged.update, str(error))
+                await self._updates.abort(staged.update, str(error))
             raise
 
     async def _forget(self, staged: Staged) -> None:
@@ -135,13 +133,13 @@ class Stages:
         return (
             staged.header.mode is SyncMode.ADAPTER
             and staged.transport in (Transport.SHM, Transport.HTTP)
-            and self._policies.world_size == 1
+            and self._state.world_size == 1
         )
 
     async def _sent(self, method: str, staged: Staged, digest: str, *args: Any) -> list[Any]:
         """Tell the workers by `method` that all bytes were sent, and hash to `digest`."""
         staged.header = replace(staged.header, digest=digest)
-        patience_s = 0.0 if self._policies.gate.num_running else _IDLE_PATIENCE_S
+        patience_s = 0.0 if self._state.gate.num_running else _IDLE_PATIENCE_S
         return await self._workers.ask(method, staged.stage_id, digest, patience_s, *args)
 
     async def _until_received(self, staged: Staged, timeout_s: float) -> None:
@@ -161,9 +159,7 @@ class Stages:
         staged = self.find(body["stage_id"])
         await self.check(staged, body)
         if staged.update is not None:
-            await self.all_or_none(
-                staged, self._policies.updates.write(staged.update, staged.stage_id)
-            )
+            await self.all_or_none(staged, self._updates.write(staged.update, staged.stage_id))
             self.took(staged)
         return {"stage_id": staged.stage_id}
 

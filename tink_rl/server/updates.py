@@ -20,13 +20,12 @@ from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader, specs_from_plan
 from tink_rl.server.caches import forget_caches
+from tink_rl.server.state import ServedState
 from tink_rl.server.workers import check_alike
 from tink_rl.types import PolicyVersion, SyncMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from tink_rl.server.policies import Policies
 
 logger = logging.getLogger("tink_rl.server")
 _LOOK_EVERY_S = 0.5
@@ -69,14 +68,14 @@ class Update:
 class FullUpdates:
     """The full updates of one server; at most one at a time, and no other commit beside it."""
 
-    def __init__(self, policies: Policies) -> None:
-        self._policies = policies
+    def __init__(self, state: ServedState) -> None:
+        self._state = state
         self.current: Update | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def layout(self) -> dict[str, Any]:
         """Names of the checkpoint's tensors by group, as every rank sees them."""
-        return {"groups": (await self._policies.workers.ask("tink_layout"))[0]}
+        return {"groups": (await self._state.workers.ask("tink_layout"))[0]}
 
     async def end(self, body: dict[str, Any]) -> dict[str, Any]:
         """End an update early; one that has ended is fine."""
@@ -94,19 +93,19 @@ class FullUpdates:
             TinkError: what is wrong with lease, mode, base or plan; nothing has changed.
             DrainTimeout: running requests did not end; nothing has changed.
         """
-        policies = self._policies
+        state = self._state
         version = PolicyVersion(policy=body["policy"], version=int(body["version"]))
-        policies.leases.check(version.policy, body["epoch"])
-        policies.check_mode(SyncMode.FULL, version.policy)
-        policies.check_base(body["base_fingerprint"])
+        state.leases.check(version.policy, body["epoch"])
+        state.check_mode(SyncMode.FULL, version.policy)
+        state.check_base(body["base_fingerprint"])
         plan = body.get("plan")
         if plan is not None:
             specs_from_plan(plan)
-            await policies.workers.ask("tink_check_plan", plan)
-        await policies.lock.acquire()
+            await state.workers.ask("tink_check_plan", plan)
+        await state.lock.acquire()
         try:
-            policies.leases.check(version.policy, body["epoch"])
-            policies.check_mode(SyncMode.FULL, version.policy)
+            state.leases.check(version.policy, body["epoch"])
+            state.check_mode(SyncMode.FULL, version.policy)
             update = Update(
                 update_id=f"{version}~{uuid.uuid4().hex[:8]}",
                 name=str(version),
@@ -115,14 +114,14 @@ class FullUpdates:
                 epoch=int(body["epoch"]),
                 idle_timeout_s=float(body["timeout_s"]),
             )
-            await policies.hold(float(body["drain_timeout_s"]), body["on_running"])
+            await state.hold(float(body["drain_timeout_s"]), body["on_running"])
             names = [item["name"] for item in plan or ()]
-            await policies.workers.ask("tink_begin", update.update_id, names, update.epoch)
+            await state.workers.ask("tink_begin", update.update_id, names, update.epoch)
         except BaseException:
-            policies.gate.open()
-            policies.lock.release()
+            state.gate.open()
+            state.lock.release()
             raise
-        self.current = update
+        self.current, state.writing = update, update.name
         self._watch = asyncio.create_task(self._watch_sender(update))
         return {"update_id": update.update_id}
 
@@ -149,7 +148,7 @@ class FullUpdates:
     async def write(self, update: Update, stage_id: str) -> None:
         """Write a bucket that every worker has checked."""
         before, update.written = update.written, True
-        counts = await self._policies.workers.ask("tink_write", stage_id)
+        counts = await self._state.workers.ask("tink_write", stage_id)
         update.written = before or any(counts)
 
     # -- end --------------------------------------------------------------------------------------
@@ -163,15 +162,15 @@ class FullUpdates:
             CommitFailed: the server is NOT READY.
         """
         update, digest = self.find(body["update_id"]), str(body["digest"])
-        policies, before = self._policies, update.written
+        state, before = self._state, update.written
         try:
             with update.busy():
-                policies.leases.check(update.policy, update.epoch)
-                policies.numbers.take(update.name, digest)
+                state.leases.check(update.policy, update.epoch)
+                state.numbers.take(update.name, digest)
                 update.written = True  # finishing writes too: what is not sent is restored
-                held = await policies.workers.ask("tink_finish", update.update_id, digest)
+                held = await state.workers.ask("tink_finish", update.update_id, digest)
                 check_alike(update.name, digest, held)
-                await forget_caches(policies.engine)
+                await forget_caches(state.engine)
         except _FOUND_BEFORE_WRITING as error:
             update.written = before
             await self.abort(update, str(error))
@@ -182,7 +181,7 @@ class FullUpdates:
                 f"the full update to {update.name} failed at its end ({error}); the server is NOT "
                 "READY until the next full or merged publish, or a restart"
             ) from error
-        policies.became(update.name, digest, SyncMode.FULL)
+        state.mark_served(update.name, digest, SyncMode.FULL)
         held_s = time.monotonic() - update.start
         self._end()
         return {"held_seconds": held_s, "digest": digest}
@@ -192,26 +191,26 @@ class FullUpdates:
         if self.current is not update:
             return
         try:
-            await self._policies.workers.ask("tink_abort")
+            await self._state.workers.ask("tink_abort")
         except TinkError as error:
             logger.warning("tink_rl: aborting %s: %s", update.name, error)
         if update.written:
-            self._policies.not_ready(
+            self._state.not_ready(
                 f"the full update to {update.name} ended midway: {reason}", update.name
             )
         self._end()
 
     def _end(self) -> None:
-        self.current = None
+        self.current = self._state.writing = None
         if self._watch is not None and self._watch is not asyncio.current_task():
             self._watch.cancel()
         self._watch = None
-        self._policies.gate.open()
-        self._policies.lock.release()
+        self._state.gate.open()
+        self._state.lock.release()
 
     async def _watch_sender(self, update: Update) -> None:
         """A sender that died must not hold requests for ever."""
-        leases = self._policies.leases
+        leases = self._state.leases
         while self.current is update:
             await asyncio.sleep(_LOOK_EVERY_S)
             if update.num_busy:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tink_rl.policy.packet import check_protocol
 from tink_rl.server.leases import LEASE_S, Lease
+from tink_rl.server.stages import Stages
+from tink_rl.server.state import ServedState
+from tink_rl.server.updates import FullUpdates
 from tink_rl.types import PolicyVersion, Transport
-
-if TYPE_CHECKING:
-    from tink_rl.server.policies import Policies
 
 
 class Writers:
     """Joining, staying and leaving."""
 
-    def __init__(self, policies: Policies, *, host: str, port: int) -> None:
+    def __init__(
+        self, state: ServedState, stages: Stages, updates: FullUpdates, *, host: str, port: int
+    ) -> None:
         """Store.
 
         Args:
-            policies: The server.
+            state: The server.
+            stages: Its packets; those of a writer that joins again are forgotten.
+            updates: Its full update, which ends when its writer joins again.
             host: Interface that channels bind.
             port: Port that channels bind, 0 for any.
         """
-        self._policies = policies
-        self._workers, self._leases = policies.workers, policies.leases
+        self._state, self._stages, self._updates = state, stages, updates
+        self._workers, self._leases = state.workers, state.leases
         self._host, self._port = host, port
 
     async def join(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -42,15 +46,15 @@ class Writers:
         lease, old = self._leases.take(policy, str(body["writer"]))
         if old is not None:
             await self._workers.ask("tink_close", old.epoch)
-        await self._policies.stages.forget_policy(policy)  # its writer died before the commit
-        update = self._policies.updates.current
+        await self._stages.forget_policy(policy)  # its writer died before the commit
+        update = self._updates.current
         if update is not None and update.policy == policy:
-            await self._policies.updates.abort(update, "its writer joined again")
+            await self._updates.abort(update, "its writer joined again")
         answer = {
             "epoch": lease.epoch,
-            "incarnation": self._policies.incarnation,
+            "incarnation": self._state.incarnation,
             "lease_s": LEASE_S,
-            "last_version": self._policies.numbers.last(policy),
+            "last_version": self._state.numbers.last(policy),
             "transport": transport,
         }
         if transport not in (Transport.HTTP, Transport.SHM):
@@ -66,11 +70,11 @@ class Writers:
             "host": self._host,
             "port": bound[0],
             "nonce": secrets.token_hex(16),
-            "world_size": self._policies.world_size + 1,
+            "world_size": self._state.world_size + 1,
             "timeout_s": timeout_s,
         }
         await self._workers.ask("tink_join", lease.epoch, spec)
-        return {**spec, "rank": self._policies.world_size}
+        return {**spec, "rank": self._state.world_size}
 
     async def joined(self, body: dict[str, Any]) -> dict[str, Any]:
         """Wait until every worker is in the channel."""
@@ -83,7 +87,7 @@ class Writers:
     async def heartbeat(self, body: dict[str, Any]) -> dict[str, Any]:
         """Renew the lease."""
         self._leases.check(body["policy"], body["epoch"])
-        return {"incarnation": self._policies.incarnation}
+        return {"incarnation": self._state.incarnation}
 
     async def leave(self, body: dict[str, Any]) -> dict[str, Any]:
         """End lease and channel; what is served stays served."""

@@ -21,7 +21,7 @@ _HOMES = {
     "SyncConfig": "tink_rl.config",
     "SyncMode": "tink_rl.types",
     "TinkError": "tink_rl.errors",
-    "VLLMClient": "tink_rl.transport.vllm_client",
+    "VLLMClient": "tink_rl.publish.vllm_client",
     "VLLMServer": "tink_rl.launch",
     "WeightSync": "tink_rl.publish.publisher",
     "attach": "tink_rl.training.trainer",

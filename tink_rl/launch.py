@@ -24,10 +24,10 @@ from tink_rl import errors, gpus, memory_plan, placement
 from tink_rl.download import download, is_from_hub
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
 from tink_rl.post_mortem import count_oom_kills, explain
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.serve_options import ServerOptions, check_options, command, environment
 from tink_rl.startup_log import stage
 from tink_rl.tokens import ensure_token_file
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerState
 
 logger = logging.getLogger("tink_rl")

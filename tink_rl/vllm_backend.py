@@ -34,7 +34,7 @@ from tink_rl.residency.server_view import KnownServer, ServedBase
 from tink_rl.residency.table import Residency
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import Completion, PublishRecord, SamplingParams
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class VLLMBackend:
             completion.text, completion.version, completion.digest
     """
 
-    def __init__(self, config: Config = None, *, client: VLLMClient | None = None) -> None:
+    def __init__(self, config: Config = None, *, client: SamplingClient | None = None) -> None:
         """Read the settings; the server is asked on first use.
 
         Args:
@@ -488,8 +488,8 @@ def _secrets(settings: Settings) -> tuple[str | None, str | None]:
     return token, settings.api_key()
 
 
-def _client(settings: Settings, token: str | None, api_key: str | None) -> VLLMClient:
-    return VLLMClient(
+def _client(settings: Settings, token: str | None, api_key: str | None) -> SamplingClient:
+    return SamplingClient(
         settings.url,
         token=token,
         api_key=api_key,

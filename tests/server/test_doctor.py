@@ -10,7 +10,7 @@ from tink_rl.cli import main
 from tink_rl.doctor.finding import Level
 from tink_rl.doctor.server import check_server
 from tink_rl.memory_plan import ServePlan, plan_memory, read_shape
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.publish.vllm_client import VLLMClient
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
 

@@ -21,9 +21,9 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.launch import VLLMServer, group_members
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.probe import Prober
-from tink_rl.transport.vllm_client import VLLMClient
 
 pytestmark = [pytest.mark.server, pytest.mark.chaos]
 

@@ -22,7 +22,7 @@ from tests.policies import (
     sync_to,
 )
 from tink_rl import errors
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 
 pytestmark = [pytest.mark.server, pytest.mark.home]

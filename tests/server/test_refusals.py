@@ -15,8 +15,8 @@ from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.server, pytest.mark.home]

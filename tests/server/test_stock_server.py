@@ -15,7 +15,7 @@ import pytest
 
 from tests.policies import NUM_TOKENS, PeftTwin
 from tink_rl import errors, launch
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.types import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends.vllm import VLLMSampler

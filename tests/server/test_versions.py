@@ -26,7 +26,7 @@ from tink_rl.policy import packet
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
-from tink_rl.transport.fleet import Replica
+from tink_rl.transport.replica import Replica
 from tink_rl.types import Transport
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
@@ -218,8 +218,8 @@ def test_every_transport_carries_both_modes(server, twin, transport):
 def test_header_that_was_announced_and_not_sent_is_withdrawn(server, twin, monkeypatch):
     with sync_to(server, twin.directory, "adapter", transport="shm") as sync:
         [replica] = sync.fleet.replicas
-        stages, announce = [], replica.announce
-        replica.announce = lambda *args: stages.append(announce(*args)) or stages[-1]
+        stages, announce = [], replica._send_header
+        replica._send_header = lambda *args: stages.append(announce(*args)) or stages[-1]
         twin.randomise(6)
         name, cases = sync.publish(twin.model).name, twin.clear_cases()
         assert not sync.publish(twin.model).published  # what is served already is not announced

@@ -9,8 +9,8 @@ import pytest
 
 from tests.fake_vllm import FakeVLLM
 from tink_rl import errors
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.transport.payloads import NO_LIMITS, Limits
-from tink_rl.transport.vllm_client import VLLMClient
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import time
 import httpx
 import pytest
 
+from tink_rl import VLLMClient
 from tink_rl.cli import console, main
 from tink_rl.errors import ServerUnreachable
-from tink_rl.transport import vllm_client
+from tink_rl.transport import server_client
 
 
 class Terminal(io.StringIO):
@@ -54,12 +55,12 @@ def test_error_takes_the_place_of_the_wait(monkeypatch):
 
 def test_waiting_for_a_server_is_said_in_the_log(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="tink_rl")
-    monkeypatch.setattr(vllm_client, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(server_client, "_SAY_EVERY_S", 0.0)
 
     def refuse(request):
         raise httpx.ConnectError("refused")
 
-    client = vllm_client.VLLMClient(transport=httpx.MockTransport(refuse))
+    client = VLLMClient(transport=httpx.MockTransport(refuse))
     with pytest.raises(ServerUnreachable):
         client.wait_until_reachable(0.3)
     assert "waiting for the vLLM server at http://127.0.0.1:8000" in caplog.text

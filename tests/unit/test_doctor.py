@@ -23,7 +23,7 @@ from tink_rl.doctor.finding import Finding, Level
 from tink_rl.doctor.server import check_server, check_status
 from tink_rl.doctor.trl_sync import check_trl, send
 from tink_rl.policy.support import FEATURES
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus
 
 REQUIREMENTS = [

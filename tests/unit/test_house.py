@@ -20,8 +20,8 @@ FLOORS = [
     {"policy"},
     {"transport", "memory_plan"},
     {"serve_options"},
-    {"launch", "publish", "server", "residency"},
-    {"training", "vllm_backend"},
+    {"publish", "server", "residency"},
+    {"launch", "training", "vllm_backend"},
     {"worker", "report", "doctor", "export"},
     {"cli"},
 ]

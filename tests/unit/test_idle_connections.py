@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.transport import payloads
 from tink_rl.transport.async_sampler import AsyncSampler
-from tink_rl.transport.vllm_client import VLLMClient
 
 IDLE_S = 0.2
 LOGPROBS = {

@@ -14,11 +14,11 @@ from tink_rl import SyncConfig, errors
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.sharded import Sharding
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.connect import clients_of
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.ranks import Ranks
 from tink_rl.training.trainer import _giving_back
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import SyncMode
 
 NO_TIME = {

@@ -14,12 +14,12 @@ from tink_rl import errors, urls
 from tink_rl.cli import main
 from tink_rl.config import SyncConfig
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.settings import Settings
 from tink_rl.training.connect import clients_of
 from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.transport.megatron_client import MegatronClient
 from tink_rl.transport.payloads import unreachable
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.urls import server_url
 from tink_rl.vllm_backend import VLLMBackend
 

@@ -11,9 +11,9 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy.adapter import Adapter
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.server import numbers
 from tink_rl.server.numbers import Numbers
-from tink_rl.transport.vllm_client import VLLMClient
 
 COMMIT, STAGE = "/tink/v1/commit", "/tink/v1/stage"
 

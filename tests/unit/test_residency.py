@@ -19,10 +19,10 @@ from tests.tiny_models import make_model
 from tink_rl import errors, launch, serve_options, vllm_backend
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.residency import server_view
 from tink_rl.residency.names import MAX_TRIES, adapter_version
 from tink_rl.residency.table import AdapterVersion, Residency
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.vllm_backend import VLLMBackend
 
 # -- the table ----------------------------------------------------------------------------------------

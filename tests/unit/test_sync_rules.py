@@ -19,13 +19,13 @@ from tink_rl.publish.modes import choose_mode
 from tink_rl.publish.probe_rules import largest_gap
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.stopwatch import Stopwatch
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import LEASE_S, Leases
 from tink_rl.server.state import ServedState
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.shared_memory import Segment
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerStatus, SyncMode, Transport
 

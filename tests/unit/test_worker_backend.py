@@ -11,7 +11,7 @@ from tests.fake_vllm import FakeVLLM
 from tests.fakes import FakeBackend
 from tests.worker_rig import ADMIN, in_threads, wait_until, worker
 from tink_rl import errors
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.types import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker import readiness

@@ -74,7 +74,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     from tink_rl.doctor.memory import check_memory
     from tink_rl.doctor.server import check_server
     from tink_rl.memory_plan import ServePlan
-    from tink_rl.transport.vllm_client import VLLMClient
+    from tink_rl.transport.sampling_client import SamplingClient
 
     findings: list[Finding] = []
     status = None
@@ -87,7 +87,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
         return check_trl(arguments.trl, dtype=dtype)
     if arguments.url:
         token = SyncConfig(token_file=arguments.token_file).read_token()
-        with VLLMClient(arguments.url, token=token, ca_file=arguments.ca_file) as client:
+        with SamplingClient(arguments.url, token=token, ca_file=arguments.ca_file) as client:
             findings, status = check_server(client, base_model=arguments.model)
     elif not (arguments.adapter or arguments.model):
         findings = check_environment(port=arguments.port)

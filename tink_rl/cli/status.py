@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from tink_rl.config import SyncConfig
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.sampling_client import SamplingClient
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print every field; 1 if the server is not ready."""
     token = SyncConfig(token_file=arguments.token_file).read_token()
-    with VLLMClient(arguments.url, token=token, ca_file=arguments.ca_file) as client:
+    with SamplingClient(arguments.url, token=token, ca_file=arguments.ca_file) as client:
         status = client.status()
     for name in status.__dataclass_fields__:
         value = getattr(status, name)

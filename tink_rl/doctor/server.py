@@ -8,7 +8,7 @@ from tink_rl import __version__, errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.loopback import is_local
 from tink_rl.policy.fingerprint import base_fingerprint
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
 
 _MAX_CLOCK_S = 5.0
@@ -23,7 +23,7 @@ _REMEDIES: dict[type[errors.TinkError], str] = {
 
 
 def check_server(
-    client: VLLMClient, *, base_model: str | None = None
+    client: SamplingClient, *, base_model: str | None = None
 ) -> tuple[list[Finding], ServerStatus | None]:
     """Findings about the server behind `client`, and its status if it gave one.
 
@@ -121,7 +121,7 @@ def _transport(url: str) -> Finding:
     )
 
 
-def _clock(client: VLLMClient) -> Finding:
+def _clock(client: SamplingClient) -> Finding:
     offset = client.clock_offset_s()
     if offset is None:
         return note("clock", "the server's answers carry no date")

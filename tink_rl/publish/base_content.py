@@ -11,7 +11,8 @@ from tink_rl.policy.content import ContentDigest, files_identity
 from tink_rl.policy.fingerprint import checkpoint_index
 
 if TYPE_CHECKING:
-    from tink_rl.transport.fleet import Fleet, Replica
+    from tink_rl.transport.fleet import Fleet
+    from tink_rl.transport.replica import Replica
 
 logger = logging.getLogger("tink_rl")
 _POLL_S = 0.2

@@ -30,9 +30,10 @@ from tink_rl.publish.base_content import check_content
 from tink_rl.publish.modes import choose_mode
 from tink_rl.publish.probes import Probe, ProbeCheck
 from tink_rl.publish.stopwatch import Stopwatch
-from tink_rl.transport.fleet import Fleet, Replica
+from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.replica import Replica
+from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
@@ -66,7 +67,7 @@ class WeightSync:
 
     def __init__(
         self,
-        servers: str | VLLMClient | Sequence[str | VLLMClient],
+        servers: str | SamplingClient | Sequence[str | SamplingClient],
         *,
         base_model: str | Path,
         config: SyncConfig | None = None,
@@ -81,9 +82,9 @@ class WeightSync:
             writer: Who publishes; another writer of the same policy name is refused.
         """
         self.config = config or SyncConfig()
-        given = [servers] if isinstance(servers, (str, VLLMClient)) else list(servers)
+        given = [servers] if isinstance(servers, (str, SamplingClient)) else list(servers)
         self.writer = writer or f"writer-{uuid.uuid4().hex[:12]}"
-        clients = [s if isinstance(s, VLLMClient) else self._client(s) for s in given]
+        clients = [s if isinstance(s, SamplingClient) else self._client(s) for s in given]
         self.fleet = Fleet([Replica(c, self.config, writer=self.writer) for c in clients])
         self._base_model = str(base_model)
         self._fingerprint: str | None = None
@@ -113,8 +114,8 @@ class WeightSync:
         self.base_taken_by: str | None = None
         """Whose whole tensors a server held in place of its base at the last commit of a packet."""
 
-    def _client(self, url: str) -> VLLMClient:
-        return VLLMClient(
+    def _client(self, url: str) -> SamplingClient:
+        return SamplingClient(
             url,
             token=self.config.read_token(),
             api_key=self.config.read_api_key(),
@@ -297,7 +298,7 @@ class WeightSync:
             progress = None if self.mode is SyncMode.FULL else self.fleet.announce(outgoing)
             packet.fill(header, outgoing.buffer, adapter.tensors, progress)
         except BaseException:
-            outgoing.withdraw()
+            self.fleet.withdraw(outgoing)
             raise
         return outgoing
 
@@ -591,11 +592,7 @@ class WeightSync:
         alone = len(self.fleet.replicas) == 1
 
         def stage(replica: Replica) -> None:
-            stages[replica.url] = (
-                outgoing.announced_stage() or replica.send(outgoing)
-                if alone
-                else replica.stage(outgoing)
-            )
+            stages[replica.url] = replica.send(outgoing) if alone else replica.stage(outgoing)
 
         def commit(replica: Replica) -> dict[str, Any]:
             return replica.commit(stages[replica.url], retire, outgoing.digest() if alone else None)

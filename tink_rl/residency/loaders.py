@@ -14,9 +14,9 @@ from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.store import AdapterStore
 from tink_rl.residency.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.residency.table import AdapterVersion
-from tink_rl.transport.fleet import Replica
 from tink_rl.transport.outgoing import Outgoing
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.replica import Replica
+from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PluginLoader:
 
     def __init__(
         self,
-        client: VLLMClient,
+        client: SamplingClient,
         store: AdapterStore,
         *,
         deadline_s: float = 60.0,
@@ -143,7 +143,7 @@ class PathLoader:
     """Lets a stock server read the store's directory, which both must see under the same path."""
 
     def __init__(
-        self, client: VLLMClient, store: AdapterStore, base: ServedBase, *, attempts: int = 3
+        self, client: SamplingClient, store: AdapterStore, base: ServedBase, *, attempts: int = 3
     ) -> None:
         self._client, self._store, self._base = client, store, base
         self._attempts = attempts

@@ -17,7 +17,7 @@ from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.policy.shapes import vocab_size
 from tink_rl.transport.payloads import NO_LIMITS, Limits
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
@@ -69,7 +69,7 @@ class ServerView:
         ]
 
 
-def look(client: VLLMClient) -> ServerView:
+def look(client: SamplingClient) -> ServerView:
     """Ask the server.
 
     Raises:
@@ -137,7 +137,7 @@ class KnownServer:
     """A server and what was last seen of it; for any number of threads."""
 
     def __init__(
-        self, client: VLLMClient, base_model: str | None, on_restart: Callable[[], None]
+        self, client: SamplingClient, base_model: str | None, on_restart: Callable[[], None]
     ) -> None:
         """Store; asks nothing yet.
 

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from tink_rl.errors import ConfigError, SamplingRefused
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import SamplingSettings
 from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload, given_kwargs
 from tink_rl.transport.request_fields import check_fields
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")

@@ -14,11 +14,11 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url
 from tink_rl.policy.model_dir import loaded_from
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
 from tink_rl.training.publishing import leaving_checkpoint
-from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
 Servers = str | VLLMClient | list[str | VLLMClient] | None

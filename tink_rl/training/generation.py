@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tink_rl.errors import ConfigError, TinkError, UnknownVersion
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.rollouts import Ask, RolloutBatch
 from tink_rl.transport.payloads import given_kwargs, sampling_fields
 from tink_rl.transport.plain import plain
 from tink_rl.transport.request_fields import distribution_changes
-from tink_rl.transport.vllm_client import VLLMClient
 
 logger = logging.getLogger("tink_rl")
 _NUMBERS = (

@@ -27,10 +27,10 @@ from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.publish.modes import check_fits
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Duties, Ranks
-from tink_rl.transport.fleet import Replica
-from tink_rl.transport.vllm_client import VLLMClient
+from tink_rl.transport.replica import Replica
 from tink_rl.types import PublishRecord, ServerStatus, SyncMode
 
 logger = logging.getLogger("tink_rl")

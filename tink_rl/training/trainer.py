@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError, from_wire
+from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
@@ -30,7 +31,6 @@ from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
 from tink_rl.training.scoring import RolloutScope
-from tink_rl.transport.vllm_client import VLLMClient
 from tink_rl.types import ServerStatus
 
 SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)

@@ -19,7 +19,8 @@ from tink_rl.types import SyncMode
 if TYPE_CHECKING:
     import torch
 
-    from tink_rl.transport.fleet import Fleet, Replica
+    from tink_rl.transport.fleet import Fleet
+    from tink_rl.transport.replica import Replica
 
 _LOST_CHANNEL = (
     errors.StaleEpoch,

@@ -1,0 +1,266 @@
+"""One server, as its publisher sees it: packets, commits and full updates."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from tink_rl import errors
+from tink_rl.config import SyncConfig
+from tink_rl.errors import TinkError
+from tink_rl.transport.connection import Connection
+from tink_rl.transport.outgoing import Outgoing, in_thread
+from tink_rl.transport.sampling_client import SamplingClient
+from tink_rl.transport.shared_memory import Segment, Shelf
+from tink_rl.types import Transport
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+class Replica(Connection):
+    """One server to which versions are published."""
+
+    def __init__(self, client: SamplingClient, config: SyncConfig, *, writer: str) -> None:
+        super().__init__(client, config, writer=writer)
+        self.shelf = Shelf()
+        """Shared memory that packets are packed into; a fleet's replicas have one."""
+        self._announced: tuple[Outgoing, Future[str]] | None = None
+        """A packet whose header was sent before its bytes were packed, and its stage's id."""
+
+    # -- one packet -------------------------------------------------------------------------------
+
+    def stage(self, outgoing: Outgoing) -> str:
+        """Send header, bytes and digest; the stage's id once every worker has checked them.
+
+        Raises:
+            TinkError: what is wrong; the server serves what it served before.
+        """
+        stage_id = self.send(outgoing)
+        self._check(stage_id, outgoing.digest(), self._config.stage_timeout_s)
+        return stage_id
+
+    def send(self, outgoing: Outgoing, update_id: str | None = None) -> str:
+        """Send header, unless it was announced, and bytes; the stage's id.
+
+        They are checked when the digest follows.
+
+        Raises:
+            TinkError: what is wrong with the header; the server serves what it served before.
+        """
+        announced, self._announced = self._announced, None
+        if announced is not None and announced[0] is outgoing:
+            outgoing.start_digest()
+            return announced[1].result()
+        buffer, transport = outgoing.buffer, Transport(self._opened["transport"])
+        segment = self._segment_with(buffer) if transport is Transport.SHM else None
+        stage_id = self._send_header(outgoing, segment, update_id)
+        outgoing.start_digest()
+        # The header was accepted and every worker is receiving: only now do bytes travel.
+        if transport is Transport.HTTP:
+            self._send_chunks(stage_id, buffer, self._config.stage_timeout_s)
+        elif segment is None:
+            self._broadcast(stage_id, buffer, self._config.stage_timeout_s)
+        return stage_id
+
+    def announce(self, outgoing: Outgoing) -> None:
+        """Send the header of a packet that is still to be packed into `shelf`'s memory.
+
+        A server takes milliseconds to read a header, as packing and hashing take here: on one machine they
+        go on at the same time, and workers copy as the memory is filled. Returns when the header was
+        written, or could not be: a thread that packs leaves no other one the turn. What is wrong with the
+        header is raised by `send`.
+        """
+        segment, sent = self.shelf.holding(outgoing.buffer), threading.Event()
+        stage_id = in_thread(lambda: self._send_header(outgoing, segment, None, sent.set))
+        stage_id.add_done_callback(lambda _: sent.set())
+        self._announced = (outgoing, stage_id)
+        sent.wait()
+
+    def withdraw(self, outgoing: Outgoing) -> None:
+        """Let the server forget `outgoing`, if it was announced and not sent; never raises."""
+        announced, self._announced = self._announced, None
+        if announced is None or announced[0] is not outgoing:
+            return
+        with contextlib.suppress(Exception):  # what ended the packing is to be heard
+            self.discard(announced[1].result())
+            segment = self.shelf.holding(outgoing.buffer)
+            if segment is not None:
+                segment.fill(outgoing.buffer.numel())  # workers wait for it
+
+    def _send_header(
+        self,
+        outgoing: Outgoing,
+        segment: Segment | None,
+        update_id: str | None,
+        when_sent: Callable[[], Any] | None = None,
+    ) -> str:
+        header, timeout_s = outgoing.header, self._config.stage_timeout_s
+        body = {
+            "header": header.named(header.policy, header.version, self.epoch).to_json(),
+            "transport": self._opened["transport"],
+            "timeout_s": timeout_s,
+            "update_id": update_id,
+            "segment": None if segment is None else vars(segment.spec),
+        }
+        return str(self._control("stage", body, timeout_s, when_sent)["stage_id"])
+
+    def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
+        body = {
+            "stage_id": stage_id,
+            "digest": digest,
+            "timeout_s": self._config.stage_timeout_s,
+        }
+        self._control("staged", body, timeout_s)
+
+    def _segment_with(self, buffer: torch.Tensor) -> Segment:
+        """The packet in shared memory: where it was packed, else copied to a segment of our own.
+
+        Raises:
+            SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
+        """
+        packed_in = self.shelf.holding(buffer)
+        if packed_in is not None:
+            packed_in.fill(buffer.numel())
+            return packed_in
+        if self._segment is None or self._segment.buffer.numel() < buffer.numel():
+            try:
+                self._segment = Segment.create(buffer.numel())
+            except errors.SegmentUnreachable as error:
+                self.do_without_shared_memory(error)
+                raise
+        self._segment.buffer[: buffer.numel()].copy_(buffer)
+        self._segment.fill(buffer.numel())
+        return self._segment
+
+    def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
+        from tink_rl.transport.communicator import transfer
+
+        assert self._channel is not None and self._joined is not None
+        src, moved = self._joined["rank"], buffer.cpu()
+        try:
+            for _ in transfer(self._channel, moved, src=src, timeout_s=timeout_s):
+                pass
+        except errors.ChannelLost:
+            self.discard(stage_id)
+            self.close()
+            raise
+
+    def _send_chunks(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:
+        data = buffer.numpy().data
+        for offset in range(0, len(data), _CHUNK_BYTES):
+            self.client.control(
+                f"stage/{stage_id}/chunk",
+                timeout_s=timeout_s,
+                content=bytes(data[offset : offset + _CHUNK_BYTES]),
+                params={"offset": offset},
+            )
+
+    def discard(self, stage_id: str) -> None:
+        """Forget a stage; never raises."""
+        with contextlib.suppress(TinkError):
+            self._control("discard", {"stage_id": stage_id}, 5.0)
+
+    def commit(
+        self, stage_id: str, retire: Sequence[str] = (), digest: str | None = None
+    ) -> dict[str, Any]:
+        """Serve a stage, and stop serving the slot versions `retire` of the same policy.
+
+        Args:
+            stage_id: What `stage` gave; with `digest`, what `send` gave.
+            retire: Names of versions.
+            digest: Check the packet first; for a replica that nobody has to wait for.
+
+        Returns:
+            `{"digest", "held_seconds"}` as the workers hold it then, and `full`: whose whole tensors are
+            in place of the base.
+
+        Raises:
+            TinkError: the packet is refused; the server serves what it served before.
+            DrainTimeout, CommitFailed, WorkersDiffer.
+        """
+        config = self._config
+        body = {
+            "stage_id": stage_id,
+            "retire": list(retire),
+            "digest": digest,
+            "timeout_s": config.stage_timeout_s,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        timeout_s = config.commit_timeout_s + config.drain_timeout_s
+        return self._control("commit", body, timeout_s + config.stage_timeout_s)
+
+    def drop(self, name: str) -> None:
+        """Stop serving `name`; a version that is not served is fine."""
+        config = self._config
+        body = {
+            "name": name,
+            "epoch": self.epoch,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        with contextlib.suppress(errors.UnknownVersion):
+            self._control("drop", body, config.commit_timeout_s + config.drain_timeout_s)
+
+    # -- one full update --------------------------------------------------------------------------
+
+    def layout(self) -> list[list[str]]:
+        """Names of the served checkpoint's tensors, by group that must be sent whole.
+
+        Raises:
+            ModeUnavailable: the server does not offer full mode.
+        """
+        found: list[list[str]] = self.client.control("layout", timeout_s=30.0)["groups"]
+        return found
+
+    def begin_update(
+        self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None
+    ) -> str:
+        """Let the server check what will be sent, and hold its requests; the update's id.
+
+        Raises:
+            TinkError: what is wrong; nothing has changed.
+        """
+        config = self._config
+        body = {
+            "policy": config.policy,
+            "version": version,
+            "epoch": self.epoch,
+            "base_fingerprint": base_fingerprint,
+            "plan": plan,
+            "timeout_s": config.stage_timeout_s,
+            "drain_timeout_s": config.drain_timeout_s,
+            "on_running": config.on_running,
+        }
+        timeout_s = config.commit_timeout_s + config.drain_timeout_s
+        return str(self._control("begin", body, timeout_s)["update_id"])
+
+    def send_bucket(self, update_id: str, outgoing: Outgoing) -> None:
+        """Send one bucket of a full update; returns once it is checked and written.
+
+        Raises:
+            TinkError: what is wrong; the update has ended.
+        """
+        config = self._config
+        stage_id = self.send(outgoing, update_id)
+        self._check(stage_id, outgoing.digest(), config.stage_timeout_s + config.commit_timeout_s)
+
+    def finish_update(self, update_id: str, digest: str) -> dict[str, Any]:
+        """Serve what was sent; `{"digest", "held_seconds"}` as the workers hold it then.
+
+        Raises:
+            IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
+        """
+        body = {"update_id": update_id, "digest": digest}
+        return self._control("finish", body, self._config.commit_timeout_s)
+
+    def abort_update(self, update_id: str, reason: str) -> None:
+        """End a full update early; never raises."""
+        with contextlib.suppress(TinkError):
+            self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tink_rl
+from benchmarks import structure
 
 ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
@@ -69,6 +70,11 @@ def test_trainer_side_never_imports_the_server_side():
     for room, path in _rooms():
         if room != "server":
             assert not any("tink_rl.server" in name for name in _imports(path)), path
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Over however many others; imports inside functions and under `TYPE_CHECKING` count."""
+    assert structure.circles(structure.import_graph(ROOT.parent)) == []
 
 
 @pytest.mark.parametrize("module", ["tink_rl", "tink_rl.config", "tink_rl.errors", "tink_rl.types"])

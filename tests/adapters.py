@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.policy.store import AdapterStore
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (24, 16),

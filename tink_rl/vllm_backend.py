@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tink_rl import errors
+from tink_rl.adapters.registry import AdapterRegistry, Registration, check_adapter_id
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.config import SyncConfig
-from tink_rl.policy.registry import AdapterRegistry, Registration, check_adapter_id
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.policy.store import AdapterStore
-from tink_rl.residency.loaders import LoaderByServer
-from tink_rl.residency.names import Names, Target, adapter_version
-from tink_rl.residency.server_view import KnownServer, ServedBase
-from tink_rl.residency.table import Residency
+from tink_rl.sampling.cache import Residency
+from tink_rl.sampling.loaders import LoaderByServer
+from tink_rl.sampling.resolver import Names, Target, adapter_version
+from tink_rl.sampling.server_view import KnownServer, ServedBase
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
 from tink_rl.transport.sampling_client import SamplingClient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.adapters import write_adapter
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters.store import AdapterStore
 
 
 @pytest.fixture

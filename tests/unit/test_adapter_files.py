@@ -21,18 +21,18 @@ from tests.adapters import (
 )
 from tests.hub_cache import cache_snapshot
 from tink_rl import errors
+from tink_rl.adapters import store as store_module
+from tink_rl.adapters.convert import convert
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.cli import main
 from tink_rl.doctor.adapter import check_adapter
 from tink_rl.doctor.finding import Level
 from tink_rl.export import export
-from tink_rl.policy import store as store_module
 from tink_rl.policy import tensor_file
 from tink_rl.policy.adapter import from_peft_dir
-from tink_rl.policy.convert import convert
 from tink_rl.policy.patterns import Pattern
 from tink_rl.policy.peft_dir import open_peft_dir
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.policy.store import AdapterStore
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from tests.adapters import BASE, CONFIG, WEIGHTS, config_of, tensors_of, write_adapter
 from tink_rl import errors
+from tink_rl.adapters import convert as convert_module
+from tink_rl.adapters.convert import convert
+from tink_rl.adapters.pickle_scan import scanned
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.cli import main
-from tink_rl.policy import convert as convert_module
-from tink_rl.policy.convert import convert
-from tink_rl.policy.pickle_scan import scanned
-from tink_rl.policy.store import AdapterStore
 
 BIN = "adapter_model.bin"
 

@@ -21,18 +21,23 @@ FLOORS = [
     {"policy"},
     {"transport", "memory_plan"},
     {"serve_options"},
-    {"publish", "server", "residency"},
-    {"launch", "training", "vllm_backend"},
+    {"publish", "server"},
+    {"launch", "training", "adapters"},
+    {"sampling"},
+    {"vllm_backend"},
     {"worker", "report", "doctor", "export"},
     {"cli"},
 ]
+TRAINING = {"policy", "transport", "publish", "server", "training"}
+SAMPLING_SERVICE = {"adapters", "sampling", "vllm_backend", "worker"}
 FORBIDDEN = {
     "server": {"trl", "peft", "accelerate", "datasets", "wandb"},
     "training": {"vllm"},
     "transport": {"trl", "vllm", "peft"},
     "publish": {"trl", "vllm", "peft"},
     "policy": {"trl", "vllm"},
-    "residency": {"trl", "vllm", "peft"},
+    "adapters": {"trl", "vllm", "peft"},
+    "sampling": {"trl", "vllm", "peft"},
     "vllm_backend": {"trl", "vllm", "peft"},
     "worker": {"trl", "vllm", "torch"},
 }
@@ -75,6 +80,13 @@ def test_trainer_side_never_imports_the_server_side():
 def test_no_module_imports_one_that_imports_it():
     """Over however many others; imports inside functions and under `TYPE_CHECKING` count."""
     assert structure.circles(structure.import_graph(ROOT.parent)) == []
+
+
+def test_training_never_imports_the_sampling_service():
+    for room, path in _rooms():
+        if room in TRAINING:
+            ours = {n.split(".")[1] for n in _imports(path) if n.startswith("tink_rl.")}
+            assert not ours & SAMPLING_SERVICE, path
 
 
 @pytest.mark.parametrize("module", ["tink_rl", "tink_rl.config", "tink_rl.errors", "tink_rl.types"])

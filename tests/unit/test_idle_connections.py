@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.transport import payloads
-from tink_rl.transport.async_sampler import AsyncSampler
 
 IDLE_S = 0.2
 LOGPROBS = {

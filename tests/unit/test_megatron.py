@@ -13,9 +13,9 @@ import pytest
 
 from tests.unit.megatron_servers import EOD, ContractServer, LossyTokenizer, continuation, logprob
 from tink_rl import errors
-from tink_rl.transport.megatron_contract import Kind, refused_parameters
 from tink_rl.types import SamplingParams
-from tink_rl.worker.backends.megatron import MegatronBackend
+from tink_rl.worker.backends.megatron.backend import MegatronBackend
+from tink_rl.worker.backends.megatron.contract import Kind, refused_parameters
 
 TOKENIZER = LossyTokenizer()
 FOUR = SamplingParams(max_tokens=4)

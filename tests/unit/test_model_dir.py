@@ -16,7 +16,7 @@ from tests.tiny_models import make_model
 from tink_rl.export import export
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import loaded_from, place_in_hub
-from tink_rl.residency.server_view import ServerView, served_base
+from tink_rl.sampling.server_view import ServerView, served_base
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from tink_rl.cli import main
 from tink_rl.config import SyncConfig
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.settings import Settings
 from tink_rl.training.connect import clients_of
-from tink_rl.transport.async_sampler import AsyncSampler
-from tink_rl.transport.megatron_client import MegatronClient
 from tink_rl.transport.payloads import unreachable
 from tink_rl.urls import server_url
 from tink_rl.vllm_backend import VLLMBackend
+from tink_rl.worker.backends.megatron.client import MegatronClient
 
 LOCAL = "http://127.0.0.1:8000"
 PAYLOAD = {"model": BASE, "prompt": [[1]], "n": 1, "max_tokens": 1, "logprobs": None}

@@ -13,8 +13,8 @@ import torch
 from aiohttp import web
 
 from tink_rl import errors
+from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.transport import payloads
-from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.types import SamplingParams
 
 URL = "http://server:1"

@@ -20,9 +20,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from tests.adapters import write_adapter
 from tink_rl import errors
-from tink_rl.policy import registry as registry_module
-from tink_rl.policy.registry import FILE_NAME, AdapterRegistry, Registration, check_adapter_id
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters import registry as registry_module
+from tink_rl.adapters.registry import FILE_NAME, AdapterRegistry, Registration, check_adapter_id
+from tink_rl.adapters.store import AdapterStore
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def test_registry_survives_closing_and_a_new_process(registry, tmp_path):
     registry.register("a", A, "/a")
     registry.close()
     code = (
-        "import sys; from tink_rl.policy.registry import AdapterRegistry\n"
+        "import sys; from tink_rl.adapters.registry import AdapterRegistry\n"
         "print(AdapterRegistry(sys.argv[1]).current('a').digest)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -221,8 +221,8 @@ _RACER = """
 import sys
 from pathlib import Path
 from tink_rl.errors import AdapterConflict
-from tink_rl.policy.registry import AdapterRegistry
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters.registry import AdapterRegistry
+from tink_rl.adapters.store import AdapterStore
 
 root, source = sys.argv[1:]
 store, registry = AdapterStore(root), AdapterRegistry(root)

@@ -20,9 +20,9 @@ from tink_rl import errors, launch, serve_options, vllm_backend
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.residency import server_view
-from tink_rl.residency.names import MAX_TRIES, adapter_version
-from tink_rl.residency.table import AdapterVersion, Residency
+from tink_rl.sampling import server_view
+from tink_rl.sampling.cache import AdapterVersion, Residency
+from tink_rl.sampling.resolver import MAX_TRIES, adapter_version
 from tink_rl.vllm_backend import VLLMBackend
 
 # -- the table ----------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def test_another_process_that_loads_the_same_version_is_waited_for(make, model_d
         fake.leases.release(lease.policy, lease.epoch)
 
     def learn_digest():
-        from tink_rl.residency.loaders import PluginLoader
+        from tink_rl.sampling.loaders import PluginLoader
 
         header, _ = PluginLoader(backend.client, backend.store)._pack(
             adapter_version(backend.registry.current("math")), backend.client.status()
@@ -542,7 +542,7 @@ def test_adapter_is_refused_on_a_sibling_of_the_base_that_it_was_registered_for(
 def test_base_that_changes_after_the_look_is_left_to_the_server_to_refuse(
     make, model_dir, adapters
 ):
-    from tink_rl.residency.loaders import PluginLoader
+    from tink_rl.sampling.loaders import PluginLoader
 
     backend = make(fake_server(model_dir))
     wanted = adapter_version(backend.register("math", adapters[0]))

@@ -25,9 +25,9 @@ from tests.adapters import (
     write_adapter,
 )
 from tink_rl import errors
-from tink_rl.policy import store as store_module
+from tink_rl.adapters import store as store_module
+from tink_rl.adapters.store import AdapterStore, default_store_dir
 from tink_rl.policy.adapter import from_peft_dir
-from tink_rl.policy.store import AdapterStore, default_store_dir
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -170,7 +170,7 @@ def test_default_directory_is_named_by_the_environment(monkeypatch, tmp_path):
 
 def test_importing_store_and_registry_loads_no_torch():
     code = (
-        "import sys, tink_rl.policy.store, tink_rl.policy.registry, tink_rl.policy.shapes\n"
+        "import sys, tink_rl.adapters.store, tink_rl.adapters.registry, tink_rl.policy.shapes\n"
         "print('torch' in sys.modules)"
     )
     result = subprocess.run(

@@ -18,8 +18,8 @@ from tests.adapters import (
     write_adapter,
 )
 from tink_rl import errors
-from tink_rl.policy import store as store_module
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters import store as store_module
+from tink_rl.adapters.store import AdapterStore
 
 # -- many at once, and what a crash leaves --------------------------------------------------------
 
@@ -35,7 +35,7 @@ def test_many_processes_add_remove_and_collect_without_breaking_a_copy(store, tm
     for seed in range(3):
         write_adapter(tmp_path / str(seed), seed=seed)
     code = (
-        "import sys\nfrom tink_rl.policy.store import AdapterStore\n"
+        "import sys\nfrom tink_rl.adapters.store import AdapterStore\n"
         "store = AdapterStore(sys.argv[1])\n"
         "for i in range(12):\n"
         "    store.read(store.add(f'{sys.argv[2]}/{i % 3}').digest)\n"
@@ -108,7 +108,7 @@ import os, resource, sys
 from pathlib import Path
 from tests.adapters import SHAPES, tensors_of, write_adapter
 from tink_rl.errors import StorageFull
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters.store import AdapterStore
 
 root, sources, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 big = {name: (6000, 4000) for name in SHAPES}

@@ -29,10 +29,10 @@ from tests.adapters import (
     write_adapter,
 )
 from tink_rl import errors
-from tink_rl.policy import store as store_module
+from tink_rl.adapters import store as store_module
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.policy.peft_dir import MAX_CONFIG_BYTES, POLICY_FILE
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.policy.store import AdapterStore
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -112,7 +112,7 @@ def test_header_that_does_not_describe_its_bytes_is_refused(store, source, data)
 _MEASURED = """
 import sys, torch
 from tink_rl.errors import TinkError
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters.store import AdapterStore
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 before = peak()
@@ -453,7 +453,7 @@ def test_only_a_pickle_is_refused_with_the_command_that_converts_it(store, sourc
 
 _AUDITED = """
 import sys, torch
-from tink_rl.policy.store import AdapterStore
+from tink_rl.adapters.store import AdapterStore
 events = []
 def hook(event, args):
     if event == "open" or event.startswith("pickle"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from tink_rl.adapters.convert import convert
 from tink_rl.cli.console import say
-from tink_rl.policy.convert import convert
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

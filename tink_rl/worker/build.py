@@ -43,7 +43,7 @@ def join_roots(roots: Sequence[str]) -> str | None:
 def _backend(settings: Settings) -> tuple[Backend, Adapters | None, Callable[[], None]]:
     """What samples, who keeps its adapters, and what closes that which the backend only borrows."""
     if settings.samples_with == "megatron":
-        from tink_rl.worker.backends.megatron import MegatronBackend
+        from tink_rl.worker.backends.megatron.backend import MegatronBackend
 
         megatron = MegatronBackend(settings.megatron_server_url, ca_file=settings.tink_ca_file)
         return megatron, None, lambda: None

@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tink_rl import errors
-from tink_rl.residency.names import MAX_TRIES, Model, Target
-from tink_rl.residency.server_view import ServerView
+from tink_rl.sampling.async_sampler import AsyncSampler
+from tink_rl.sampling.resolver import MAX_TRIES, Model, Target
+from tink_rl.sampling.server_view import ServerView
 from tink_rl.transport import payloads
-from tink_rl.transport.async_sampler import AsyncSampler
 from tink_rl.types import Completion, SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends import Delta, ModelInfo

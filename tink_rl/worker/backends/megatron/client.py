@@ -21,7 +21,9 @@ import aiohttp
 
 from tink_rl import errors, tls
 from tink_rl.transport import payloads
-from tink_rl.transport.megatron_contract import (
+from tink_rl.types import SamplingParams
+from tink_rl.urls import server_url
+from tink_rl.worker.backends.megatron.contract import (
     Generated,
     Kind,
     Prompt,
@@ -33,8 +35,6 @@ from tink_rl.transport.megatron_contract import (
     static_fields,
     static_row,
 )
-from tink_rl.types import SamplingParams
-from tink_rl.urls import server_url
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_BODY_BYTES = 256 * 2**20

@@ -1,6 +1,6 @@
 """The child process of a conversion: it limits itself, loads tensors only, and writes safetensors.
 
-`python -P -m tink_rl.policy.unpickle_child OUT SIZE < checkpoint`; one JSON object on standard output:
+`python -P -m tink_rl.adapters.unpickle_child OUT SIZE < checkpoint`; one JSON object on standard output:
 tensor name -> [dtype, shape, blake3 of its bytes].
 """
 

@@ -90,7 +90,7 @@ class Residency:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self._clock = itertools.count(1)
-        self._janitor = ThreadPoolExecutor(1, thread_name_prefix="tink-residency")
+        self._janitor = ThreadPoolExecutor(1, thread_name_prefix="tink-cache")
 
     # -- use --------------------------------------------------------------------------------------
 

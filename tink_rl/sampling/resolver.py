@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tink_rl import errors
-from tink_rl.policy.registry import AdapterRegistry, Registration
-from tink_rl.residency.server_view import KnownServer, ServerView
-from tink_rl.residency.table import AdapterVersion, Entry, Residency
+from tink_rl.adapters.registry import AdapterRegistry, Registration
+from tink_rl.sampling.cache import AdapterVersion, Entry, Residency
+from tink_rl.sampling.server_view import KnownServer, ServerView
 
 T = TypeVar("T")
 _VERSIONED = re.compile(r"^(?P<id>[^@]+)@(?P<version>\d{1,18})$")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl import errors
-from tink_rl.transport.megatron_client import MegatronClient
-from tink_rl.transport.megatron_contract import check_supported
 from tink_rl.types import Completion, SamplingParams
 from tink_rl.worker.backends import Delta, ModelInfo
+from tink_rl.worker.backends.megatron.client import MegatronClient
+from tink_rl.worker.backends.megatron.contract import check_supported
 
 BASE_NAME = "megatron"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tink_rl
+from tink_rl.adapters.pickle_scan import scanned
 from tink_rl.errors import (
     AdapterCorrupt,
     AdapterFilesInvalid,
@@ -29,7 +30,6 @@ from tink_rl.errors import (
 from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
 from tink_rl.policy.paths import SourceDir
 from tink_rl.policy.peft_dir import MAX_FILE_BYTES, PICKLE_FILES, WEIGHTS_FILE
-from tink_rl.policy.pickle_scan import scanned
 from tink_rl.policy.tensor_file import TensorFile
 
 CHILD_TIMEOUT_S = 300.0
@@ -131,7 +131,7 @@ def _load_in_child(clean: bytes, out: Path, source: Path) -> dict[str, list[Any]
         sys.executable,
         "-P",
         "-m",
-        "tink_rl.policy.unpickle_child",
+        "tink_rl.adapters.unpickle_child",
         str(out),
         str(len(clean)),
     ]

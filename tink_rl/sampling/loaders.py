@@ -7,13 +7,13 @@ import uuid
 from typing import TYPE_CHECKING
 
 from tink_rl import errors
+from tink_rl.adapters.store import AdapterStore
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.policy.store import AdapterStore
-from tink_rl.residency.server_view import KnownServer, ServedBase, ServerView
-from tink_rl.residency.table import AdapterVersion
+from tink_rl.sampling.cache import AdapterVersion
+from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.replica import Replica
 from tink_rl.transport.sampling_client import SamplingClient
@@ -125,7 +125,7 @@ class PluginLoader:
         config = SyncConfig(
             policy=PolicyVersion.parse(name).policy, transport="http", lease_wait_s=0.0
         )
-        return Replica(self._client, config, writer=f"residency-{uuid.uuid4().hex[:12]}")
+        return Replica(self._client, config, writer=f"sampling-{uuid.uuid4().hex[:12]}")
 
     def drop(self, name: str) -> None:
         """See `Loader.drop`. A version that somebody else is loading at this moment stays."""

@@ -1,0 +1,1 @@
+"""A Megatron-LM text-generation server behind the queue of the worker."""

@@ -7,11 +7,12 @@ PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
 
 # Before a quiet command of minutes: says every ten seconds that it runs, and since when.
 define beat
-( s=0; while sleep 10 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 10)); echo "setup: $(1) ($$s s)"; done ) & beat=$$!; \
+( s=0; while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 10)); echo "setup: $(1) ($$s s)"; done ) & beat=$$!; \
   trap "kill $$beat 2>/dev/null" EXIT;
 endef
 
-.PHONY: setup browser demo test test-long check docs bench format clean
+# What the demo and the benchmarks need; `make develop` adds the tools of the suite, which cost another minute.
+.PHONY: setup develop browser demo test test-long check docs bench format clean
 
 setup: .venv/.done
 
@@ -33,17 +34,23 @@ ifeq ($(EXTRA),cpu)
 	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
 	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(call beat,installing the rest) $(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing the rest) $(PIP) install -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
 endif
-	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
-	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 ifeq ($(EXTRA),gpu)
 	@$(PY) -c "import torch; torch.zeros(1, device='cuda')" 2> .venv/gpu.log || { tail -1 .venv/gpu.log; \
 	  echo "setup: torch cannot allocate on this GPU; mend its driver, or remove .venv and run make EXTRA=cpu"; exit 1; }
 endif
+	@touch $@
+
+develop: .venv/.developed
+
+.venv/.developed: .venv/.done
+	@$(call beat,installing what the suite uses) $(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
+	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@touch $@
 
 # The report's page is looked at in a browser by its test; no package of PyPI brings one.
@@ -59,23 +66,23 @@ demo: setup
 
 PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
 
-test: setup browser
+test: develop browser
 	$(PYTEST) -m "not long"
 
 # What takes minutes by itself.
-test-long: setup browser
+test-long: develop browser
 	$(PYTEST) -m long
 
-check: setup
+check: develop
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-format: setup
+format: develop
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-docs: setup
+docs: develop
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir site
 	@echo "docs: site/index.html"
 

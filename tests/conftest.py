@@ -15,7 +15,7 @@ from tests import cores
 
 cores.share()
 
-from tests import tiny_models
+from tests import tiny_models, warm_server
 from tink_rl.gpus import exact_dtype
 from tink_rl.launch import VLLMServer
 
@@ -71,7 +71,7 @@ class ServerPool:
         }
         if num_workers := options.get("tensor_parallel_size"):
             settings["env"] = {**cores.for_workers(num_workers), **options.get("env", {})}
-        self._running[key] = VLLMServer(self._model_dir(shape), **settings).start()
+        self._running[key] = warm_server.make_server(self._model_dir(shape), **settings).start()
         return self._running[key]
 
     def _make_room(self) -> None:

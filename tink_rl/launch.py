@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import BinaryIO
 
 from tink_rl import errors, gpus, memory_plan, placement
 from tink_rl.download import download, is_from_hub
@@ -178,15 +179,20 @@ class VLLMServer:
         self.log_path, self._oom_kills = self._make_log(), count_oom_kills()
         with self.log_path.open("ab") as log:
             self._log_offset = log.tell()
-            self._process = subprocess.Popen(
-                _watched(command(self.options, has_gpu=gpu)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-                preexec_fn=_all_cores,
-            )
+            self._process = self._popen(command(self.options, has_gpu=gpu), env=env, log=log)
+
+    def _popen(
+        self, line: list[str], *, env: dict[str, str], log: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            _watched(line),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_all_cores,
+        )
 
     def _make_log(self) -> Path:
         """The log's file, which can be written.

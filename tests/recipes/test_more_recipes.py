@@ -15,7 +15,7 @@ import pytest
 from recipes.tiny_base import ensure_tiny_base
 from tests.policies import PeftTwin, assert_served
 from tests.trainers import left_clean
-from tink_rl import VLLMServer
+from tests.warm_server import make_server
 from tink_rl.gpus import exact_dtype
 from tink_rl.training.rollouts import read_rollouts
 
@@ -28,7 +28,7 @@ NUM_STEPS = 12
 def tiny_server(tmp_path_factory):
     """A server of the tiny base with slots for two runs."""
     token = tmp_path_factory.mktemp("tiny") / "token"
-    with VLLMServer(
+    with make_server(
         ensure_tiny_base(),
         mode="both",
         dtype=exact_dtype("both"),

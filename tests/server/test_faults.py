@@ -17,9 +17,10 @@ from tests.policies import (
     sync_to,
 )
 from tests.server.faulty import faulty_options
+from tests.warm_server import make_server
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.launch import VLLMServer, group_members
+from tink_rl.launch import group_members
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
@@ -145,7 +146,7 @@ def test_damage_on_the_way_is_tried_again_then_named(faulty, twin, switch, mode)
 @pytest.fixture(scope="module")
 def mortal(model_dir, tmp_path_factory):
     """A server that the tests of this module may kill; always on the same port."""
-    server = VLLMServer(
+    server = make_server(
         model_dir("qwen3"),
         mode="merged",
         dtype="float32",
@@ -249,7 +250,7 @@ def test_server_gone_is_named_with_phase_and_replica_and_nothing_hangs(
 
 
 def test_golden_weights_that_do_not_fit_are_refused_at_start(model_dir, tmp_path):
-    server = VLLMServer(
+    server = make_server(
         model_dir("qwen3"),
         mode="merged",
         golden_budget_gib=0.0001,
@@ -262,7 +263,7 @@ def test_golden_weights_that_do_not_fit_are_refused_at_start(model_dir, tmp_path
 
 
 def test_server_without_the_plugin_is_named(model_dir, tmp_path, twin):
-    server = VLLMServer(
+    server = make_server(
         model_dir("qwen3"),
         mode="merged",
         token_file=str(tmp_path / "token"),

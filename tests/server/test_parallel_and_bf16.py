@@ -16,10 +16,11 @@ from tests.policies import (
     sync_to,
 )
 from tests.server.faulty import faulty_options
+from tests.warm_server import make_server
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.gpus import exact_dtype
-from tink_rl.launch import VLLMServer, group_members
+from tink_rl.launch import group_members
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
 
@@ -105,7 +106,7 @@ def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir
 @pytest.fixture(scope="module")
 def second(model_dir, tmp_path_factory, servers):
     first = servers.get("qwen3", mode="both")
-    server = VLLMServer(
+    server = make_server(
         model_dir("qwen3"),
         mode="both",
         dtype=exact_dtype("both"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_server
 from tests.policies import NUM_TOKENS, PeftTwin
 from tink_rl import errors, launch
 from tink_rl.publish.vllm_client import VLLMClient
@@ -47,15 +47,8 @@ class StockServer:
             "VLLM_NO_USAGE_STATS": "1",
             **variables,
         }
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        log.touch()
+        self.process = warm_server.start([*command, "--port", str(self.port)], env, str(log))
 
     @property
     def url(self) -> str:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tink_rl.errors import LaunchFailed, ModelNotFound
+from tink_rl.errors import LaunchFailed
 
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py")
 # Other formats of the same weights: `original/`, `onnx/`, and Mistral's own file beside the shards.
@@ -39,8 +39,8 @@ def download(
         cache_dir: Instead of the Hub's cache, as vLLM's --download-dir.
 
     Raises:
-        ModelNotFound: no such model, not for this account, or neither cached nor reachable.
-        LaunchFailed: the download broke off.
+        LaunchFailed: no such model, not for this account, neither cached nor reachable, or the
+            download broke off.
     """
     import httpx
     from huggingface_hub import snapshot_download
@@ -61,23 +61,27 @@ def download(
             tqdm_class=_bar(report),
         )
     except GatedRepoError as error:
-        raise ModelNotFound(
+        raise LaunchFailed(
             f"model {model!r} is gated: accept its licence at https://huggingface.co/{model} and log in "
-            "with `hf auth login` (or set HF_TOKEN)"
+            "with `hf auth login` (or set HF_TOKEN)",
+            code="model_not_found",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelNotFound(
-            f"model {model!r} has no revision {revision!r}; expected a branch, tag or commit of it"
+        raise LaunchFailed(
+            f"model {model!r} has no revision {revision!r}; expected a branch, tag or commit of it",
+            code="model_not_found",
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelNotFound(
+        raise LaunchFailed(
             f"model {model!r} is neither a directory nor a model of the Hub that you may read; check the "
-            "spelling, or log in with `hf auth login` (or set HF_TOKEN)"
+            "spelling, or log in with `hf auth login` (or set HF_TOKEN)",
+            code="model_not_found",
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ModelNotFound(
+        raise LaunchFailed(
             f"model {model!r} is not in the local hub cache, and the Hub cannot be reached; check the "
-            "network, or give a model directory"
+            "network, or give a model directory",
+            code="model_not_found",
         ) from error
     except (OSError, httpx.HTTPError) as error:
         raise LaunchFailed(

@@ -224,9 +224,10 @@ class VLLMServer:
             if not self.alive:
                 raise self._failure("vLLM ended while starting")
             if seconds > timeout_s:
-                raise errors.StartTimeout(
+                raise errors.LaunchFailed(
                     f"vLLM was not ready after {timeout_s:g} s "
-                    f"({self._stage()}); raise --startup-timeout; log: {self.log_path}"
+                    f"({self._stage()}); raise --startup-timeout; log: {self.log_path}",
+                    code="start_timeout",
                 )
             if seconds - said >= 1.0:
                 self._on_wait(self._stage(), seconds)

@@ -85,13 +85,17 @@ def explain(
     """
     _, golden, reason = log.partition(_GOLDEN_MARK)
     if golden:
-        return errors.GoldenDoesNotFit(f"{reason.splitlines()[0]}; log: {log_path}")
+        return errors.ModeUnavailable(
+            f"{reason.splitlines()[0]}; log: {log_path}", code="golden_does_not_fit"
+        )
     memory = [line for line in log.splitlines() if _MEMORY_PATTERN.search(line)]
     if memory:
         hint = re.sub(r"^.*?\]\s", "", memory[-1]).strip()[:200]
         return _out_of_memory(what, hint, log_path)
     if "address already in use" in log.lower():
-        return errors.PortTaken(f"{what}: its port is in use; give another --port; log: {log_path}")
+        return errors.LaunchFailed(
+            f"{what}: its port is in use; give another --port; log: {log_path}", code="port_taken"
+        )
     killed = _killed(exit_code, log)
     if killed is not None:
         who, number = killed
@@ -109,10 +113,11 @@ def explain(
     return LaunchFailed(f"{what}: {cause or 'no error line in its log'}{remedy}; log: {log_path}")
 
 
-def _out_of_memory(what: str, hint: str, log_path: str) -> errors.OutOfMemory:
-    return errors.OutOfMemory(
+def _out_of_memory(what: str, hint: str, log_path: str) -> errors.LaunchFailed:
+    return errors.LaunchFailed(
         f"{what}: out of memory ({hint}); lower --max-model-len or --gpu-memory-utilization (on a "
-        f"CPU: VLLM_CPU_KVCACHE_SPACE), or take a smaller model; log: {log_path}"
+        f"CPU: VLLM_CPU_KVCACHE_SPACE), or take a smaller model; log: {log_path}",
+        code="out_of_memory",
     )
 
 

@@ -144,7 +144,7 @@ def check_options(options: ServerOptions, *, has_gpu: bool | None = None) -> Ser
         has_gpu: Whether it will run on a GPU; None: looks.
 
     Raises:
-        PortTaken, ModelNotFound, RankNotAllowed, ConfigError.
+        LaunchFailed, ConfigError.
         ImportError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
@@ -157,9 +157,10 @@ def check_options(options: ServerOptions, *, has_gpu: bool | None = None) -> Ser
     if SyncMode.ADAPTER in modes and options.max_lora_rank not in LORA_RANKS:
         fits = slot_for(options.max_lora_rank)
         hint = f"; take --max-lora-rank {fits}" if fits and options.max_lora_rank > 0 else ""
-        raise errors.RankNotAllowed(
+        raise errors.LaunchFailed(
             f"--max-lora-rank {options.max_lora_rank}: vLLM has kernels for "
-            f"{', '.join(map(str, LORA_RANKS))}{hint}"
+            f"{', '.join(map(str, LORA_RANKS))}{hint}",
+            code="rank_not_allowed",
         )
     model = model_to_serve(options.model, options.revision, options.subfolder)
     if any(Path(model).expanduser().glob("*.safetensors*")):
@@ -189,9 +190,10 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise errors.PortTaken(
+            raise errors.LaunchFailed(
                 f"port {port} on {host} is in use{port_holder(port)}; stop that process or give another "
-                f"--port ({error.strerror})"
+                f"--port ({error.strerror})",
+                code="port_taken",
             ) from error
         return int(probe.getsockname()[1])
 

@@ -183,7 +183,7 @@ class VLLMBackend:
 
         Raises:
             AdapterPathMissing: `LoRA path does not exist: PATH`, a `ValueError`.
-            PickleRefused, AdapterFilesInvalid, UnsupportedAdapter, BaseMismatch, RankExceeded, ...:
+            AdapterFilesInvalid, UnsupportedAdapter, BaseMismatch, RankExceeded, ...:
                 what is wrong with it.
             AdapterConflict: another one was registered under this id at the same time.
         """

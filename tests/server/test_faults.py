@@ -16,6 +16,7 @@ from tests.policies import (
     served_greedy,
     sync_to,
 )
+from tests.refusals import refused
 from tests.server.faulty import faulty_options
 from tests.warm_server import make_server
 from tink_rl import errors
@@ -257,7 +258,7 @@ def test_golden_weights_that_do_not_fit_are_refused_at_start(model_dir, tmp_path
         token_file=str(tmp_path / "token"),
         max_model_len=256,
     )
-    with pytest.raises(errors.GoldenDoesNotFit, match="--golden-budget-gib"):
+    with refused("golden_does_not_fit", match="--golden-budget-gib"):
         server.start()
     assert server.pid is None and threading.active_count() < 50
 

@@ -92,7 +92,7 @@ def test_bad_values_are_refused_and_never_written(server, twin, sync, value, pla
     victim = list(tensors)[0 if place == "first" else -1]
     tensors[victim] = tensors[victim].detach().clone()
     tensors[victim].view(-1)[3] = value
-    with pytest.raises((errors.NonFiniteWeights, errors.WeightOutOfRange), match="diverged"):
+    with pytest.raises(errors.NonFiniteWeights, match="diverged"):
         sync.publish_full(tensors)
     if place == "first":  # its bucket is refused whole, so nothing was written
         assert server.client().status().state == "ready"

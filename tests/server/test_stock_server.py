@@ -14,6 +14,7 @@ import pytest
 
 from tests import warm_server
 from tests.policies import NUM_TOKENS, PeftTwin
+from tests.refusals import refused
 from tink_rl import errors, launch
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.types import SamplingParams
@@ -225,7 +226,7 @@ def test_trl_vllm_serve_samples_and_says_how_adapters_could_be_loaded(
         assert backend.generate("12=", max_tokens=4)[0][0].finish_reason in ("length", "stop")
         name, (path, _) = next(iter(goldens.items()))
         backend.register(name, path)
-        with pytest.raises(errors.RuntimeLoadingOff) as caught:
+        with refused("runtime_loading_off") as caught:
             backend.generate("12=", name, max_tokens=1)
         assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in str(caught.value)
         assert "tink-rl serve MODEL --mode adapter" in str(caught.value)

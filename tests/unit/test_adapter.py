@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.refusals import refused
 from tink_rl import errors
 from tink_rl.policy.adapter import AdapterCollector, check_values, from_peft_dir, from_peft_model
 from tink_rl.policy.support import unsupported_reasons
@@ -127,15 +128,15 @@ def test_merged_adapter_and_plain_model_are_refused(base_dir):
     [
         (float("nan"), errors.NonFiniteWeights),
         (float("-inf"), errors.NonFiniteWeights),
-        (1e19, errors.WeightOutOfRange),
-        (-1e5, errors.WeightOutOfRange),
+        (1e19, "weight_out_of_range"),
+        (-1e5, "weight_out_of_range"),
     ],
 )
 def test_bad_values_are_refused_by_name(value, error):
     tensors = {"fine": torch.ones(3, 3), "bad": torch.ones(3, 3)}
     check_values(tensors)
     tensors["bad"][1, 2] = value
-    with pytest.raises(error, match="'bad'"):
+    with refused(error, match="'bad'"):
         check_values(tensors)
 
 

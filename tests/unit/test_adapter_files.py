@@ -20,6 +20,7 @@ from tests.adapters import (
     write_adapter,
 )
 from tests.hub_cache import cache_snapshot
+from tests.refusals import refused
 from tink_rl import errors
 from tink_rl.adapters import store as store_module
 from tink_rl.adapters.convert import convert
@@ -276,7 +277,7 @@ def test_what_our_own_reader_would_not_take_is_refused_as_a_limit(
     else:
         monkeypatch.setattr(store_module, "MAX_CONFIG_BYTES", 1000)
         words = "names of its 48 modules"
-    with pytest.raises(errors.AdapterTooLarge, match=words) as caught:
+    with refused("adapter_too_large", match=words) as caught:
         store.add(source)
     assert "copy it again" not in str(caught.value) and store.digests() == []
 

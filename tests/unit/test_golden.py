@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tink_rl.errors import ConfigError, GoldenDoesNotFit
+from tests.refusals import refused
+from tink_rl.errors import ConfigError
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import golden as golden_module
 from tink_rl.server import golden_plan
@@ -101,15 +102,15 @@ def test_room_for_golden_weights_is_made_with_a_smaller_share_for_vllm():
 def test_given_budget_never_exceeds_what_is_there():
     small = gpu(24, ALONE, host_gib=64)  # 1.9 GiB free
     assert plan("auto", needed("Qwen2.5-7B"), small, 16.0).tier == "host"
-    with pytest.raises(GoldenDoesNotFit, match=r"need 12.*budget is 0.000 GiB .device."):
+    with refused("golden_does_not_fit", match=r"need 12.*budget is 0.000 GiB .device."):
         plan("device", needed("Qwen2.5-7B"), small, 16.0)
-    with pytest.raises(GoldenDoesNotFit, match=r"budget is 7.000 GiB .host."):
+    with refused("golden_does_not_fit", match=r"budget is 7.000 GiB .host."):
         plan("auto", needed("Qwen2.5-7B"), gpu(24, SHARED, host_gib=8), 16.0)
 
 
 def test_given_budget_may_exceed_half_of_the_hosts_memory():
     sixteen = gpu(80, SHARED, host_gib=16)
-    with pytest.raises(GoldenDoesNotFit, match="raise --golden-budget-gib if the memory is there"):
+    with refused("golden_does_not_fit", match="raise --golden-budget-gib if the memory is there"):
         plan("auto", needed("Qwen2.5-7B"), sixteen, None)
     assert plan("auto", needed("Qwen2.5-7B"), sixteen, 14.0).tier == "host"
 
@@ -222,5 +223,5 @@ def test_gpu_that_is_full_after_all_gives_way_to_the_host_and_says_so(stored, mo
         "pinned": True,
     }
     assert "go to the host, not the GPU" in caplog.text
-    with pytest.raises(GoldenDoesNotFit, match="device"):
+    with refused("golden_does_not_fit", match="device"):
         load(stored, "device", device="cuda")

@@ -19,6 +19,7 @@ import pytest
 
 from tests.cards import card
 from tests.hub_cache import cache_snapshot
+from tests.refusals import code_of, refused
 from tink_rl import errors, launch, placement, post_mortem, serve_options, tokens
 from tink_rl.cli import serve
 from tink_rl.config import SyncConfig
@@ -39,24 +40,24 @@ def test_taken_port_is_named_before_loading(model_dir):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(errors.PortTaken, match=f"port {port} .*{os.getpid()}.*--port"):
+        with refused("port_taken", match=f"port {port} .*{os.getpid()}.*--port"):
             launch.check_options(_options(model_dir, port=port))
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "org/not-cached"])
 def test_missing_model_is_named_before_loading(model):
-    with pytest.raises(errors.ModelNotFound, match="was not found"):
+    with refused("model_not_found", match="was not found"):
         launch.check_options(ServerOptions(model=model))
 
 
 def test_directory_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(errors.ModelNotFound, match=r"config\.json"):
+    with refused("model_not_found", match=r"config\.json"):
         launch.check_options(ServerOptions(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize(("rank", "hint"), [(12, "--max-lora-rank 16"), (600, "512"), (0, "1, 8")])
 def test_rank_without_kernels_is_refused_with_the_next_one(model_dir, rank, hint):
-    with pytest.raises(errors.RankNotAllowed, match=hint):
+    with refused("rank_not_allowed", match=hint):
         launch.check_options(_options(model_dir, max_lora_rank=rank))
 
 
@@ -124,9 +125,9 @@ def test_revision_is_looked_for_and_handed_on(only_v2_is_cached):
         line = launch.command(options, has_gpu=False)
         assert line[line.index("--revision") + 1] == revision
         assert line[line.index("--model") + 1] == "acme/tiny"
-    with pytest.raises(errors.ModelNotFound, match=r"'acme/tiny' was not found.*cached: .*v2"):
+    with refused("model_not_found", match=r"'acme/tiny' was not found.*cached: .*v2"):
         launch.check_options(ServerOptions(model="acme/tiny"))
-    with pytest.raises(errors.ModelNotFound, match="--revision v3"):
+    with refused("model_not_found", match="--revision v3"):
         launch.check_options(ServerOptions(model="acme/tiny", revision="v3"))
 
 
@@ -137,9 +138,9 @@ def test_subfolder_is_served_as_a_directory(only_v2_is_cached, tmp_path):
     assert line[line.index("--model") + 1].endswith("/inner")
     local = launch.check_options(ServerOptions(model=str(tmp_path / "repo"), subfolder="inner"))
     assert local.model == str(tmp_path / "repo" / "inner")
-    with pytest.raises(errors.ModelNotFound, match=r"no config.json.*--subfolder inner"):
+    with refused("model_not_found", match=r"no config.json.*--subfolder inner"):
         launch.check_options(ServerOptions(model=str(tmp_path / "repo")))
-    with pytest.raises(errors.ModelNotFound, match="no subfolder 'outer'"):
+    with refused("model_not_found", match="no subfolder 'outer'"):
         launch.check_options(ServerOptions(model="acme/many", revision="v2", subfolder="outer"))
 
 
@@ -201,7 +202,7 @@ def test_path_with_a_slip_in_its_last_part_is_no_hub_id(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    with pytest.raises(errors.ModelNotFound, match="models/bsae"):
+    with refused("model_not_found", match="models/bsae"):
         launch.check_options(ServerOptions(model="models/bsae"))
     launch.check_options(ServerOptions(model="org/model"))  # nothing of that name here
 
@@ -299,18 +300,18 @@ def test_token_file_that_cannot_be_made_or_read_is_named_with_the_way_out(tmp_pa
     [
         (
             "torch.OutOfMemoryError: CUDA out of memory. Tried",
-            errors.OutOfMemory,
+            "out_of_memory",
             "--max-model-len",
         ),
-        ("ValueError: No available memory for the cache blocks.", errors.OutOfMemory, "smaller"),
-        ("X: golden_does_not_fit: need 3 GiB", errors.GoldenDoesNotFit, "need 3 GiB"),
+        ("ValueError: No available memory for the cache blocks.", "out_of_memory", "smaller"),
+        ("X: golden_does_not_fit: need 3 GiB", "golden_does_not_fit", "need 3 GiB"),
         ("ERROR [x] KeyError: 'oops'", errors.LaunchFailed, "oops"),
         ("nothing", errors.LaunchFailed, "no error line"),
     ],
 )
 def test_log_of_a_failed_start_becomes_one_line(line, error, text):
     found = post_mortem.explain("vLLM ended while starting", line, "server.log")
-    assert type(found) is error and text in str(found) and "\n" not in str(found)
+    assert found.code == code_of(error) and text in str(found) and "\n" not in str(found)
 
 
 _FAKE = textwrap.dedent("""
@@ -502,7 +503,7 @@ def test_start_that_takes_too_long_names_its_stage_and_the_flag(model_dir, monke
     monkeypatch.setattr(launch, "_end_group", _quick(launch._end_group))
     token = str(tmp_path / "token")
     server = VLLMServer(model_dir("qwen3"), token_file=token, startup_timeout_s=2.0)
-    with pytest.raises(errors.StartTimeout, match=r"after 2 s \(.*\); raise --startup-timeout"):
+    with refused("start_timeout", match=r"after 2 s \(.*\); raise --startup-timeout"):
         server.start()
 
 

@@ -150,7 +150,7 @@ def test_servers_own_end_by_a_signal_is_read_from_its_code_whatever_the_log_warn
 def test_kill_is_out_of_memory_only_where_the_kernel_counted_one():
     log = WORKER.format(9)
     counted = explain("it ended", log, "x.log", oom_kills=1)
-    assert type(counted) is errors.OutOfMemory and "VllmWorker-0 with SIGKILL" in str(counted)
+    assert counted.code == "out_of_memory" and "VllmWorker-0 with SIGKILL" in str(counted)
     for kills in (0, None):
         assert type(explain("it ended", log, "x.log", oom_kills=kills)) is errors.LaunchFailed
     assert count_oom_kills() is None or count_oom_kills() >= 0

@@ -15,6 +15,7 @@ import pytest
 
 from tests.fake_vllm import FakeVLLM
 from tests.policies import PeftTwin
+from tests.refusals import refused
 from tests.tiny_models import make_model
 from tink_rl import errors, launch, serve_options, vllm_backend
 from tink_rl.policy.fingerprint import base_fingerprint
@@ -442,7 +443,7 @@ def test_stock_server_without_runtime_loading_says_which_switch_is_missing(
     fake = fake_server(model_dir, plugin=False, runtime_loading=False)
     backend = make(fake)
     backend.register("math", adapters[0])
-    with pytest.raises(errors.RuntimeLoadingOff, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+    with refused("runtime_loading_off", match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
         sample(backend, "math")
     assert sample(backend).text == "base"
     missing = backend.info()["missing"]

@@ -24,6 +24,7 @@ from tests.adapters import (
     tensors_of,
     write_adapter,
 )
+from tests.refusals import refused
 from tink_rl import errors
 from tink_rl.adapters import store as store_module
 from tink_rl.adapters.store import AdapterStore, default_store_dir
@@ -118,7 +119,7 @@ def test_source_that_is_written_to_meanwhile_is_refused(store, source, monkeypat
 
     padded = store_module._padded
     monkeypatch.setattr(store_module, "_padded", touch_first)
-    with pytest.raises(errors.AdapterCorrupt, match="written to while"):
+    with refused("adapter_corrupt", match="written to while"):
         store.add(source)
     assert store.digests() == []
 

@@ -176,7 +176,7 @@ def _kinds(cls=errors.TinkError):
     return [cls, *(kind for sub in cls.__subclasses__() for kind in _kinds(sub))]
 
 
-_ENDS_EARLY = (errors.RequestCancelled, errors.ShuttingDown)
+_ENDS_EARLY = errors.RequestCancelled
 
 
 @pytest.mark.parametrize("kind", _kinds(), ids=lambda kind: kind.__name__)
@@ -645,10 +645,10 @@ def test_adapters_are_registered_listed_and_unregistered():
     [
         (errors.PathNotAllowed("outside"), 403),
         (errors.AdapterPathMissing("LoRA path does not exist: /x"), 422),
-        (errors.PickleRefused("tink-rl convert DIR"), 422),
+        (errors.AdapterFilesInvalid("tink-rl convert DIR", code="pickle_refused"), 422),
         (errors.AdapterConflict("other bytes"), 409),
         (errors.StorageFull("full"), 507),
-        (errors.RuntimeLoadingOff("off"), 501),
+        (errors.PluginMissing("off", code="runtime_loading_off"), 501),
     ],
 )
 def test_what_is_wrong_with_an_adapter_is_the_answer(raised, status):

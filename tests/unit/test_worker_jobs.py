@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from tests.fakes import FakeBackend, answer_of
+from tests.refusals import refused
 from tests.worker_rig import in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.types import SamplingParams
@@ -263,7 +264,7 @@ def test_another_body_under_the_same_id_is_refused_running_or_finished(queue):
     jobs, backend, _ = queue(FakeBackend(latency_s=0.1))
     running = jobs.submit(_work(fingerprint="f"))
     for _ in range(2):
-        with pytest.raises(errors.RequestIdReused, match="'r'"):
+        with refused("request_id_reused", match="'r'"):
             jobs.submit(_work(fingerprint="g"))
         running.result()
     assert backend.num_calls == 1
@@ -328,7 +329,7 @@ def test_draining_lets_requests_finish_and_refuses_new_ones(queue):
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(6)]
     threading.Timer(0.05, jobs.begin_shutdown).start()
     wait_until(lambda: jobs.is_closing)
-    with pytest.raises(errors.ShuttingDown):
+    with refused("shutting_down"):
         jobs.submit(_work(request_id="late"))
     assert jobs.drain(10.0) == 0
     assert all(t.result() for t in tickets) and accounts.ends[State.DONE] == 6
@@ -339,7 +340,7 @@ def test_draining_cuts_off_what_takes_too_long(queue):
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(3)]
     assert jobs.drain(0.1) == 3
     for ticket in tickets:
-        with pytest.raises(errors.ShuttingDown):
+        with refused("shutting_down"):
             ticket.result()
     assert accounts.ends[State.CANCELLED] == 3
 

@@ -19,14 +19,7 @@ from typing import Any
 
 import tink_rl
 from tink_rl.adapters.pickle_scan import scanned
-from tink_rl.errors import (
-    AdapterCorrupt,
-    AdapterFilesInvalid,
-    AdapterIncomplete,
-    DeadlineExceeded,
-    PickleRefused,
-    StorageFull,
-)
+from tink_rl.errors import AdapterFilesInvalid, DeadlineExceeded, StorageFull
 from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
 from tink_rl.policy.paths import SourceDir
 from tink_rl.policy.peft_dir import MAX_FILE_BYTES, PICKLE_FILES, WEIGHTS_FILE
@@ -53,11 +46,10 @@ def convert(directory: str | Path) -> Converted:
 
     Raises:
         AdapterPathMissing: no such directory.
-        AdapterFilesInvalid: nothing to convert, or safetensors are there already.
-        PickleRefused: the pickle asks for more than tensors, or is no flat dict of them.
-        AdapterCorrupt: it is no torch checkpoint.
-        AdapterIncomplete: it holds no tensor.
-        AdapterTooLarge, PathNotAllowed: the file.
+        AdapterFilesInvalid: nothing to convert, safetensors are there already, or the pickle asks for more
+            than a flat dict of tensors.
+        AdapterFilesInvalid: it is no torch checkpoint; or it holds no tensor.
+        AdapterFilesInvalid, PathNotAllowed: the file.
         StorageFull: the directory cannot be written.
         DeadlineExceeded: the child took too long.
     """
@@ -107,9 +99,10 @@ def _write(folder: Path, source: Path, clean: bytes) -> Converted:
         written = temporary / WEIGHTS_FILE
         expected = _load_in_child(clean, written, source)
         if not expected:
-            raise AdapterIncomplete(
+            raise AdapterFilesInvalid(
                 f"{source} holds no tensor: the adapter was lost when it was saved; nothing was written, "
-                "save it again from the trained model"
+                "save it again from the trained model",
+                code="adapter_incomplete",
             )
         _verify(written, expected)
         target = folder / WEIGHTS_FILE
@@ -151,9 +144,10 @@ def _load_in_child(clean: bytes, out: Path, source: Path) -> dict[str, list[Any]
         ) from None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
-        raise PickleRefused(
+        raise AdapterFilesInvalid(
             f"{source} was not converted (child ended with {done.returncode}): {reason}; expected a flat "
-            "dict of float tensors, as PEFT's save_pretrained(safe_serialization=False) writes"
+            "dict of float tensors, as PEFT's save_pretrained(safe_serialization=False) writes",
+            code="pickle_refused",
         )
     answer: dict[str, list[Any]] = json.loads(done.stdout)
     return answer
@@ -174,4 +168,6 @@ def _verify(written: Path, expected: dict[str, list[Any]]) -> None:
         }
         os.fsync(file.fileno())
     if found != expected:
-        raise AdapterCorrupt(f"{written} does not hold what was loaded; convert again")
+        raise AdapterFilesInvalid(
+            f"{written} does not hold what was loaded; convert again", code="adapter_corrupt"
+        )

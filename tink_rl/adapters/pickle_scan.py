@@ -12,7 +12,7 @@ import pickletools
 import re
 import zipfile
 
-from tink_rl.errors import AdapterCorrupt, PickleRefused
+from tink_rl.errors import AdapterFilesInvalid
 
 _OPCODES = frozenset(
     {
@@ -73,8 +73,8 @@ def scanned(data: bytes, where: str) -> bytes:
     """A checkpoint of the same tensors as `data` that asks for nothing but tensors.
 
     Raises:
-        PickleRefused: it would call or import something else.
-        AdapterCorrupt: it is no file that `torch.save` writes.
+        AdapterFilesInvalid: it would call or import something else, or `torch.save` does not write such a
+            file.
     """
     if data[:4] == b"PK\x03\x04":
         return _scanned_zip(data, where)
@@ -108,9 +108,10 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, where: str) -> Non
         raise _corrupt(where, "an archive of more than one folder")
     for entry in entries:
         if not _ENTRY.fullmatch(entry.filename):
-            raise PickleRefused(
+            raise AdapterFilesInvalid(
                 f"{where} holds the entry {entry.filename[:80]!r}, which no checkpoint of tensors has; "
-                "save the adapter again with safe_serialization=True"
+                "save the adapter again with safe_serialization=True",
+                code="pickle_refused",
             )
         if entry.compress_type != zipfile.ZIP_STORED:
             raise _corrupt(where, "a compressed archive")
@@ -128,17 +129,20 @@ def _scan(stream: io.BytesIO, where: str) -> None:
             asked = f"{opcode.name} {argument}" if opcode.name == "GLOBAL" else opcode.name
             allowed = argument in _GLOBALS if opcode.name == "GLOBAL" else opcode.name in _OPCODES
             if not allowed:
-                raise PickleRefused(
+                raise AdapterFilesInvalid(
                     f"{where} asks for {asked[:100]!r}, which a dict of tensors does not need; nothing of "
-                    "it was run. Do not open it elsewhere; ask its author for a safetensors file"
+                    "it was run. Do not open it elsewhere; ask its author for a safetensors file",
+                    code="pickle_refused",
                 )
             if stream.tell() - start > _MAX_PICKLE_BYTES:
                 raise _corrupt(where, "a pickle of an insane size")
     except (ValueError, UnicodeDecodeError, IndexError, OverflowError) as error:
-        if isinstance(error, (PickleRefused, AdapterCorrupt)):
+        if isinstance(error, AdapterFilesInvalid):
             raise
         raise _corrupt(where, "no intact pickle") from None
 
 
-def _corrupt(where: str, what: str) -> AdapterCorrupt:
-    return AdapterCorrupt(f"{where} is no file that torch.save writes: {what}; copy it again")
+def _corrupt(where: str, what: str) -> AdapterFilesInvalid:
+    return AdapterFilesInvalid(
+        f"{where} is no file that torch.save writes: {what}; copy it again", code="adapter_corrupt"
+    )

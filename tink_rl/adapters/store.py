@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.errors import (
-    AdapterTooLarge,
+    AdapterFilesInvalid,
     ConfigError,
     DeadlineExceeded,
     StorageFull,
@@ -117,9 +117,9 @@ class AdapterStore:
 
         Raises:
             PathNotAllowed, AdapterPathMissing, AdapterFilesInvalid, UnsupportedAdapter, RankExceeded,
-                ShapeMismatch, DtypeMismatch: see `peft_dir.open_peft_dir`.
+                ShapeMismatch: see `peft_dir.open_peft_dir`.
             UnknownModules, BaseMismatch: it does not fit `base`.
-            NonFiniteWeights, WeightOutOfRange: its values.
+            NonFiniteWeights: its values.
             StorageFull: the store cannot be written.
             ConfigError: the store's directory is not private.
         """
@@ -356,11 +356,12 @@ def _layout(adapter: PeftDir) -> list[tuple[str, tuple[int, int]]]:
         shapes.append((f"{PREFIX}{module.name}.lora_B.weight", (rows, adapter.rank)))
     num_bytes = sum(4 * height * width for _, (height, width) in shapes)
     if num_bytes > MAX_STORED_BYTES:
-        raise AdapterTooLarge(
+        raise AdapterFilesInvalid(
             f"{adapter.where}: as float32 of rank {adapter.rank} it takes {num_bytes} bytes, allowed are "
             f"{MAX_STORED_BYTES}; register an adapter of lower rank or fewer modules",
             given=num_bytes,
             expected=MAX_STORED_BYTES,
+            code="adapter_too_large",
         )
     return shapes
 
@@ -412,11 +413,12 @@ def _check_readable(adapter: PeftDir, config: bytes, header: bytes) -> None:
     if len(header) - 8 > MAX_HEADER_BYTES:
         raise header_too_large(adapter.where, len(header) - 8)
     if len(config) > MAX_CONFIG_BYTES:
-        raise AdapterTooLarge(
+        raise AdapterFilesInvalid(
             f"{adapter.where}: the names of its {len(adapter.modules)} modules take {len(config)} bytes, "
             f"allowed are {MAX_CONFIG_BYTES}; adapt fewer modules",
             given=len(config),
             expected=MAX_CONFIG_BYTES,
+            code="adapter_too_large",
         )
 
 

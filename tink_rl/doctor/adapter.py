@@ -34,7 +34,6 @@ _MISFITS = (
     errors.PathNotAllowed,
     errors.BaseMismatch,
     errors.ShapeMismatch,
-    errors.DtypeMismatch,
 )
 
 
@@ -46,7 +45,7 @@ def check_adapter(directory: str | Path, status: ServerStatus | None = None) -> 
         return [_said(error, _WITHOUT)]
     except _MISFITS as error:
         return [_said(error, "save it again with PEFT's save_pretrained")]
-    except (errors.NonFiniteWeights, errors.WeightOutOfRange) as error:
+    except errors.NonFiniteWeights as error:
         return [blocker("adapter", error.message, "resume from an earlier checkpoint")]
 
 

@@ -8,18 +8,11 @@ from tink_rl import __version__, errors
 from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.loopback import is_local
 from tink_rl.policy.fingerprint import base_fingerprint
+from tink_rl.remedies import cure
 from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
 
 _MAX_CLOCK_S = 5.0
-_REMEDIES: dict[type[errors.TinkError], str] = {
-    errors.TLSFailed: "TINK_CA_FILE or --ca-file for an authority of your own; else as it says",
-    errors.ServerUnreachable: "tink-rl serve MODEL, or correct the URL",
-    errors.RequestTimeout: "look into the server's log; restart it if it hangs",
-    errors.PluginMissing: "tink-rl serve MODEL (pip install tink-rl in the server's Python)",
-    errors.BadToken: "--token-file: the file that `tink-rl serve` named at its start",
-    errors.NotReady: "publish again, or restart the server",
-}
 
 
 def check_server(
@@ -34,8 +27,7 @@ def check_server(
     try:
         status = client.status()
     except errors.TinkError as error:
-        fix = _REMEDIES.get(type(error), "look into the server's log")
-        return [blocker("server", error.message, fix)], None
+        return [blocker("server", error.message, cure(error))], None
     findings = [ok("server", f"{client.base_url}: plugin present, base {status.base_model!r}")]
     findings += check_status(status)
     findings += [_transport(client.base_url), _clock(client)]
@@ -48,8 +40,8 @@ def check_status(status: ServerStatus) -> list[Finding]:
     """What the status says. Pure."""
     findings = []
     if status.state is ServerState.NOT_READY or status.reason:
-        fix = _REMEDIES[errors.NotReady]
-        findings.append(blocker("state", f"{status.state}: {status.reason}", fix))
+        error = errors.NotReady(f"{status.state}: {status.reason}")
+        findings.append(blocker("state", error.message, cure(error)))
     if status.protocol != PROTOCOL_VERSION:
         text = f"protocol {status.protocol}, ours is {PROTOCOL_VERSION}"
         findings.append(

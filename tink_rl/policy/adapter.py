@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter, WeightOutOfRange
+from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.policy.packet import PacketHeader, unpack
 from tink_rl.policy.peft_dir import open_peft_dir
@@ -62,8 +62,7 @@ def check_values(tensors: Mapping[str, torch.Tensor], bound: float = MAX_ABS_WEI
     """Raise unless every value is finite and at most `bound` in magnitude.
 
     Raises:
-        NonFiniteWeights: a NaN or infinity; names the tensor.
-        WeightOutOfRange: a larger value; names the tensor.
+        NonFiniteWeights: a NaN, infinity or a larger value; names the tensor.
     """
     if not tensors:
         return
@@ -79,12 +78,13 @@ def check_values(tensors: Mapping[str, torch.Tensor], bound: float = MAX_ABS_WEI
                 tensor=name,
             )
         if value > bound:
-            raise WeightOutOfRange(
+            raise NonFiniteWeights(
                 f"tensor {name!r} holds {value:.3g}, allowed is a magnitude of {bound:g}; training "
                 "diverged: lower the learning rate, and resume from the last checkpoint",
                 tensor=name,
                 given=value,
                 expected=bound,
+                code="weight_out_of_range",
             )
 
 
@@ -92,7 +92,7 @@ def check_packed(header: PacketHeader, buffer: torch.Tensor, bound: float = MAX_
     """`check_values` of a whole packet in one pass; the tensors are looked at only to name a culprit.
 
     Raises:
-        NonFiniteWeights, WeightOutOfRange: as `check_values`.
+        NonFiniteWeights: as `check_values`.
     """
     dtypes = {spec.dtype for spec in header.tensors}
     if len(dtypes) == 1:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tink_rl.errors import ConfigError, ModelNotFound
+from tink_rl.errors import ConfigError, LaunchFailed
 
 _COMMIT = re.compile(r"[0-9a-f]{40}$")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -122,7 +122,7 @@ def model_to_serve(model: str, revision: str | None, subfolder: str) -> str:
     """What vLLM is given as the model: `model`, or a directory, because vLLM knows no subfolders.
 
     Raises:
-        ModelNotFound: as far as that can be known before vLLM downloads it.
+        LaunchFailed: as far as that can be known before vLLM downloads it.
     """
     if not subfolder:
         _check_model(model, revision)
@@ -130,7 +130,7 @@ def model_to_serve(model: str, revision: str | None, subfolder: str) -> str:
     try:
         directory = local_model_dir(model, revision=revision, subfolder=subfolder)
     except ConfigError as error:
-        raise ModelNotFound(error.message) from error
+        raise LaunchFailed(error.message, code="model_not_found") from error
     _check_model(str(directory), None)
     return str(directory)
 
@@ -141,8 +141,9 @@ def _check_model(model: str, revision: str | None) -> None:
         if not (path / "config.json").is_file():
             inner = models_below(path)
             hint = f"; --subfolder {inner[0]} holds one" if inner else ""
-            raise ModelNotFound(
-                f"model directory {model!r} has no config.json; expected a saved transformers model{hint}"
+            raise LaunchFailed(
+                f"model directory {model!r} has no config.json; expected a saved transformers model{hint}",
+                code="model_not_found",
             )
         return
     # `models/base` may be either; beside a folder `models` it is a path with a slip.
@@ -157,9 +158,10 @@ def _check_model(model: str, revision: str | None) -> None:
         local_model_dir(model, revision=revision)
     except ConfigError as error:
         cached = "" if looks_like_path else _cached_revisions(model, None, revision)
-        raise ModelNotFound(
+        raise LaunchFailed(
             f"model {model!r} was not found (neither a directory nor in the local hub cache{cached}); "
-            f"check the path and --revision; {_way_to(model, revision)}"
+            f"check the path and --revision; {_way_to(model, revision)}",
+            code="model_not_found",
         ) from error
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from tink_rl.errors import BadRequest, DigestMismatch, ProtocolMismatch, TruncatedPacket
+from tink_rl.errors import BadRequest, DigestMismatch, ProtocolMismatch
 from tink_rl.types import PROTOCOL_VERSION, SyncMode
 
 if TYPE_CHECKING:
@@ -315,15 +315,15 @@ class Hasher:
         """Raise unless the pieces are what the sealed `header` announces.
 
         Raises:
-            TruncatedPacket: another number of bytes.
-            DigestMismatch: other bytes.
+            DigestMismatch: another number of bytes; or other bytes.
         """
         if self._num_bytes != header.num_bytes:
-            raise TruncatedPacket(
+            raise DigestMismatch(
                 f"{self._num_bytes} bytes arrived, the header of {header.policy}@{header.version} "
                 f"announced {header.num_bytes}; publish again",
                 given=self._num_bytes,
                 expected=header.num_bytes,
+                code="truncated_packet",
             )
         _compare(header, self.digest())
 

@@ -17,13 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tink_rl.errors import (
-    AdapterFilesInvalid,
-    AdapterPathMissing,
-    AdapterTooLarge,
-    ConfigError,
-    PathNotAllowed,
-)
+from tink_rl.errors import AdapterFilesInvalid, AdapterPathMissing, ConfigError, PathNotAllowed
 
 MAX_PATH_BYTES = 4096
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -109,7 +103,7 @@ class SourceDir:
         Raises:
             PathNotAllowed: a FIFO, device, directory or unreadable file; under a root also a
                 hard link, or a symbolic one but a hub cache's into its own blobs below that root.
-            AdapterTooLarge: more bytes.
+            AdapterFilesInvalid: more bytes.
         """
         flags = _FILE | (os.O_NOFOLLOW if self._below is not None else 0)
         try:
@@ -164,10 +158,11 @@ class SourceDir:
                 "outside the adapter root; copy the file instead of linking it"
             )
         if found.st_size > max_bytes:
-            raise AdapterTooLarge(
+            raise AdapterFilesInvalid(
                 f"{self.label}: {name} has {found.st_size} bytes, at most {max_bytes} are read; {remedy}",
                 given=found.st_size,
                 expected=max_bytes,
+                code="adapter_too_large",
             )
 
     def _refused(self, name: str, number: int | None) -> PathNotAllowed:

@@ -14,17 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tink_rl.errors import (
-    AdapterConfigInvalid,
-    AdapterCorrupt,
-    AdapterFilesInvalid,
-    AdapterIncomplete,
-    DtypeMismatch,
-    PickleRefused,
-    RankExceeded,
-    RankMismatch,
-    ShapeMismatch,
-)
+from tink_rl.errors import AdapterConfigInvalid, AdapterFilesInvalid, RankExceeded, ShapeMismatch
 from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
 from tink_rl.policy.base_copies import check_copies
 from tink_rl.policy.foreign import foreign_config, what_a_file_is, what_else_is_there, what_is_there
@@ -106,13 +96,13 @@ class PeftDir:
         """A `[R, in]` and B `[out, R]`, float32, with the scaling folded into B.
 
         Raises:
-            AdapterCorrupt: the file was cut meanwhile.
+            AdapterFilesInvalid: the file was cut meanwhile.
         """
         lora_a = self._file.read(module.lora_a).float()
         return lora_a, self._file.read(module.lora_b).float() * module.scaling
 
     def check_unchanged(self) -> None:
-        """Raise `AdapterCorrupt` if the weights were written to while they were read."""
+        """Raise `AdapterFilesInvalid` if the weights were written to while they were read."""
         self._file.check_unchanged()
 
 
@@ -138,9 +128,9 @@ def open_peft_dir(
     Raises:
         PathNotAllowed, AdapterPathMissing: see `paths.open_source`.
         AdapterConfigInvalid, RankExceeded, UnsupportedAdapter: what the config says.
-        PickleRefused: there are only pickled weights.
-        AdapterCorrupt, AdapterIncomplete, AdapterTooLarge, RankMismatch, ShapeMismatch,
-            DtypeMismatch: what the weights file is.
+        AdapterFilesInvalid: there are only pickled weights.
+        AdapterFilesInvalid, ShapeMismatch,
+            ShapeMismatch: what the weights file is.
         BaseMismatch: an embedding beside the LoRA is larger than the base's.
     """
     with open_adapter_folder(source, roots) as directory:
@@ -154,7 +144,10 @@ def open_peft_dir(
             known = base.shapes if base is not None else None
             named = sort_tensors(tensors.entries, where, base=known, as_written=as_written)
             if not named.modules:
-                raise AdapterIncomplete(f"{where} holds no tensor of LoRA; save the adapter again")
+                raise AdapterFilesInvalid(
+                    f"{where} holds no tensor of LoRA; save the adapter again",
+                    code="adapter_incomplete",
+                )
             check_copies(named.copies, tensors, base.tables if base is not None else None, where)
             yield PeftDir(config, tensors, where, _read_fingerprint(directory), named)
 
@@ -175,7 +168,7 @@ def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         PathNotAllowed, AdapterPathMissing: see `paths.open_source`.
-        AdapterFilesInvalid, AdapterCorrupt, AdapterTooLarge: there is no whole file of them.
+        AdapterFilesInvalid: there is no whole file of them.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -190,8 +183,8 @@ def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise AdapterCorrupt(
-                f"{path} cannot be read: {error}; save the adapter again"
+            raise AdapterFilesInvalid(
+                f"{path} cannot be read: {error}; save the adapter again", code="adapter_corrupt"
             ) from error
 
 
@@ -202,10 +195,11 @@ def _no_weights(directory: SourceDir) -> AdapterFilesInvalid:
         said = what_is_there(names) or what_else_is_there(names)
         said = said or f"has no {WEIGHTS_FILE}; expected what PEFT's save_pretrained() writes"
         return AdapterFilesInvalid(f"{directory.label} {said}")
-    return PickleRefused(
+    return AdapterFilesInvalid(
         f"{directory.label} has only {pickled[0]}, a pickle, which can run code and is never opened: "
         f"`tink-rl convert {directory.label}` writes {WEIGHTS_FILE} beside it without running any, or "
-        "save the adapter again with save_pretrained(..., safe_serialization=True)"
+        "save the adapter again with save_pretrained(..., safe_serialization=True)",
+        code="pickle_refused",
     )
 
 
@@ -356,19 +350,23 @@ def _checked_pair(
     lora_a, lora_b = parts.get("A"), parts.get("B")
     if lora_a is None or lora_b is None:
         missing = "lora_A" if lora_a is None else "lora_B"
-        raise AdapterIncomplete(f"{where}: {name} lacks {missing}; save the adapter again")
+        raise AdapterFilesInvalid(
+            f"{where}: {name} lacks {missing}; save the adapter again", code="adapter_incomplete"
+        )
     reason = expert_shapes(name, {part: entry.shape for part, entry in parts.items()})
     if reason is not None:
         raise ShapeMismatch(f"{where}: {reason}")
     if not lora_a.shape[0] == lora_b.shape[1] == rank:
-        raise RankMismatch(
+        raise AdapterFilesInvalid(
             f"{where}: {name} has A {list(lora_a.shape)} and B {list(lora_b.shape)}, its config says "
-            f"rank {rank}, expected A [{rank}, in] and B [out, {rank}]; save it again"
+            f"rank {rank}, expected A [{rank}, in] and B [out, {rank}]; save it again",
+            code="rank_mismatch",
         )
     for entry in (lora_a, lora_b):
         if entry.dtype not in _FLOATS:
-            raise DtypeMismatch(
+            raise ShapeMismatch(
                 f"{where}: tensor {entry.name!r} is {entry.dtype}, expected {', '.join(_FLOATS)}; "
-                "save the adapter in float32"
+                "save the adapter in float32",
+                code="dtype_mismatch",
             )
     return lora_a, lora_b

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tink_rl.errors import AdapterCorrupt, AdapterTooLarge
+from tink_rl.errors import AdapterFilesInvalid
 from tink_rl.policy.foreign import what_a_file_is
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class TensorFile:
     """A safetensors file that is open for reading.
 
     Raises:
-        AdapterCorrupt: the file is truncated, or its header does not describe its bytes exactly.
-        AdapterTooLarge: the header names too many tensors.
+        AdapterFilesInvalid: the file is truncated, or its header does not describe its bytes exactly, or
+                names too many tensors.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
@@ -69,7 +69,7 @@ class TensorFile:
         if size < 8:
             raise self._corrupt(f"has {size} bytes, too few for a header")
         if (known := what_a_file_is(bytes(self._read(0, min(size, 32))))) is not None:
-            raise AdapterCorrupt(f"{where} {known}")
+            raise AdapterFilesInvalid(f"{where} {known}", code="adapter_corrupt")
         (length,) = struct.unpack("<Q", self._read(0, 8))
         if 8 + length > size:
             raise self._corrupt(f"ends at byte {size}, inside its header of {length} bytes")
@@ -83,7 +83,7 @@ class TensorFile:
         """The tensor of `entry` (float32, float16, bfloat16 or float64), in memory of its own.
 
         Raises:
-            AdapterCorrupt: the file was cut meanwhile.
+            AdapterFilesInvalid: the file was cut meanwhile.
         """
         import torch
 
@@ -96,7 +96,7 @@ class TensorFile:
         """The bytes of `entry`, whatever its dtype.
 
         Raises:
-            AdapterCorrupt: the file was cut meanwhile.
+            AdapterFilesInvalid: the file was cut meanwhile.
         """
         return self._read(self._start + entry.begin, entry.end - entry.begin)
 
@@ -104,7 +104,7 @@ class TensorFile:
         """Raise if the file was written to since it was opened: what was read may be of two versions.
 
         Raises:
-            AdapterCorrupt: it was.
+            AdapterFilesInvalid: it was.
         """
         now = os.fstat(self._file.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._before.st_size, self._before.st_mtime_ns):
@@ -141,17 +141,21 @@ class TensorFile:
         if end != size:
             raise self._corrupt(f"has {size} bytes of tensors, its header describes {end}")
 
-    def _corrupt(self, what: str) -> AdapterCorrupt:
-        return AdapterCorrupt(f"{self._where} {what}; copy it again, or save the adapter again")
+    def _corrupt(self, what: str) -> AdapterFilesInvalid:
+        return AdapterFilesInvalid(
+            f"{self._where} {what}; copy it again, or save the adapter again",
+            code="adapter_corrupt",
+        )
 
 
-def header_too_large(where: str, length: int) -> AdapterTooLarge:
+def header_too_large(where: str, length: int) -> AdapterFilesInvalid:
     """A limit, and no damage."""
-    return AdapterTooLarge(
+    return AdapterFilesInvalid(
         f"{where} has a header of {length} bytes, at most {MAX_HEADER_BYTES} are read (about 50,000 "
         "modules); adapt fewer modules, or merge the adapter (`tink-rl export --merged`) and serve that",
         given=length,
         expected=MAX_HEADER_BYTES,
+        code="adapter_too_large",
     )
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tink_rl.errors import AdapterCorrupt, UnsupportedAdapter
+from tink_rl.errors import AdapterFilesInvalid, UnsupportedAdapter
 from tink_rl.policy.tensor_file import TensorEntry
 
 logger = logging.getLogger("tink_rl")
@@ -88,7 +88,7 @@ def sort_tensors(
 
     Raises:
         UnsupportedAdapter: a tensor that is no LoRA of a linear layer, or an ambiguous name.
-        AdapterCorrupt: two tensors mean the same.
+        AdapterFilesInvalid: two tensors mean the same.
     """
     found, adapters = Named(), set[str]()
     for entry in entries:
@@ -107,8 +107,9 @@ def sort_tensors(
         _refuse_head(module, entry.name, where)
         parts = found.modules.setdefault(module, {})
         if match["part"] in parts:
-            raise AdapterCorrupt(
-                f"{where} holds {module}.lora_{match['part']} twice; save the adapter again"
+            raise AdapterFilesInvalid(
+                f"{where} holds {module}.lora_{match['part']} twice; save the adapter again",
+                code="adapter_corrupt",
             )
         parts[match["part"]] = entry
     if len(adapters) > 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.errors import TinkError
+from tink_rl.errors import Retry, TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
@@ -42,17 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tink_rl")
 
-_TRIED_AGAIN = (
-    errors.ChannelLost,
-    errors.SegmentUnreachable,
-    errors.RequestTimeout,
-    errors.StaleEpoch,
-    errors.ServerUnreachable,
-    errors.DigestMismatch,
-    errors.TruncatedPacket,
-    errors.CommitFailed,
-    errors.UnknownVersion,
-)
 _PUBLISHED_MODELS: weakref.WeakValueDictionary[int, WeightSync] = weakref.WeakValueDictionary()
 
 
@@ -558,7 +547,9 @@ class WeightSync:
     ) -> float:
         try:
             return work()
-        except _TRIED_AGAIN as error:
+        except TinkError as error:
+            if error.retry not in (Retry.RECONNECT, Retry.RESEND):
+                raise
             if tries == 1:
                 self.fleet.close_channels()  # the next publish joins again
                 raise self._failed(name, watch, error) from error

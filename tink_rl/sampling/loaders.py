@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
     from tink_rl.policy.adapter import Adapter
 
-_LOST = (
-    errors.RequestTimeout,
-    errors.ServerUnreachable,
-    errors.ChannelLost,
-    errors.StaleEpoch,
-    errors.UnknownVersion,
-)
-"""After these nobody knows whether the server did what was asked: look again."""
 _LOOK_AGAIN_S = 0.1
 
 
@@ -76,9 +68,10 @@ class PluginLoader:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_LOOK_AGAIN_S)
-            except _LOST:
+            except errors.TinkError as error:
                 left -= 1
-                if left <= 0 or time.monotonic() > deadline:
+                is_lost = error.retry is errors.Retry.RECONNECT
+                if not is_lost or left <= 0 or time.monotonic() > deadline:
                     raise
             status = self._client.status()
 
@@ -152,7 +145,7 @@ class PathLoader:
         """See `Loader.load`. After a lost reply the server's own list decides.
 
         Raises:
-            RuntimeLoadingOff, BackendError, ServerUnreachable.
+            PluginMissing, BackendError, ServerUnreachable.
             BaseMismatch, UnknownModules: it does not fit the base, which the server would not say.
             DigestMismatch: the server has this name from another path.
         """
@@ -166,11 +159,9 @@ class PathLoader:
                 return
             try:
                 self._client.load_lora(wanted.name, path)
-            except (
-                errors.RequestTimeout,
-                errors.ServerUnreachable,
-                errors.AdapterConflict,
-            ) as error:
+            except errors.TinkError as error:
+                if error.retry is errors.Retry.NO:
+                    raise
                 last = error
             else:
                 return

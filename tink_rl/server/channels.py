@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from tink_rl.errors import ChannelLost, StaleEpoch, TinkError, TruncatedPacket
+from tink_rl.errors import ChannelLost, DigestMismatch, StaleEpoch, TinkError
 from tink_rl.transport import communicator
 from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec
 
@@ -117,7 +117,7 @@ class Channels:
         """The trainer's segment, opened once; it must hold `num_bytes`.
 
         Raises:
-            SegmentUnreachable: it cannot be opened. TruncatedPacket: it is too small.
+            SegmentUnreachable: it cannot be opened. DigestMismatch: it is too small.
         """
         segments = self._segments.setdefault(epoch, {})
         segment = segments.get(spec.nonce)
@@ -126,8 +126,9 @@ class Channels:
             for nonce in list(segments)[:-MAX_SEGMENTS]:
                 del segments[nonce]
         if spec.num_bytes < num_bytes:
-            raise TruncatedPacket(
-                f"the segment holds {spec.num_bytes} bytes, the header announced {num_bytes}"
+            raise DigestMismatch(
+                f"the segment holds {spec.num_bytes} bytes, the header announced {num_bytes}",
+                code="truncated_packet",
             )
         return segment
 

@@ -58,7 +58,7 @@ class TinkEndpoints:
 
         Raises:
             ConfigError: a parallel layout that is not proven, or the receiver is missing.
-            GoldenDoesNotFit: merged mode does not fit.
+            ModeUnavailable: merged mode does not fit.
         """
         from tink_rl.server.vllm_names import LoRARequest
 

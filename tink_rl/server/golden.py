@@ -57,7 +57,7 @@ class GoldenWeights:
 
         Raises:
             ConfigError: `tier` is unknown.
-            GoldenDoesNotFit: the weights exceed the budget.
+            ModeUnavailable: the weights exceed the budget.
         """
         self._dtype, self._device, self._index = dtype, device, index
         self._memory, self._wanted, self._budget_gib = memory, wanted, budget_gib
@@ -73,7 +73,7 @@ class GoldenWeights:
         A GPU that has less memory than was measured a moment ago: `auto` takes the host's instead.
 
         Raises:
-            GoldenDoesNotFit: it was asked for that tier, or the host has no room either.
+            ModeUnavailable: it was asked for that tier, or the host has no room either.
         """
         if self.plan.tier == "file":
             return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tink_rl.errors import ConfigError, GoldenDoesNotFit
+from tink_rl.errors import ConfigError, ModeUnavailable
 from tink_rl.memory_plan import HOST_SHARE, RESERVE_BYTES
 from tink_rl.server.modules import Layer, Shard
 
@@ -103,7 +103,7 @@ def plan(tier: str, wanted: GoldenNeed, memory: Memory, budget_gib: float | None
 
     Raises:
         ConfigError: `tier` is unknown.
-        GoldenDoesNotFit: they fit nowhere that was asked for.
+        ModeUnavailable: they fit nowhere that was asked for.
     """
     if tier not in TIERS:
         raise ConfigError(f"golden tier {tier!r}: expected one of {', '.join(TIERS)}")
@@ -140,12 +140,13 @@ def _device_budget(memory: Memory, wanted: GoldenNeed, given: int | None) -> int
     return max(0, left if given is None else min(given, left))
 
 
-def does_not_fit(num_bytes: int, budget: int, tier: str) -> GoldenDoesNotFit:
+def does_not_fit(num_bytes: int, budget: int, tier: str) -> ModeUnavailable:
     """The refusal, with the settings that help."""
-    return GoldenDoesNotFit(
+    return ModeUnavailable(
         f"golden_does_not_fit: the golden weights of merged mode need {num_bytes / GIB:.3f} GiB per "
         f"worker, the budget is {budget / GIB:.3f} GiB ({tier}); raise --golden-budget-gib if the memory "
         "is there, or use --mode adapter, or --golden-tier file (slow)",
         needed=num_bytes,
         budget=budget,
+        code="golden_does_not_fit",
     )

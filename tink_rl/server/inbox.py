@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tink_rl.errors import TinkError, TruncatedPacket, UnknownVersion
+from tink_rl.errors import DigestMismatch, TinkError, UnknownVersion
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_packed
 from tink_rl.server.channels import Channels, Task
@@ -76,7 +76,7 @@ class Inbox:
         """Receive a packet whose header was found right, and check it, in a thread.
 
         Raises:
-            ChannelLost, StaleEpoch, SegmentUnreachable, TruncatedPacket: it cannot come that way.
+            ChannelLost, StaleEpoch, SegmentUnreachable, DigestMismatch: it cannot come that way.
         """
         pieces = self._source(header, options)
         stage = Stage(header, self._buffer(header.num_bytes))
@@ -104,14 +104,15 @@ class Inbox:
         """Take one chunk of a packet that travels as HTTP body; gives the bytes received so far.
 
         Raises:
-            TruncatedPacket: the chunk is not the next one, or exceeds the buffer.
+            DigestMismatch: the chunk is not the next one, or exceeds the buffer.
         """
         stage = self.get(stage_id)
         end = offset + len(data)
         if offset != stage.received or end > stage.header.num_bytes:
-            raise TruncatedPacket(
+            raise DigestMismatch(
                 f"chunk of bytes {offset}-{end}: expected to start at {stage.received} and to end "
-                f"by {stage.header.num_bytes}"
+                f"by {stage.header.num_bytes}",
+                code="truncated_packet",
             )
         if data:
             stage.buffer[offset:end] = torch.frombuffer(bytearray(data), dtype=torch.uint8)

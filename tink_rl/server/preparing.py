@@ -40,7 +40,7 @@ def merged_mode(
 
     Raises:
         ConfigError: no layer can be folded, or folding would leave something of the old weights.
-        GoldenDoesNotFit: no room.
+        ModeUnavailable: no room.
     """
     dtype, device = worker.model_config.dtype, worker.device
     derived.check()

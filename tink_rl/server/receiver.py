@@ -18,9 +18,9 @@ import torch
 from tink_rl.errors import (
     ConfigError,
     DigestMismatch,
-    DtypeMismatch,
     IncompleteGroup,
     ModeUnavailable,
+    ShapeMismatch,
     TinkError,
     UnknownVersion,
 )
@@ -103,7 +103,7 @@ class TinkWorkerExtension:
         """Learn the model's layers and, for merged mode, load the golden weights.
 
         Raises:
-            GoldenDoesNotFit, ConfigError: merged mode cannot work here.
+            ModeUnavailable, ConfigError: merged mode cannot work here.
         """
         worker: Any = self
         state = _State(rank=worker.rank, device=worker.device)
@@ -200,7 +200,7 @@ class TinkWorkerExtension:
         """Check the header against the model, then receive and check the bytes in a thread.
 
         Raises:
-            RankExceeded, UnknownModules, ShapeMismatch, DtypeMismatch: before a byte was sent.
+            RankExceeded, UnknownModules, ShapeMismatch: before a byte was sent.
         """
         state = self._tink()
         header = packet.PacketHeader.from_json(header_json)
@@ -442,9 +442,10 @@ def _check_dtypes(header: packet.PacketHeader, adapter_dtype: str) -> None:
     )
     for spec in header.tensors:
         if spec.dtype not in allowed:
-            raise DtypeMismatch(
+            raise ShapeMismatch(
                 f"tensor {spec.name!r} is {spec.dtype}, the server's slots take {adapter_dtype}; "
                 "publish with the dtype that the server's status names",
                 given=spec.dtype,
                 expected=adapter_dtype,
+                code="dtype_mismatch",
             )

@@ -9,17 +9,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tink_rl.errors import (
-    NonFiniteWeights,
-    RankFailed,
-    SamplingRefused,
-    TinkError,
-    WeightOutOfRange,
-)
+from tink_rl.errors import NonFiniteWeights, RankFailed, SamplingRefused, TinkError
 from tink_rl.training.link import PolicyLink
 from tink_rl.types import PublishRecord
 
-_NO_CHECKPOINT = (NonFiniteWeights, WeightOutOfRange, RankFailed)
+_NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
 """Broken weights are to be resumed from an earlier step; saving needs every rank, and one is gone."""
 
 
@@ -53,10 +47,10 @@ def _with_checkpoint(
     trainer._save_checkpoint(trainer.model, trial=None)
     checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
     link.save(checkpoint, published=published)
-    return type(error)(
+    return error.restated(
         f"{error.message}; the state of step {step} was saved: resume with "
         f"--resume_from_checkpoint {checkpoint}",
-        **{**error.details, "checkpoint": str(checkpoint)},
+        checkpoint=str(checkpoint),
     )
 
 

@@ -301,7 +301,7 @@ class ServerClient:
         """Let a stock server load the PEFT directory `path` under `name`, which must be fresh.
 
         Raises:
-            RuntimeLoadingOff: the server does not let adapters be loaded while it runs.
+            PluginMissing: the server does not let adapters be loaded while it runs.
             AdapterConflict: `name` is loaded already.
             BadToken: vLLM has an --api-key of its own, and it was not sent.
             BackendError: vLLM refused the adapter.
@@ -314,11 +314,12 @@ class ServerClient:
         payloads.check_key(response.status_code, data, self.base_url)
         text = payloads.error_text(data)
         if response.status_code in (404, 405) and "NotFoundError" not in response.text:
-            raise errors.RuntimeLoadingOff(
+            raise errors.PluginMissing(
                 f"the vLLM server at {self.base_url} has no tink_rl plugin and does not load adapters "
                 "while it runs; start it with `tink-rl serve MODEL --mode adapter`, or set "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 for `vllm serve MODEL --enable-lora`",
                 replica=self.base_url,
+                code="runtime_loading_off",
             )
         if "already been" in text:
             raise errors.AdapterConflict(f"{name} is loaded already: {text}")

@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet
     from tink_rl.transport.replica import Replica
 
-_LOST_CHANNEL = (
-    errors.StaleEpoch,
-    errors.ChannelLost,
-    errors.ServerUnreachable,
-    errors.RequestTimeout,
-)
 BUCKET_BYTES = 64 * 2**20
 """Bytes of whole tensors that travel, and wait, at once, unless said otherwise."""
 
@@ -93,7 +87,9 @@ class WholeUpdate:
             self._room = self._fleet.room(self._bucket_bytes)
             try:
                 self._fleet.each(begin)
-            except _LOST_CHANNEL:
+            except errors.TinkError as error:
+                if error.retry is not errors.Retry.RECONNECT:
+                    raise
                 # A restarted server knows nothing of the old one; no tensor was read yet.
                 self._fleet.close_channels()
                 self._fleet.each(begin)

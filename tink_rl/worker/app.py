@@ -167,10 +167,11 @@ _VIEWS: dict[str, Callable[..., Response]] = {
 
 def _json_body() -> Any:
     if request.mimetype != "application/json" or "Content-Encoding" in request.headers:
-        raise errors.UnsupportedMediaType(
+        raise errors.BadRequest(
             f"the body is {printable(request.content_type or 'of no type')!r}"
             f"{' with Content-Encoding' if 'Content-Encoding' in request.headers else ''}; send "
-            "`Content-Type: application/json`, not compressed"
+            "`Content-Type: application/json`, not compressed",
+            code="unsupported_media_type",
         )
     request.max_content_length = schemas.MAX_BODY_BYTES
     value = strict_json.parse(request.get_data(cache=False))

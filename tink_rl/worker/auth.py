@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tink_rl.errors import BadToken, WrongScope
+from tink_rl.errors import BadToken
 from tink_rl.loopback import is_loopback
 from tink_rl.tokens import ensure_token_file
 from tink_rl.worker.options import WorkerOptions
@@ -66,8 +66,7 @@ class Tokens:
         app holds the routes, only it knows where it listens. `host`, the header, must name one too.
 
         Raises:
-            BadToken: no token, or one that is not ours.
-            WrongScope: the sample token where the admin token is needed.
+            BadToken: no token, one that is not ours, or the sample token where the admin's is needed.
         """
         if scope is Scope.OPEN:
             return
@@ -81,9 +80,10 @@ class Tokens:
         if is_admin or (is_sample and scope is Scope.SAMPLE):
             return
         if is_sample:
-            raise WrongScope(
+            raise BadToken(
                 "this token is for sampling; the route wants the admin token (its file is named in "
-                "the worker's first lines)"
+                "the worker's first lines)",
+                code="wrong_scope",
             )
         if is_unset and is_here:
             raise BadToken(

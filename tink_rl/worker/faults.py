@@ -1,4 +1,4 @@
-"""Whose fault an error of the backend is: the client's stay as they are, the worker's own become 5xx."""
+"""What a client sees of an error of the backend: its own faults as they are, the worker's as 5xx."""
 
 from __future__ import annotations
 
@@ -6,58 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tink_rl import errors
-from tink_rl.errors import TinkError
-
-SAMPLING: tuple[type[TinkError], ...] = (
-    errors.UnknownAdapter,
-    errors.SamplingRefused,
-    errors.NotSupportedByBackend,
-)
-"""What a request for samples can be at fault for, see `Backend.sample`."""
-REGISTERING: tuple[type[TinkError], ...] = (
-    errors.ConfigError,
-    errors.BadRequest,
-    errors.NotSupportedByBackend,
-    errors.UnknownAdapter,
-    errors.AdapterConflict,
-    errors.QueueFull,
-    errors.StorageFull,
-    errors.PathNotAllowed,
-    errors.AdapterPathMissing,
-    errors.AdapterFilesInvalid,
-    errors.UnsupportedAdapter,
-    errors.NonFiniteWeights,
-    errors.WeightOutOfRange,
-    errors.BaseMismatch,
-    errors.RankExceeded,
-    errors.UnknownModules,
-    errors.ShapeMismatch,
-    errors.IncompleteGroup,
-    errors.DtypeMismatch,
-)
-"""What a registration is told as it is: mostly what is wrong with the adapter."""
-_PASSES = (
-    errors.LeaseHeld,
-    errors.StaleEpoch,
-    errors.UnknownVersion,
-    errors.DrainTimeout,
-    errors.AdapterConflict,
-)
-"""Trouble with the server that is over by itself; all other trouble somebody has to mend."""
+from tink_rl.errors import Blame, Retry, TinkError
 
 
-def for_client(error: TinkError, own: tuple[type[TinkError], ...]) -> TinkError:
-    """What a client is told of an error of the backend: kinds in `own` and 5xx as they are.
+def for_client(error: TinkError, request: Blame) -> TinkError:
+    """`error` if a `request` of this kind is at fault, or if it is a 5xx already.
 
-    The rest is between the worker and its server, and no 4xx of the client: 503 if it is over by itself,
+    The rest is between the worker and its server, not a 4xx of the client: 503 if it is over by itself,
     else 502, with the message kept.
     """
-    is_told = (
-        500 <= error.status <= 504 and type(error) is not TinkError
-    )  # that: what no code names
-    if isinstance(error, own) or is_told:
+    is_named_5xx = 500 <= error.status <= 504 and type(error) is not TinkError
+    if error.blame & request or is_named_5xx:
         return error
-    kind = errors.EngineUnavailable if isinstance(error, _PASSES) else errors.BackendError
+    passes = error.retry in (Retry.LATER, Retry.RECONNECT)
+    kind = errors.EngineUnavailable if passes else errors.BackendError
     found = kind(error.message)
     found.details = {**error.details, "cause": error.code}
     found.__cause__ = error
@@ -65,12 +27,12 @@ def for_client(error: TinkError, own: tuple[type[TinkError], ...]) -> TinkError:
 
 
 @contextmanager
-def told(own: tuple[type[TinkError], ...]) -> Iterator[None]:
+def translated(request: Blame) -> Iterator[None]:
     """Raises what `for_client` makes of an error in the block."""
     try:
         yield
     except TinkError as error:
-        found = for_client(error, own)
+        found = for_client(error, request)
         if found is error:
             raise
         raise found from error

@@ -23,7 +23,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher
 from waitress.utilities import Error
 from waitress.wasyncore import close_all
 
-from tink_rl.errors import ConfigError, PortTaken
+from tink_rl.errors import ConfigError, LaunchFailed
 from tink_rl.loopback import http_url
 from tink_rl.serve_options import port_holder
 from tink_rl.worker.problems import body_of, code_of, new_request_id
@@ -174,7 +174,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening address, taken before anything slow is loaded.
 
     Raises:
-        PortTaken: another process has it.
+        LaunchFailed: another process has it.
         ConfigError: it is no address of this machine, or not for us.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -186,9 +186,10 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         taken.close()
         if error.errno == errno.EADDRINUSE:
-            raise PortTaken(
+            raise LaunchFailed(
                 f"port {port} on {host} is in use{port_holder(port)}; stop that process or give "
-                f"another --port ({error.strerror})"
+                f"another --port ({error.strerror})",
+                code="port_taken",
             ) from error
         raise ConfigError(
             f"cannot listen on --host {host} --port {port}: {error.strerror}; take an address of this "

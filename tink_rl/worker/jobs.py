@@ -21,7 +21,7 @@ from tink_rl.types import Completion
 from tink_rl.worker.accounts import Accounts, State
 from tink_rl.worker.backends import Backend, Delta
 from tink_rl.worker.fair_queue import FairQueue
-from tink_rl.worker.faults import SAMPLING, for_client
+from tink_rl.worker.faults import for_client
 from tink_rl.worker.replay import KeptAnswers
 from tink_rl.worker.work import GONE, GRACE_S, OVER, Job, Ticket, Work, too_late
 
@@ -109,7 +109,7 @@ class JobQueue:
             ) from error
 
     def begin_shutdown(self) -> None:
-        """From now on every new request is refused with `ShuttingDown`."""
+        """From now on every new request is refused with `RequestCancelled`."""
         with self._lock:
             self._closing = True
 
@@ -126,7 +126,10 @@ class JobQueue:
             rest = [*self._queue.items(), *self._running]
             for job in rest:
                 self._cancel(
-                    job, errors.ShuttingDown("the worker stopped before the request was finished")
+                    job,
+                    errors.RequestCancelled(
+                        "the worker stopped before the request was finished", code="shutting_down"
+                    ),
                 )
             self._quiet.wait_for(self._is_quiet, GRACE_S)
         return len(rest)
@@ -167,12 +170,14 @@ class JobQueue:
 
         Raises:
             QueueFull: too much waits; `details["retry_after_s"]` says when to come back.
-            RequestIdReused: the id was used for another request.
-            ShuttingDown: nothing new is taken.
+            BadRequest: the id was used for another request.
+            RequestCancelled: nothing new is taken.
         """
         with self._lock:
             if self._closing:
-                raise errors.ShuttingDown("the worker is stopping; send the request to another one")
+                raise errors.RequestCancelled(
+                    "the worker is stopping; send the request to another one", code="shutting_down"
+                )
             known = self._find(work)
             if known is not None and known.completions is not None:
                 return self._issue(known, True, is_gone)
@@ -198,9 +203,10 @@ class JobQueue:
             return None
         job = self._by_id.get(work.request_id) or self._kept.get(work.request_id)
         if job is not None and job.work.fingerprint != work.fingerprint:
-            raise errors.RequestIdReused(
+            raise errors.BadRequest(
                 f"request_id {work.request_id!r} was used for another request; a retry repeats the "
-                "body, a new request takes a new id"
+                "body, a new request takes a new id",
+                code="request_id_reused",
             )
         return job
 
@@ -351,12 +357,12 @@ def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | No
     """The end that `error` means, and what the client is told."""
     if error is None:
         return State.DONE, None
-    if isinstance(error, (errors.RequestCancelled, errors.ShuttingDown)):
+    if isinstance(error, errors.RequestCancelled):
         return State.CANCELLED, error
     if isinstance(error, TimeoutError):
         return State.EXPIRED, error if isinstance(error, errors.TinkError) else too_late(job)
     if isinstance(error, errors.TinkError):
-        told = for_client(error, SAMPLING)
+        told = for_client(error, errors.Blame.SAMPLING)
         return State.REJECTED if told.status < 500 else State.FAILED, told
     _LOG.error("request %s: the backend raised", job.work.request_id, exc_info=error)
     return State.FAILED, errors.TinkError(

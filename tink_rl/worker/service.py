@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tink_rl import errors
+from tink_rl.errors import Blame
 from tink_rl.worker.accounts import Accounts
 from tink_rl.worker.auth import Tokens
 from tink_rl.worker.backends import Backend, ModelInfo
-from tink_rl.worker.faults import REGISTERING, told
+from tink_rl.worker.faults import translated
 from tink_rl.worker.jobs import JobQueue
 from tink_rl.worker.metrics import Metrics
 from tink_rl.worker.options import WorkerOptions, load_options
@@ -151,7 +152,7 @@ class WorkerService:
 
         Raises:
             BadRequest, NotSupportedByBackend, UnknownAdapter: refused before it was queued.
-            QueueFull, RequestIdReused, ShuttingDown: as `JobQueue.submit`.
+            QueueFull, BadRequest, RequestCancelled: as `JobQueue.submit`.
         """
         params = request.sampling_params.to_params()
         self.limits().check(request)
@@ -183,7 +184,7 @@ class WorkerService:
 
     def models(self) -> list[ModelInfo]:
         """Every name that can be sampled now."""
-        with _one_of_few(self._listing, "lists of models are being made"), told(()):
+        with _one_of_few(self._listing, "lists of models are being made"), translated(Blame.SERVER):
             found: list[ModelInfo] = self.queue.run(self.backend.models(), _MODELS_TIMEOUT_S)
         return found
 
@@ -226,7 +227,10 @@ class WorkerService:
                 f"the {self.backend.name} backend has no adapters; merge the adapter into the served "
                 "weights, or use vLLM (USE_VLLM=true)"
             )
-        with _one_of_few(self._registering, "adapters are being registered"), told(REGISTERING):
+        with (
+            _one_of_few(self._registering, "adapters are being registered"),
+            translated(Blame.REGISTERING),
+        ):
             yield self._adapters
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from tink_rl.errors import InvalidJson
+from tink_rl.errors import BadRequest
 
 MAX_DEPTH = 8
 MAX_NODES = 1024
@@ -21,20 +21,22 @@ def parse(body: bytes) -> Any:
     """The value of a JSON body.
 
     Raises:
-        InvalidJson: no UTF-8, no JSON, a duplicate key, NaN or Infinity, a lone surrogate, or deeper
+        BadRequest: no UTF-8, no JSON, a duplicate key, NaN or Infinity, a lone surrogate, or deeper
             or with more parts than any request of this API.
     """
     _check_structure(body)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidJson(f"the body is not UTF-8 (byte {error.start})") from error
+        raise BadRequest(
+            f"the body is not UTF-8 (byte {error.start})", code="invalid_json"
+        ) from error
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InvalidJson):
+        if isinstance(error, BadRequest):
             raise
-        raise InvalidJson(f"the body is no JSON: {str(error)[:200]}") from error
+        raise BadRequest(f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from error
     if _SURROGATE.search(text):
         _check_surrogates(value)
     return value
@@ -44,16 +46,20 @@ def _check_structure(body: bytes) -> None:
     """Bounds on the parts, found without building them: a list of a million lists is 60 MB."""
     unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if unescaped.count(b'"') > 2 * MAX_STRINGS:
-        raise InvalidJson(f"the body has more than {MAX_STRINGS} strings")
+        raise BadRequest(f"the body has more than {MAX_STRINGS} strings", code="invalid_json")
     skeleton = b"".join(unescaped.split(b'"')[::2])  # what stands outside strings
     brackets = skeleton.translate(None, _NO_BRACKETS)
     num_nodes = brackets.count(b"[") + brackets.count(b"{")
     if num_nodes > MAX_NODES or skeleton.count(b":") > MAX_NODES:
-        raise InvalidJson(f"the body has more than {MAX_NODES} keys, lists and objects")
+        raise BadRequest(
+            f"the body has more than {MAX_NODES} keys, lists and objects", code="invalid_json"
+        )
     for _ in range(MAX_DEPTH):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
     if brackets:
-        raise InvalidJson(f"the body is no JSON, or nested deeper than {MAX_DEPTH} levels")
+        raise BadRequest(
+            f"the body is no JSON, or nested deeper than {MAX_DEPTH} levels", code="invalid_json"
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,18 +67,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidJson(f"the key {twice[:80]!r} comes twice in one object")
+        raise BadRequest(f"the key {twice[:80]!r} comes twice in one object", code="invalid_json")
     return found
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise InvalidJson(f"{name} is no JSON number")
+    raise BadRequest(f"{name} is no JSON number", code="invalid_json")
 
 
 def _check_surrogates(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidJson(
-            "a string holds half of a surrogate pair; send whole characters"
+        raise BadRequest(
+            "a string holds half of a surrogate pair; send whole characters", code="invalid_json"
         ) from error

@@ -105,7 +105,7 @@ class Ticket:
 
         Raises:
             RequestCancelled: the client went away, or nobody was left.
-            DeadlineExceeded, ShuttingDown: what the queue says.
+            DeadlineExceeded, RequestCancelled: what the queue says.
             TinkError: what the backend raised.
         """
         for _ in self.deltas():

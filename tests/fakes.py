@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl.errors import UnknownAdapter
+from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.types import Completion, SamplingParams
-from tink_rl.worker.backends import Delta, ModelInfo
+from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
 VOCAB_SIZE = 64
 MAX_MODEL_LEN = 256
@@ -33,28 +34,34 @@ class FakeBackend:
         self.order: list[str | None] = []
         self.is_closed = False
 
-    def check(
-        self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
-    ) -> str | None:
-        if model_id is not None and model_id not in self.registered:
-            raise UnknownAdapter(f"no adapter is registered as {model_id!r}")
-        return model_id
+    def limits(self) -> Limits:
+        return Limits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
 
-    async def sample(
+    def admit(
         self,
         prompts: Sequence[str | Sequence[int]],
         model_id: str | None,
         params: SamplingParams,
+        limits: Limits = NO_LIMITS,
+    ) -> Admitted:
+        if model_id is not None and model_id not in self.registered:
+            raise UnknownAdapter(f"no adapter is registered as {model_id!r}")
+        return Admitted(prompts=prompts, model_id=model_id, params=params)
+
+    async def sample(
+        self,
+        admitted: Admitted,
         *,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Completion]:
+        model_id = admitted.model_id
         self.num_calls += 1
         self.order.append(model_id)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            return await self._sample(prompts, model_id, params, on_delta)
+            return await self._sample(admitted.prompts, model_id, admitted.params, on_delta)
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -131,7 +138,7 @@ class FakeBackend:
             raise self.fails_with
 
     def describe(self) -> dict[str, Any]:
-        return {"vocab_size": VOCAB_SIZE, "max_model_len": MAX_MODEL_LEN}
+        return {"backend": self.name}
 
     async def close(self) -> None:
         self.is_closed = True

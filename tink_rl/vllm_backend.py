@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -28,10 +28,11 @@ from tink_rl.adapters.registry import AdapterRegistry, Registration, check_adapt
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.config import SyncConfig
 from tink_rl.policy.shapes import BaseShapes
+from tink_rl.sampling import completions
 from tink_rl.sampling.cache import Residency
 from tink_rl.sampling.loaders import LoaderByServer
 from tink_rl.sampling.resolver import Names, Target, adapter_version
-from tink_rl.sampling.server_view import KnownServer, ServedBase
+from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
 from tink_rl.transport.sampling_client import SamplingClient
@@ -307,49 +308,36 @@ class VLLMBackend:
             ServerUnreachable, RequestTimeout, EngineUnavailable, BackendError.
         """
         asked = payloads.as_prompts(prompts)
-        checked = payloads.as_params(params)
-        self.check(asked, checked)
+        checked = completions.as_params(params)
+        needed = completions.names_ids(asked, checked)
+        self.check(asked, checked, self.server.view() if needed else self.server.known)
         deadline = time.monotonic() + (timeout or self.settings.tink_request_timeout)
         model = self.names.find(adapter_id)
 
         def send(target: Target) -> list[Completion]:
             answer = self.client.complete(
-                payloads.completion_payload(asked, target.name, checked),
+                completions.completion_payload(asked, target.name, checked),
                 timeout_s=max(0.001, deadline - time.monotonic()),
                 expected=len(asked) * checked.n,
-                limits=self.server.request_limits(),
+                limits=self.server.limits(),
             )
-            return payloads.as_completions(answer["choices"], checked, **target.origin())
+            return completions.as_completions(answer["choices"], checked, **target.origin())
 
         flat = self.names.with_target(model, send)
         return [flat[i : i + checked.n] for i in range(0, len(flat), checked.n)]
 
     def check(
-        self, prompts: Sequence[payloads.Prompt], params: SamplingParams, *, ask: bool = True
-    ) -> bool:
-        """Refuse what is wrong for this server's base; whether everything could be checked.
-
-        With `ask` it asks the server which base it has, if that is not known yet.
+        self, prompts: Sequence[payloads.Prompt], params: SamplingParams, view: ServerView | None
+    ) -> None:
+        """Refuse what is wrong for the server of `view`.
 
         Raises:
-            SamplingRefused.
+            SamplingRefused: a token id or a length that it does not take, or ids whose vocabulary is not
+                known.
         """
-        names_ids = bool(
-            params.stop_token_ids
-            or params.logit_bias
-            or any(not isinstance(prompt, str) for prompt in prompts)
-        )
-        view = self.server.known
-        if names_ids and view is None:
-            if not ask:
-                payloads.check_prompts(prompts, None)
-                payloads.check_params(replace(params, stop_token_ids=(), logit_bias=None), None)
-                return False
-            view = self.server.view()
-        size = self.server.vocab_size(view) if names_ids and view is not None else None
-        payloads.check_prompts(prompts, size)
-        payloads.check_params(params, size)
-        return True
+        limits = self.server.limits_of(view)
+        completions.check_vocabulary(params, limits.vocab_size)
+        completions.check_fits(prompts, params, limits)
 
     # -- weights ----------------------------------------------------------------------------------
 

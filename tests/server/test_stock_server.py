@@ -184,7 +184,9 @@ def test_worker_backend_samples_from_a_stock_server(backend, goldens):
         sampler = VLLMSampler(backend)
         await sampler.canary(10.0)
         prompts = [list(prompt) for prompt in cases]
-        found = await sampler.sample(prompts, name, SamplingParams(**GREEDY), timeout_s=60.0)
+        found = await sampler.sample(
+            sampler.admit(prompts, name, SamplingParams(**GREEDY)), timeout_s=60.0
+        )
         assert [c.token_ids for c in found] == list(cases.values())
         models = await sampler.models()
         assert [(m.kind, m.model_id) for m in models][1:] == [("adapter", name)]

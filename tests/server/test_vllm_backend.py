@@ -272,11 +272,9 @@ def test_worker_backend_samples_streams_and_checks_in_one_loop(backend, goldens)
         async def one(golden, stream):
             deltas = []
             prompts = [list(prompt) for prompt in golden.cases]
-            admitted = sampler.check(prompts, golden.name, params)
+            admitted = sampler.admit(prompts, golden.name, params)
             found = await sampler.sample(
-                prompts,
                 admitted,
-                params,
                 timeout_s=60.0,
                 on_delta=deltas.append if stream else None,
             )
@@ -295,9 +293,11 @@ def test_worker_backend_samples_streams_and_checks_in_one_loop(backend, goldens)
         assert models[0].kind == "base"
         assert [m.model_id for m in models[1:]] == sorted(g.name for g in goldens[:6])
         with pytest.raises(errors.UnknownAdapter):
-            await sampler.sample([[5]], "nobody", params, timeout_s=10.0)
+            await sampler.sample(sampler.admit([[5]], "nobody", params), timeout_s=10.0)
         with pytest.raises(errors.DeadlineExceeded):
-            await sampler.sample([[5, 6]] * 8, None, SamplingParams(max_tokens=200), timeout_s=0.05)
+            await sampler.sample(
+                sampler.admit([[5, 6]] * 8, None, SamplingParams(max_tokens=200)), timeout_s=0.05
+            )
         await sampler.close()
 
     asyncio.run(run())
@@ -311,13 +311,13 @@ def test_admitted_request_is_answered_by_what_was_registered_when_it_came(backen
         sampler = VLLMSampler(backend)
         params = SamplingParams(**GREEDY)
         [prompt, *_] = old.cases
-        admitted = sampler.check([list(prompt)], "m", params)
+        admitted = sampler.admit([list(prompt)], "m", params)
         backend.register("m", new.path)
         backend.unregister("m")
-        [found] = await sampler.sample([list(prompt)], admitted, params, timeout_s=60.0)
+        [found] = await sampler.sample(admitted, timeout_s=60.0)
         assert (found.token_ids, found.version) == (old.cases[prompt], 1)
         with pytest.raises(errors.UnknownAdapter):
-            await sampler.sample([list(prompt)], "m", params, timeout_s=10.0)
+            await sampler.sample(sampler.admit([list(prompt)], "m", params), timeout_s=10.0)
         await sampler.close()
 
     asyncio.run(run())
@@ -327,7 +327,9 @@ def test_cancelled_sample_ends_on_the_server_too(backend, server):
     async def run():
         sampler, client = VLLMSampler(backend), server.client()
         params = SamplingParams(max_tokens=240, ignore_eos=True, n=4)
-        task = asyncio.create_task(sampler.sample([[5, 6, 7]] * 64, None, params, timeout_s=120.0))
+        task = asyncio.create_task(
+            sampler.sample(sampler.admit([[5, 6, 7]] * 64, None, params), timeout_s=120.0)
+        )
         while not (await asyncio.to_thread(client.control, "status", timeout_s=5))["running"]:
             assert not task.done()
         task.cancel()

@@ -24,7 +24,9 @@ FOUR = SamplingParams(max_tokens=4)
 def run(backend, prompts, params=FOUR, *, model_id=None, timeout_s=20.0, **kwargs):
     async def once():
         try:
-            return await backend.sample(prompts, model_id, params, timeout_s=timeout_s, **kwargs)
+            return await backend.sample(
+                backend.admit(prompts, model_id, params), timeout_s=timeout_s, **kwargs
+            )
         finally:
             await backend.close()
 
@@ -213,15 +215,15 @@ def test_every_sampling_parameter_is_either_sent_or_refused():
 def test_top_k_with_top_p_is_refused_before_anything_is_sent(contract):
     server = contract("dynamic")
     with pytest.raises(errors.NotSupportedByBackend, match="either top_k or top_p"):
-        MegatronBackend(server.url).check(["a"], None, SamplingParams(top_k=5, top_p=0.9))
+        MegatronBackend(server.url).admit(["a"], None, SamplingParams(top_k=5, top_p=0.9))
     assert server.seen == []
 
 
 def test_model_id_is_refused_with_the_reason_and_the_way_out():
     backend = MegatronBackend("http://127.0.0.1:9")
     with pytest.raises(errors.NotSupportedByBackend, match=r"'math'.*merge the adapter.*USE_VLLM"):
-        backend.check(["a"], "math", FOUR)
-    backend.check(["a"], "megatron", FOUR)  # the name that `models` gives
+        backend.admit(["a"], "math", FOUR)
+    backend.admit(["a"], "megatron", FOUR)  # the name that `models` gives
 
 
 def test_token_ids_are_refused_by_the_static_server(contract):
@@ -234,7 +236,7 @@ def test_token_ids_are_refused_by_the_static_server(contract):
 @pytest.mark.parametrize("prompts", [[], [""], ["a", []]], ids=str)
 def test_empty_prompts_are_refused(prompts):
     with pytest.raises(errors.SamplingRefused, match="empty prompt"):
-        MegatronBackend().check(prompts, None, FOUR)
+        MegatronBackend().admit(prompts, None, FOUR)
 
 
 # -- the contract: what the installed release does not show ---------------------------------------
@@ -267,7 +269,7 @@ def test_prompt_is_scored_once(contract):
     async def twice():
         backend = MegatronBackend(server.url)
         for _ in range(2):
-            await backend.sample(["ab"], None, FOUR, timeout_s=10)
+            await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
         await backend.close()
 
     asyncio.run(twice())
@@ -331,9 +333,9 @@ def test_wrong_answers_of_the_static_server_are_no_completions(contract, fault):
         backend = MegatronBackend(server.url)
         params = SamplingParams(max_tokens=4, logprobs=0)
         try:
-            await backend.sample(["ab"], None, params, timeout_s=10)
+            await backend.sample(backend.admit(["ab"], None, params), timeout_s=10)
             server.fault = fault
-            await backend.sample(["ab"], None, params, timeout_s=10)
+            await backend.sample(backend.admit(["ab"], None, params), timeout_s=10)
         finally:
             await backend.close()
 
@@ -363,9 +365,9 @@ def test_another_kind_of_server_at_the_same_url_is_probed_again(contract):
 
     async def twice():
         backend = MegatronBackend(static.url)
-        before = await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        before = await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
         backend._client.base_url = dynamic.url  # as if the other server took over the port
-        after = await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        after = await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
         await backend.close()
         return before[0].token_ids, after[0].token_ids, backend.describe()["server"]
 
@@ -382,10 +384,10 @@ def test_deadline_ends_a_call_that_the_server_holds(contract):
 
 async def held_request(server, backend):
     """A request of a backend that has been answered before; the server holds it."""
-    await backend.sample(["ab"], None, FOUR, timeout_s=10)
+    await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
     server.hold.clear()
     server.arrived.clear()
-    held = asyncio.create_task(backend.sample(["ab"], None, FOUR, timeout_s=30))
+    held = asyncio.create_task(backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=30))
     await asyncio.to_thread(server.arrived.wait, 10)
     return held
 
@@ -400,7 +402,7 @@ def test_canary_that_waits_for_a_request_of_ours_forgets_nothing(contract):
             await backend.canary(0.1)
         server.hold.set()
         await held
-        await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
         await backend.close()
 
     asyncio.run(canary_behind_a_request())
@@ -418,7 +420,7 @@ def test_cancelled_call_leaves_the_turn_to_the_next(contract):
         with pytest.raises(asyncio.CancelledError):
             await held
         server.hold.set()
-        found = await backend.sample(["ab"], None, FOUR, timeout_s=10)
+        found = await backend.sample(backend.admit(["ab"], None, FOUR), timeout_s=10)
         await backend.close()
         return found[0].text
 

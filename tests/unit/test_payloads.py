@@ -13,6 +13,7 @@ import torch
 from aiohttp import web
 
 from tink_rl import errors
+from tink_rl.sampling import completions
 from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.transport import payloads
 from tink_rl.types import SamplingParams
@@ -48,7 +49,7 @@ def test_payload_carries_every_parameter_under_vllms_name_and_a_salt_per_model()
         **{"ignore_eos": True, "logit_bias": {5: -1.0}},
     )
     assert set(params.changed()) == set(SamplingParams.__dataclass_fields__)
-    found = payloads.completion_payload([(1, 2), "text"], "math@1", params)
+    found = completions.completion_payload([(1, 2), "text"], "math@1", params)
     for name in params.changed():
         assert name in found, name
     assert found["prompt"] == [[1, 2], "text"] and found["logit_bias"] == {"5": -1.0}
@@ -135,9 +136,9 @@ def test_settings_of_numpy_and_torch_are_sent_as_numbers():
     )
     expected = {"stop_token_ids": [3, 4], "logit_bias": {7: 2.0}}
     assert found == {"temperature": 0.5, "max_tokens": 3, **expected}
-    assert payloads.as_params({"max_tokens": np.int64(3), "logit_bias": {"7": 2}}).logit_bias == {
-        7: 2
-    }
+    assert completions.as_params(
+        {"max_tokens": np.int64(3), "logit_bias": {"7": 2}}
+    ).logit_bias == {7: 2}
 
 
 @pytest.mark.parametrize("given", [{}, {"regex": None}, {"regex": None, "choice": None}], ids=str)
@@ -150,7 +151,7 @@ def test_grammar_that_says_nothing_is_left_out(given):
 )
 def test_parameter_of_another_type_is_named(given):
     with pytest.raises(errors.SamplingRefused, match=f"{next(iter(given))}=.*: expected"):
-        payloads.as_params(given)
+        completions.as_params(given)
 
 
 def test_prompts_are_split_in_order_by_what_a_server_takes():
@@ -188,16 +189,16 @@ def test_prompts_are_split_in_order_by_what_a_server_takes():
 )
 def test_bad_parameter_is_refused_before_anything_is_sent(bad):
     with pytest.raises(errors.SamplingRefused) as caught:
-        payloads.check_params(SamplingParams(**bad), 64)
+        completions.check_fits(["x"], completions.as_params(bad), payloads.Limits(vocab_size=64))
     assert next(iter(bad)) in str(caught.value) or "temperature" in str(caught.value)
 
 
 def test_ids_need_a_known_vocabulary():
-    payloads.check_params(SamplingParams(), None)
+    completions.check_vocabulary(SamplingParams(), None)
     for named in ({"stop_token_ids": (1,)}, {"logit_bias": {1: 1.0}}):
-        payloads.check_params(SamplingParams(**named), 64)
+        completions.check_vocabulary(SamplingParams(**named), 64)
         with pytest.raises(errors.SamplingRefused, match="TINK_BASE_MODEL"):
-            payloads.check_params(SamplingParams(**named), None)
+            completions.check_vocabulary(SamplingParams(**named), None)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +218,10 @@ def test_one_prompt_may_stand_without_a_list_around_it():
 
 
 def test_keywords_become_parameters_and_unknown_ones_are_named():
-    found = payloads.as_params({"stop": "x", "seed": None, "stop_token_ids": [3]})
+    found = completions.as_params({"stop": "x", "seed": None, "stop_token_ids": [3]})
     assert (found.stop, found.seed, found.stop_token_ids) == (("x",), None, (3,))
     with pytest.raises(errors.SamplingRefused, match=r"unknown parameters \['chat_template'\]"):
-        payloads.as_params({"chat_template": "x"})
+        completions.as_params({"chat_template": "x"})
 
 
 # -- the answer ---------------------------------------------------------------------------------------
@@ -247,25 +248,25 @@ def test_answer_that_cannot_be_trusted_is_an_error(status, data, expected):
 
 def test_completions_carry_logprobs_of_their_own_tokens():
     params = SamplingParams(n=2, logprobs=1)
-    found = payloads.as_completions([choice(i) for i in range(4)], params, model_id="m")
+    found = completions.as_completions([choice(i) for i in range(4)], params, model_id="m")
     assert [(c.prompt_index, c.index) for c in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert found[0].logprobs[0] == -0.5 and math.isnan(found[0].logprobs[1])
     assert list(found[0].top_logprobs[0].items()) == [(3, -0.1), (7, -0.5)]
-    only = payloads.as_completions([choice()], SamplingParams(logprobs=0), model_id="m")
+    only = completions.as_completions([choice()], SamplingParams(logprobs=0), model_id="m")
     assert only[0].top_logprobs is None and only[0].logprobs[0] == -0.5
-    none = payloads.as_completions([choice(logprobs=None)], SamplingParams(), model_id="m")
+    none = completions.as_completions([choice(logprobs=None)], SamplingParams(), model_id="m")
     assert none[0].logprobs is None
     with pytest.raises(errors.BackendError, match="came back for id 8"):
-        payloads.as_completions([choice(token_ids=[8, 9])], params, model_id="m")
+        completions.as_completions([choice(token_ids=[8, 9])], params, model_id="m")
 
 
 def test_aborted_completion_is_no_completion():
     with pytest.raises(errors.EngineUnavailable, match="aborted a completion of 'm'"):
-        payloads.as_completions([choice(finish_reason="abort")], SamplingParams(), model_id="m")
+        completions.as_completions([choice(finish_reason="abort")], SamplingParams(), model_id="m")
 
 
 def test_streamed_pieces_become_the_whole_answer():
-    whole = payloads.StreamedChoices(2)
+    whole = completions.StreamedChoices(2)
     first, second = choice(0), choice(1)
     for full in (second, first):
         for t in range(2):
@@ -278,19 +279,21 @@ def test_streamed_pieces_become_the_whole_answer():
                 "logprobs": {key: [value[t]] for key, value in full["logprobs"].items()},
             }
             whole.add(piece)
-    found = payloads.as_completions(whole.finished(), SamplingParams(logprobs=1))
-    assert str(found) == str(payloads.as_completions([first, second], SamplingParams(logprobs=1)))
+    found = completions.as_completions(whole.finished(), SamplingParams(logprobs=1))
+    assert str(found) == str(
+        completions.as_completions([first, second], SamplingParams(logprobs=1))
+    )
     with pytest.raises(errors.BackendError, match=r"completions \[0\] had not"):
-        payloads.StreamedChoices(1).finished()
+        completions.StreamedChoices(1).finished()
 
 
 def test_lines_of_a_stream():
-    assert payloads.event_data(": comment") is None
-    assert payloads.event_data("data: [DONE]") == "[DONE]"
-    assert payloads.event_data('data: {"choices": []}') == {"choices": []}
+    assert completions.event_data(": comment") is None
+    assert completions.event_data("data: [DONE]") == "[DONE]"
+    assert completions.event_data('data: {"choices": []}') == {"choices": []}
     for broken in ('data: {"error": {"message": "dead"}}', "data: {"):
         with pytest.raises(errors.BackendError, match="broke off"):
-            payloads.event_data(broken)
+            completions.event_data(broken)
 
 
 # -- over a socket ------------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ async def sampler_of(handler):
 
 
 def asked(**more):
-    return {**payloads.completion_payload(["a"], "m", SamplingParams()), **more}
+    return {**completions.completion_payload(["a"], "m", SamplingParams()), **more}
 
 
 def test_answer_comes_through_with_the_servers_key():

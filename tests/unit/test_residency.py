@@ -673,10 +673,10 @@ def test_restart_with_other_limits_under_the_same_names_is_noticed(
     fake.max_model_len = 512
     fake.restart()
     sample(backend)
-    assert backend.server.limits()["max_model_len"] == 256
+    assert backend.server.limits().max_model_len == 256
     monkeypatch.setattr(backend.server, "_stale_at", 0.0)
     sample(backend)
-    until(lambda: backend.server.limits()["max_model_len"] == 512)
+    until(lambda: backend.server.limits().max_model_len == 512)
     if plugin:  # by its incarnation
         until(lambda: backend._residency.resident() == {})
 
@@ -709,9 +709,9 @@ def test_server_that_is_away_leaves_what_is_known_and_is_looked_at_again_later(
     sample(backend)
     fake.away = True
     monkeypatch.setattr(backend.server, "_stale_at", 0.0)
-    assert backend.server.limits()["max_model_len"] == 256
+    assert backend.server.limits().max_model_len == 256
     until(lambda: backend.server._stale_at > 0 and not backend.server._looking.locked())
-    assert backend.server.limits()["max_model_len"] == 256
+    assert backend.server.limits().max_model_len == 256
 
 
 def test_look_that_began_before_another_changes_nothing_when_it_ends(make, model_dir):
@@ -735,7 +735,7 @@ def test_look_that_began_before_another_changes_nothing_when_it_ends(make, model
         backend.server.view(fresh=True)
         go.set()
         assert old.result(10).max_model_len == 256
-    assert backend.server.limits()["max_model_len"] == 512
+    assert backend.server.limits().max_model_len == 512
 
 
 # -- registering ------------------------------------------------------------------------------------------

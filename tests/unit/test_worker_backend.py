@@ -90,7 +90,7 @@ def test_a_server_that_is_slow_to_look_at_holds_no_thread_of_http_for_long(
     monkeypatch.setattr(vllm, "_LOOK_S", 0.05)
     fake.hooks["/v1/models"] = lambda: time.sleep(0.5)
     began = time.monotonic()
-    assert service.backend.check(["x"], "nobody", ONE) == "nobody"
+    assert service.backend.admit(["x"], "nobody", ONE).model is None
     assert time.monotonic() - began < 0.4
     assert _ask(service, "nobody").status_code == 404
 
@@ -99,9 +99,9 @@ def test_what_a_trainer_has_just_published_is_looked_for(sampler, fake, monkeypa
     monkeypatch.setattr(vllm, "_NEWS_S", 60.0)
     for model_id in ("nobody", "policy@1"):
         with pytest.raises(errors.UnknownAdapter, match=model_id):
-            sampler.check(["x"], model_id, ONE)
+            sampler.admit(["x"], model_id, ONE)
     fake.served["policy@1"] = "digest"
-    assert sampler.check(["x"], "policy@1", ONE).model_id == "policy@1"
+    assert sampler.admit(["x"], "policy@1", ONE).model.model_id == "policy@1"
 
 
 def test_an_unreachable_server_is_said_by_the_request_itself(service, fake):

@@ -104,7 +104,7 @@ def test_a_stream_that_fails_says_so_by_status_before_and_by_event_after_its_fir
             "request_id": "mine",
         }
         _assert_problem(broken.sample([[0]], stream=True, sampling_params={"n": 17}), 400)
-        broken.backend.check = _raise(errors.UnknownAdapter("no"))
+        broken.backend.admit = _raise(errors.UnknownAdapter("no"))
         _assert_problem(broken.sample(stream=True), 404, "unknown_adapter")
         assert broken.service.queue.depth()["connections"] == 0
 

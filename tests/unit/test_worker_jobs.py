@@ -14,6 +14,7 @@ from tink_rl import errors
 from tink_rl.types import SamplingParams
 from tink_rl.worker import replay
 from tink_rl.worker.accounts import ENDS, Accounts, State
+from tink_rl.worker.backends import Admitted
 from tink_rl.worker.fair_queue import FairQueue
 from tink_rl.worker.jobs import JobQueue
 from tink_rl.worker.work import Work
@@ -21,8 +22,9 @@ from tink_rl.worker.work import Work
 
 def _work(model_id=None, request_id="r", **fields):
     params = SamplingParams(**fields.pop("params", {}))
-    fields = {"prompts": ["hi"], "timeout_s": 20.0, **fields}
-    return Work(request_id=request_id, model_id=model_id, model=model_id, params=params, **fields)
+    prompts = fields.pop("prompts", ["hi"])
+    request = Admitted(prompts=prompts, model_id=model_id, params=params)
+    return Work(request_id=request_id, request=request, **{"timeout_s": 20.0, **fields})
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Sampling from an event loop: the payloads and checks of `VLLMClient`, over aiohttp.
+"""Sampling from an event loop: the payloads of `completions`, checked already, over aiohttp.
 
 Cancelling the task of a request closes its connection, and that is how vLLM learns to abort it.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from tink_rl import errors, tls
+from tink_rl.sampling import completions
 from tink_rl.transport import payloads
 from tink_rl.urls import server_url
 
@@ -94,7 +95,7 @@ class AsyncSampler:
                     response.status, data, model=payload["model"], url=self.base_url
                 )
             async for raw in response.content:
-                data = payloads.event_data(raw.decode().strip())
+                data = completions.event_data(raw.decode().strip())
                 if data == "[DONE]":
                     return
                 if data is not None:
@@ -107,7 +108,7 @@ class AsyncSampler:
     async def _post(
         self, payload: Mapping[str, Any], timeout_s: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        body = payloads.check_payload(payload, stream=bool(payload.get("stream")))
+        body = payloads.encoded(payload)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
             async with self._open().post(

@@ -249,9 +249,8 @@ class KnownServer:
             self._vocab[view.root] = vocab_size(base_dir(view, self._base_model))
         return self._vocab[view.root]
 
-    def request_limits(self) -> Limits:
-        """What a request may hold, as far as it is known; asks no server."""
-        view = self.known
+    def limits_of(self, view: ServerView | None) -> Limits:
+        """What a request to the server of `view` may hold, as far as it is known."""
         if view is None:
             return NO_LIMITS
         most = view.status.max_prompts if view.status is not None else NO_LIMITS.max_prompts
@@ -261,9 +260,6 @@ class KnownServer:
             max_prompts=most,
         )
 
-    def limits(self) -> dict[str, int | None]:
-        """`vocab_size` and `max_model_len`, as far as they are known; asks no server."""
-        view = self.known
-        if view is None:
-            return {"vocab_size": None, "max_model_len": None}
-        return {"vocab_size": self.vocab_size(view), "max_model_len": view.max_model_len}
+    def limits(self) -> Limits:
+        """What a request may hold, as far as it is known; asks no server."""
+        return self.limits_of(self.known)

@@ -1,8 +1,6 @@
 """What travels to a vLLM server for a sample and how its answer is read: pure, for every client.
 
-The synchronous `VLLMClient` and the asynchronous `AsyncSampler` send the same payloads and take an
-answer by the same checks: it names the model that was asked for, every choice is there, every logprob
-belongs to its token.
+An answer names the model that was asked for, every choice is there, every logprob belongs to its token.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.transport.plain import plain
 from tink_rl.transport.request_fields import check_fields, says_nothing
-from tink_rl.types import Completion, SamplingParams
 
 Prompt = str | Sequence[int]
 MAX_PROMPTS = 1024
@@ -27,10 +24,6 @@ IDLE_CONNECTION_S = 2.0
 """A connection that was not used for so long is not used again. uvicorn, and so vLLM, closes idle ones
 after 5 s (`tink-rl serve` lets it keep them for 60 s); a request that is written at that moment is lost
 without an answer."""
-_SAME_NAME = (
-    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "ignore_eos"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,55 +83,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     return [p if isinstance(p, str) else list(p) for p in found]
 
 
-def as_params(given: Mapping[str, Any]) -> SamplingParams:
-    """Sampling parameters from keywords; one stop text may stand without a list around it.
-
-    Raises:
-        SamplingRefused: an unknown name; the values are checked by `check_params`.
-    """
-    values = {name: plain(value) for name, value in given.items() if value is not None}
-    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
-    if unknown:
-        names = ", ".join(SamplingParams.__dataclass_fields__)
-        raise errors.SamplingRefused(f"unknown parameters {unknown}; expected some of {names}")
-    check_fields(values)
-    stop = values.get("stop", ())
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
-    if "logit_bias" in values:
-        values["logit_bias"] = {_as_id(k): bias for k, bias in values["logit_bias"].items()}
-    return SamplingParams(**values)
-
-
 # -- what is asked ----------------------------------------------------------------------------------
-
-
-def completion_payload(
-    prompts: Sequence[Prompt], model: str, params: SamplingParams, *, stream: bool = False
-) -> dict[str, Any]:
-    """The body of `POST /v1/completions`."""
-    payload: dict[str, Any] = {
-        "model": model,
-        "prompt": [p if isinstance(p, str) else list(p) for p in prompts],
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "cache_salt": salt(model),
-        **_fields_of(params),
-    }
-    if stream:
-        payload["stream"] = True
-    return payload
-
-
-def _fields_of(params: SamplingParams) -> dict[str, Any]:
-    fields = {name: getattr(params, name) for name in _SAME_NAME}
-    if params.stop:
-        fields["stop"] = list(params.stop)
-    if params.stop_token_ids:
-        fields["stop_token_ids"] = list(params.stop_token_ids)
-    if params.logit_bias:
-        fields["logit_bias"] = {str(key): value for key, value in params.logit_bias.items()}
-    return fields
 
 
 def sampling_fields(
@@ -197,12 +142,12 @@ def check_payload(
     fields = {k: v for k, v in payload.items() if not (stream and k == "stream")}
     check_fields(fields, chat=chat, ours=True)
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        check_ids([_as_id(key) for key in payload.get(name) or ()], limits.vocab_size, name)
+        check_ids([as_id(key) for key in payload.get(name) or ()], limits.vocab_size, name)
     if not chat:
         prompts = as_prompts(payload.get("prompt"))
         check_prompts(prompts, limits.vocab_size)
-        _check_lengths(prompts, payload.get("max_tokens") or 16, limits.max_model_len)
-    return _encoded(payload)
+        check_lengths(prompts, payload.get("max_tokens") or 16, limits.max_model_len)
+    return encoded(payload)
 
 
 def split(payload: Mapping[str, Any], max_prompts: int) -> list[dict[str, Any]]:
@@ -218,13 +163,20 @@ def split(payload: Mapping[str, Any], max_prompts: int) -> list[dict[str, Any]]:
     return [{**payload, "prompt": prompts[i : i + max_prompts]} for i in starts]
 
 
-def _as_id(key: Any) -> Any:
+def as_id(key: Any) -> Any:
+    """A token id that JSON wrote as text; anything else as it is."""
     return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
 
 
-def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, limit: int | None) -> None:
+def check_lengths(prompts: Sequence[Prompt], max_tokens: int, limit: int | None) -> None:
+    """Raise `SamplingRefused` unless prompt and completion fit; how long a text is only the server knows."""
     if limit is None:
         return
+    if max_tokens > limit:
+        raise errors.SamplingRefused(
+            f"max_tokens={max_tokens} exceeds the {limit} tokens that the server takes for prompt and "
+            "completion; lower it, or restart the server with a larger --max-model-len"
+        )
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and len(prompt) + max_tokens > limit:
             raise errors.SamplingRefused(
@@ -234,7 +186,7 @@ def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, limit: int | None
             )
 
 
-def _encoded(payload: Mapping[str, Any]) -> bytes:
+def encoded(payload: Mapping[str, Any]) -> bytes:
     """Strict JSON in UTF-8.
 
     Raises:
@@ -291,23 +243,6 @@ def check_ids(ids: Sequence[int], vocab_size: int | None, where: str) -> None:
     bad = next(i for i in ids if type(i) is not int or not 0 <= i < limit)
     known = "the served vocabulary has" if vocab_size is not None else "expected"
     raise errors.SamplingRefused(f"{where} holds {bad!r}; {known} token ids from 0 to {limit - 1}")
-
-
-def check_params(params: SamplingParams, vocab_size: int | None) -> None:
-    """Raise `SamplingRefused` for values that vLLM refuses, or takes and must not.
-
-    An id outside the vocabulary corrupts other requests of the batch on some vLLM versions
-    (CVE-2026-93840), so with an unknown vocabulary no parameter that names ids is let through.
-    """
-    check_fields(_fields_of(params))
-    named = list(params.stop_token_ids) + list(params.logit_bias or {})
-    if named and vocab_size is None:
-        raise errors.SamplingRefused(
-            "stop_token_ids and logit_bias need the size of the vocabulary, which is unknown here: "
-            "set TINK_BASE_MODEL to the directory of the served base model"
-        )
-    check_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
-    check_ids(list(params.logit_bias or {}), vocab_size, "logit_bias")
 
 
 # -- what is answered -------------------------------------------------------------------------------
@@ -397,44 +332,6 @@ def error_text(data: Any) -> str:
     return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
 
 
-def as_completions(
-    choices: Sequence[Mapping[str, Any]], params: SamplingParams, **origin: Any
-) -> list[Completion]:
-    """One record per choice, prompt-major; `origin` is `model_id`, `version` and `digest`.
-
-    Raises:
-        EngineUnavailable: the server ended one early; what came is no completion.
-    """
-    found = []
-    if any(choice["finish_reason"] == "abort" for choice in choices):
-        raise errors.EngineUnavailable(
-            f"the server aborted a completion of {origin.get('model_id')!r} midway, for a weight update "
-            "or an operator; try again"
-        )
-    for number, choice in enumerate(choices):
-        rows = logprob_rows(choice) if params.logprobs is not None else None
-        found.append(
-            Completion(
-                prompt_index=number // params.n,
-                index=number % params.n,
-                text=choice["text"],
-                token_ids=list(choice["token_ids"]),
-                logprobs=_sampled(rows, choice["token_ids"]),
-                top_logprobs=rows if rows is not None and params.logprobs else None,
-                prompt_token_ids=choice.get("prompt_token_ids"),
-                finish_reason=choice["finish_reason"],
-                **origin,
-            )
-        )
-    return found
-
-
-def _sampled(rows: list[dict[int, float]] | None, token_ids: Sequence[int]) -> list[float] | None:
-    if rows is None:
-        return None
-    return [row[token] for row, token in zip(rows, token_ids, strict=True)]
-
-
 def logprob_rows(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:
     """Per token: id -> logprob, most likely first; the sampled token is always among them.
 
@@ -462,58 +359,3 @@ def _token_id(token: str) -> int:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-# -- server-sent events -----------------------------------------------------------------------------
-
-
-class StreamedChoices:
-    """Puts the chunks of a streamed sample together again, as the choices of a whole answer."""
-
-    def __init__(self, count: int) -> None:
-        self.choices: list[dict[str, Any]] = [
-            {"text": "", "token_ids": [], "logprobs": None, "finish_reason": None}
-            for _ in range(count)
-        ]
-
-    def add(self, piece: Mapping[str, Any]) -> None:
-        """Take one choice of one chunk."""
-        choice = self.choices[piece["index"]]
-        choice["text"] += piece["text"]
-        choice["token_ids"] += piece.get("token_ids") or []
-        choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
-        if piece.get("prompt_token_ids") is not None:
-            choice["prompt_token_ids"] = piece["prompt_token_ids"]
-        if piece.get("logprobs") is not None:
-            whole = choice["logprobs"] or {"tokens": [], "token_logprobs": [], "top_logprobs": []}
-            for key, values in whole.items():
-                values += piece["logprobs"].get(key) or []
-            choice["logprobs"] = whole
-
-    def finished(self) -> list[dict[str, Any]]:
-        """The choices.
-
-        Raises:
-            BackendError: the stream ended before every choice had.
-        """
-        open_ones = [i for i, choice in enumerate(self.choices) if not choice["finish_reason"]]
-        if open_ones:
-            raise errors.BackendError(f"the stream ended, completions {open_ones[:8]} had not")
-        return self.choices
-
-
-def event_data(line: str) -> Any:
-    """What one line of a stream of server-sent events carries: JSON, "[DONE]", or None.
-
-    Raises:
-        BackendError: the server reports an error inside the stream.
-    """
-    if not line.startswith("data:"):
-        return None
-    text = line.removeprefix("data:").strip()
-    if text == "[DONE]":
-        return text
-    data = json_or_text(text)
-    if not isinstance(data, dict) or "choices" not in data:
-        raise errors.BackendError(f"the stream broke off: {error_text(data)}")
-    return data

@@ -49,6 +49,8 @@ class Field:
     """A key of `_WANTED`."""
     low: float = -math.inf
     high: float = math.inf
+    above_low: bool = False
+    """Whether `low` itself is refused."""
     off: tuple[Any, ...] = ()
     """Values that do what leaving it out does."""
     why: str = ""
@@ -89,10 +91,12 @@ FIELDS: dict[str, Field] = {
     "user": Field(kind="text"),
     "session_id": Field(kind="text"),
     # -- from what is drawn ---------------------------------------------------------------------------
-    "top_p": Field(effect=_DIST, kind="number", low=0, high=1, off=(1,)),
+    "top_p": Field(effect=_DIST, kind="number", low=0, above_low=True, high=1, off=(1,)),
     "top_k": Field(effect=_DIST, kind="whole", low=-1, high=MAX_INT, off=(0, -1)),
     "min_p": Field(effect=_DIST, kind="number", low=0, high=1, off=(0,)),
-    "repetition_penalty": Field(effect=_DIST, kind="number", low=0, high=1e4, off=(1,)),
+    "repetition_penalty": Field(
+        effect=_DIST, kind="number", low=0, above_low=True, high=1e4, off=(1,)
+    ),
     "presence_penalty": Field(effect=_DIST, kind="number", low=-2, high=2, off=(0,)),
     "frequency_penalty": Field(effect=_DIST, kind="number", low=-2, high=2, off=(0,)),
     "min_tokens": Field(effect=_DIST, kind="whole", low=0, high=MAX_INT, off=(0,)),
@@ -291,7 +295,7 @@ def check_fields(
             raise SamplingRefused(f"{shown(name)}={_short(value)} is refused: {field.why}")
         if field.effect in (Effect.PLAIN, Effect.DISTRIBUTION):
             _check_value(shown(name), field, value)
-    _check_together(given, shown)
+    check_together(given, shown)
 
 
 def _unknown(name: str, fields: Iterable[str]) -> str:
@@ -305,18 +309,17 @@ def _unknown(name: str, fields: Iterable[str]) -> str:
 def _check_value(shown: str, field: Field, value: Any) -> None:
     expected = _WANTED[field.kind]
     if field.kind in ("whole", "number"):
-        expected = f"{expected} from {field.low:g} to {field.high:g}"
+        start = f"above {field.low:g} and up" if field.above_low else f"from {field.low:g}"
+        expected = f"{expected} {start} to {field.high:g}"
     if not _FITS[field.kind](field, value):
         raise SamplingRefused(f"{shown}={_short(value)}: expected {expected}")
 
 
-def _check_together(given: Mapping[str, Any], shown: Shown) -> None:
+def check_together(given: Mapping[str, Any], shown: Shown = str) -> None:
+    """Raise `SamplingRefused` for fields that contradict each other, each of which is allowed alone."""
     low, high = given.get("min_tokens") or 0, given.get("max_tokens")
     if high is not None and low > high:
         raise SamplingRefused(f"{shown('min_tokens')}={low} exceeds max_tokens={high}")
-    for name in ("top_p", "repetition_penalty"):
-        if given.get(name) == 0:
-            raise SamplingRefused(f"{shown(name)}=0: expected a number above 0")
     if given.get("temperature") == 0 and (given.get("n") or 1) > 1:
         raise SamplingRefused(
             f"n={given['n']} with temperature=0: greedy completions are all the same; set n=1"
@@ -343,6 +346,10 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high  # NaN fails this too
 
 
+def _is_within(field: Field, value: Any) -> bool:
+    return _is_number(value, field.low, field.high) and not (field.above_low and value == field.low)
+
+
 def _are_texts(value: Any) -> bool:
     listed = [value] if isinstance(value, str) else value
     return isinstance(listed, (list, tuple)) and all(isinstance(t, str) and t for t in listed)
@@ -350,7 +357,7 @@ def _are_texts(value: Any) -> bool:
 
 _FITS: dict[str, Callable[[Field, Any], bool]] = {
     "whole": lambda field, v: type(v) is int and field.low <= v <= field.high,
-    "number": lambda field, v: _is_number(v, field.low, field.high),
+    "number": _is_within,
     "flag": lambda field, v: isinstance(v, bool),
     "text": lambda field, v: isinstance(v, str),
     "texts": lambda field, v: _are_texts(v),

@@ -187,7 +187,8 @@ def _json_body() -> Any:
 def _answer(service: WorkerService, ticket: Ticket) -> dict[str, Any]:
     job = ticket.job
     assert job.completions is not None
-    answer = answers.sample_response(job.work.request_id, job.work.model_id, job.completions)
+    work = job.work
+    answer = answers.sample_response(work.request_id, work.request.model_id, job.completions)
     service.metrics.tokens.inc(answer["usage"]["completion_tokens"] or 0)
     service.metrics.seconds.observe(job.ended - job.started)
     return answer

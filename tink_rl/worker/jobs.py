@@ -216,7 +216,7 @@ class JobQueue:
         self._accounts.admitted(job.number, work.request_id)
         if work.fingerprint is not None:
             self._by_id[work.request_id] = job
-        self._queue.push(job.key, job, work.num_sequences * work.params.max_tokens)
+        self._queue.push(job.key, job, work.request.num_sequences * work.request.params.max_tokens)
         return job
 
     def _issue(self, job: Job, is_joined: bool, is_gone: Callable[[], bool]) -> Ticket:
@@ -252,7 +252,7 @@ class JobQueue:
     def _start_next(self) -> None:
         """Move what fits from the queue to the backend. Under the lock."""
         while (job := self._queue.peek()) is not None:
-            size = job.work.num_sequences
+            size = job.work.request.num_sequences
             if self._running and self._running_sequences + size > self._max_running:
                 return
             self._queue.pop()
@@ -271,9 +271,7 @@ class JobQueue:
         work = job.work
         async with asyncio.timeout_at(self._loop_time(job.deadline)):
             completions = await self._backend.sample(
-                work.prompts,
-                work.model,
-                work.params,
+                work.request,
                 timeout_s=max(0.001, job.deadline - time.monotonic()),
                 on_delta=(lambda delta: self._pass_on(job, delta)) if work.stream else None,
             )
@@ -290,7 +288,7 @@ class JobQueue:
         state, error = _judge(job, error)
         with self._lock:
             self._running.discard(job)
-            self._running_sequences -= job.work.num_sequences
+            self._running_sequences -= job.work.request.num_sequences
             job.completions = task.result() if state is State.DONE else None
             self._finish(job, state, error)
             self._start_next()
@@ -372,9 +370,9 @@ def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | No
 
 def _check_complete(completions: list[Completion], work: Work) -> None:
     found = [(c.prompt_index, c.index) for c in completions]
-    expected = [(p, i) for p in range(len(work.prompts)) for i in range(work.params.n)]
+    num_prompts, n = len(work.request.prompts), work.request.params.n
+    expected = [(p, i) for p in range(num_prompts) for i in range(n)]
     if found != expected:
         raise errors.BackendError(
-            f"{len(found)} completions came back, or in another order; expected "
-            f"{len(work.prompts)} x {work.params.n}"
+            f"{len(found)} completions came back, or in another order; expected {num_prompts} x {n}"
         )

@@ -46,7 +46,7 @@ class KeptAnswers:
 
 
 def _weight(job: Job) -> int:
-    per_token = 1 + _TOP_LOGPROB_WEIGHT * (job.work.params.logprobs or 0)
+    per_token = 1 + _TOP_LOGPROB_WEIGHT * (job.work.request.params.logprobs or 0)
     answered = sum(len(c.token_ids or c.text) for c in job.completions or ())
     echoed = sum(len(c.prompt_token_ids or ()) for c in job.completions or ())
-    return answered * per_token + echoed + sum(len(prompt) for prompt in job.work.prompts)
+    return answered * per_token + echoed + sum(len(prompt) for prompt in job.work.request.prompts)

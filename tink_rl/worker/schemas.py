@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -20,7 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from tink_rl.errors import BadRequest
+from tink_rl.errors import BadRequest, SamplingRefused
+from tink_rl.transport.request_fields import FIELDS, MAX_INT, check_together
 from tink_rl.types import SamplingParams
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -28,7 +29,6 @@ MAX_PROMPTS = 64
 MAX_N = 16
 MAX_COMPLETIONS = 256
 """prompts x n of one request."""
-MAX_INT = 2**31 - 1
 MAX_STOPS = 4
 MAX_STOP_CHARS = 64
 MAX_BIASES = 300
@@ -75,8 +75,12 @@ def _check_ids(index: int, ids: list[Any]) -> None:
         raise _problem(f"[{index}]: token id {_short(bad)} is not in 0..{MAX_INT}")
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 def _parse_biases(value: Any) -> Any:
@@ -126,8 +130,8 @@ Prompts = Annotated[
     ),
 ]
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    BeforeValidator(_listed),
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)], ...],
+    BeforeValidator(_as_texts),
     Field(max_length=MAX_STOPS),
     WithJsonSchema(
         {
@@ -160,31 +164,45 @@ Biases = Annotated[
         }
     ),
 ]
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_INT)], ...],
+    BeforeValidator(_as_tuple),
+    Field(max_length=64),
+]
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+
+
+def _within(name: str, *, low: float | None = None, high: float | None = None, **more: Any) -> Any:
+    """A field of `SamplingParams`, within vLLM's own bounds and maybe narrower ones."""
+    field, default = FIELDS[name], _DEFAULTS[name]
+    assert field.low <= (field.low if low is None else low), name
+    assert field.high >= (field.high if high is None else high), name
+    bounds: dict[str, Any] = {"le": field.high if high is None else high}
+    bounds["gt" if field.above_low else "ge"] = field.low if low is None else low
+    return Field(default=default, **bounds, **more)
 
 
 class SamplingFields(_Strict):
     """How completions are sampled. Unknown fields are refused, never dropped."""
 
-    max_tokens: int = Field(default=16, ge=1, le=MAX_INT)
-    min_tokens: int = Field(default=0, ge=0, le=MAX_INT)
-    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy, and then n is 1.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: Annotated[int, AfterValidator(_no_top_k)] = Field(
-        default=0, ge=-1, le=MAX_INT, description="0 or -1 is off."
+    max_tokens: int = _within("max_tokens")
+    min_tokens: int = _within("min_tokens")
+    temperature: float = _within("temperature", description="0 is greedy, and then n is 1.")
+    top_p: float = _within("top_p")
+    top_k: Annotated[int, AfterValidator(_no_top_k)] = _within(
+        "top_k", description="0 or -1 is off."
     )
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    n: int = Field(default=1, ge=1, le=MAX_N, description="Completions per prompt.")
-    stop: Stops = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
-    seed: int | None = Field(default=None, ge=0, le=MAX_INT)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logprobs: int | None = Field(
-        default=None,
-        ge=0,
-        le=20,
+    min_p: float = _within("min_p")
+    n: int = _within("n", high=MAX_N, description="Completions per prompt.")
+    stop: Stops = ()
+    stop_token_ids: TokenIds = ()
+    seed: int | None = _within("seed", low=0, high=MAX_INT)
+    repetition_penalty: float = _within("repetition_penalty", high=10)
+    presence_penalty: float = _within("presence_penalty")
+    frequency_penalty: float = _within("frequency_penalty")
+    logprobs: int | None = _within(
+        "logprobs",
+        high=20,
         description="Logprobs of the sampled tokens (0), and of this many most likely ones.",
     )
     ignore_eos: bool = False
@@ -192,17 +210,15 @@ class SamplingFields(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> SamplingFields:
-        if self.min_tokens > self.max_tokens:
-            raise _problem(f".min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        if self.temperature == 0 and self.n > 1:
-            raise _problem(f".n={self.n} with temperature 0 would be {self.n} times the same")
+        try:
+            check_together(dict(self))
+        except SamplingRefused as error:
+            raise _problem(f".{error.message}") from error
         return self
 
     def to_params(self) -> SamplingParams:
         """The record that backends take."""
-        fields = dict(self)
-        fields["stop"], fields["stop_token_ids"] = tuple(self.stop), tuple(self.stop_token_ids)
-        return SamplingParams(**fields)
+        return SamplingParams(**dict(self))
 
 
 class SampleRequest(_Strict):
@@ -261,51 +277,6 @@ class AdapterRequest(_Strict):
     lora_path: str = Field(
         min_length=1, max_length=4096, description="PEFT directory on the worker's machine."
     )
-
-
-# -- bounds that depend on the served model -------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelLimits:
-    """What the backend said of its model; None where it did not."""
-
-    vocab_size: int | None = None
-    max_model_len: int | None = None
-
-    def check(self, request: SampleRequest) -> None:
-        """Return if the request fits.
-
-        Raises:
-            BadRequest: names the parameter.
-        """
-        params = request.sampling_params
-        if self.vocab_size is not None:
-            self._check_vocabulary("sampling_params.logit_bias", params.logit_bias or ())
-            self._check_vocabulary("sampling_params.stop_token_ids", params.stop_token_ids)
-            for index, prompt in enumerate(request.prompts):
-                if not isinstance(prompt, str):
-                    self._check_vocabulary(f"prompts[{index}]", prompt)
-        if self.max_model_len is None:
-            return
-        if params.max_tokens > self.max_model_len:
-            raise BadRequest(
-                f"sampling_params.max_tokens={params.max_tokens} exceeds the model's length of "
-                f"{self.max_model_len} tokens"
-            )
-        for index, prompt in enumerate(request.prompts):
-            if not isinstance(prompt, str) and len(prompt) + params.max_tokens > self.max_model_len:
-                raise BadRequest(
-                    f"prompts[{index}] has {len(prompt)} tokens; with max_tokens="
-                    f"{params.max_tokens} it exceeds the model's length of {self.max_model_len}"
-                )
-
-    def _check_vocabulary(self, name: str, ids: Any) -> None:
-        assert self.vocab_size is not None
-        if ids and max(ids) >= self.vocab_size:
-            raise BadRequest(
-                f"{name}: token id {max(ids)} is not in the vocabulary (0..{self.vocab_size - 1})"
-            )
 
 
 # -- between JSON and records ---------------------------------------------------------------------

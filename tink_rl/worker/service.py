@@ -10,15 +10,16 @@ from typing import Any, Protocol
 
 from tink_rl import errors
 from tink_rl.errors import Blame
+from tink_rl.sampling.completions import check_fits
 from tink_rl.worker.accounts import Accounts
 from tink_rl.worker.auth import Tokens
-from tink_rl.worker.backends import Backend, ModelInfo
+from tink_rl.worker.backends import Admitted, Backend, ModelInfo
 from tink_rl.worker.faults import translated
 from tink_rl.worker.jobs import JobQueue
 from tink_rl.worker.metrics import Metrics
 from tink_rl.worker.options import WorkerOptions, load_options
 from tink_rl.worker.readiness import Readiness
-from tink_rl.worker.schemas import ModelLimits, SampleRequest
+from tink_rl.worker.schemas import SampleRequest
 from tink_rl.worker.work import Ticket, Work
 
 _MODELS_TIMEOUT_S = 10.0
@@ -154,33 +155,28 @@ class WorkerService:
             BadRequest, NotSupportedByBackend, UnknownAdapter: refused before it was queued.
             QueueFull, BadRequest, RequestCancelled: as `JobQueue.submit`.
         """
-        params = request.sampling_params.to_params()
-        self.limits().check(request)
+        prompts, params = request.prompts, request.sampling_params.to_params()
+        limits = self.backend.limits()
+        try:
+            check_fits(prompts, params, limits)
+        except errors.SamplingRefused as error:
+            raise errors.BadRequest(error.message) from error
         fingerprint = request.fingerprint() if request.request_id else None
         try:
-            model = self.backend.check(request.prompts, request.model_id, params)
+            admitted = self.backend.admit(prompts, request.model_id, params, limits)
         except errors.UnknownAdapter:
             if not self.queue.knows(request_id, fingerprint):
                 raise
-            model = request.model_id  # a retry: its adapter may have gone since it was admitted
+            # a retry, which joins: its adapter may have gone since it was admitted
+            admitted = Admitted(prompts=prompts, model_id=request.model_id, params=params)
         work = Work(
             request_id=request_id,
-            prompts=request.prompts,
-            model_id=request.model_id,
-            model=model,
-            params=params,
+            request=admitted,
             timeout_s=request.timeout_s or self.options.timeout_s,
             fingerprint=fingerprint,
             stream=request.stream,
         )
         return self.queue.submit(work, is_gone)
-
-    def limits(self) -> ModelLimits:
-        """What the backend says of its model."""
-        facts = self.backend.describe()
-        return ModelLimits(
-            vocab_size=facts.get("vocab_size"), max_model_len=facts.get("max_model_len")
-        )
 
     def models(self) -> list[ModelInfo]:
         """Every name that can be sampled now."""

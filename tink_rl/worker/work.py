@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tink_rl import errors
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import Completion
 from tink_rl.worker.accounts import State
-from tink_rl.worker.backends import Delta
+from tink_rl.worker.backends import Admitted, Delta
 
 GRACE_S = 2.0
 """A backend has this long to let go of a request whose deadline is over."""
@@ -23,21 +22,11 @@ class Work:
     """What is to be sampled, checked already."""
 
     request_id: str
-    prompts: Sequence[str | Sequence[int]]
-    model_id: str | None
-    """What the client asked for; the share that the request is counted against."""
-    model: Any
-    """What `Backend.check` made of it: the version that was current when the request came."""
-    params: SamplingParams
+    request: Admitted
     timeout_s: float
     fingerprint: str | None = None
     """Set if the client gave the `request_id`: a retry with the same fingerprint joins."""
     stream: bool = False
-
-    @property
-    def num_sequences(self) -> int:
-        """Completions asked for."""
-        return len(self.prompts) * self.params.n
 
 
 @dataclass(eq=False, kw_only=True)
@@ -65,7 +54,7 @@ class Job:
     @property
     def key(self) -> str:
         """Whose share it takes."""
-        return self.work.model_id or ""
+        return self.work.request.model_id or ""
 
 
 class _Signal:

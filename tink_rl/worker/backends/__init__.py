@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
 from tink_rl.types import Completion, SamplingParams
 
 
@@ -34,6 +35,29 @@ class ModelInfo:
     digest: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A request that a backend has admitted: what was asked for, and what its names meant then.
+
+    Example: `Admitted(prompts=["12+34="], model_id="math", params=SamplingParams(), model=Model(...))`
+    """
+
+    prompts: Sequence[Prompt]
+    model_id: str | None
+    """What the client asked for; the share that the request is counted against."""
+    params: SamplingParams
+    model: Any = None
+    """What `model_id` meant when the request came, in the backend's own terms; None: only its server
+    can say, when the request is sampled."""
+    is_checked: bool = True
+    """Whether all of it could be checked without asking the server."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions asked for."""
+        return len(self.prompts) * self.params.n
+
+
 class Backend(Protocol):
     """Samples for the queue. All coroutines run in the queue's event loop.
 
@@ -43,36 +67,44 @@ class Backend(Protocol):
     name: str
     """"vllm" or "megatron"."""
 
-    def check(
-        self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
-    ) -> Any:
-        """Refuse at once what `sample` would refuse anyway.
+    def limits(self) -> Limits:
+        """What a request may hold, as far as it is known; asks no server."""
+        ...
 
-        Asks no server, but for a name that is not known here: then for a second at most.
+    def admit(
+        self,
+        prompts: Sequence[Prompt],
+        model_id: str | None,
+        params: SamplingParams,
+        limits: Limits = NO_LIMITS,
+    ) -> Admitted:
+        """Take a request, or refuse at once what `sample` would refuse anyway.
 
-        Returns:
-            What `sample` takes in place of `model_id`: the version that `model_id` means now, so that
-            a request which waits in the queue is answered by what was registered when it came, even
-            if it is unregistered or replaced meanwhile.
+        A request that waits in the queue is answered by what was registered when it was admitted, even
+        if that is unregistered or replaced meanwhile. Asks no server, but for a name that is not known
+        here: then for a second at most.
+
+        Args:
+            prompts: Texts or token ids.
+            model_id: What to sample from; None is the base.
+            params: Checked already, as each of them allows.
+            limits: What prompts and parameters were checked against already.
 
         Raises:
             NotSupportedByBackend: a parameter, token ids or a `model_id` that it cannot honour.
+            SamplingRefused: ids whose vocabulary is not known.
             UnknownAdapter: nothing is registered or known under `model_id`.
         """
         ...
 
     async def sample(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        model_id: Any,
-        params: SamplingParams,
+        admitted: Admitted,
         *,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Completion]:
-        """`len(prompts) * params.n` completions, prompt-major; all or none.
-
-        `model_id` is what `check` gave, or what the client asked for.
+        """`admitted.num_sequences` completions, prompt-major; all or none.
 
         Raises:
             UnknownAdapter, NotSupportedByBackend, SamplingRefused: the request's fault.

@@ -13,17 +13,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tink_rl import errors
+from tink_rl.sampling import completions
 from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.sampling.resolver import MAX_TRIES, Model, Target
 from tink_rl.sampling.server_view import ServerView
 from tink_rl.transport import payloads
+from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
 from tink_rl.types import Completion, SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
-from tink_rl.worker.backends import Delta, ModelInfo
+from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
 _NUM_LOADERS = 8
 """Adapters that are brought to the server at the same time."""
-_MAX_LOGPROBS = 20
 _NEWS_S = 1.0
 """For so long a look at the server answers for every name that it did not find."""
 _LOOK_S = 1.0
@@ -57,34 +58,45 @@ class VLLMSampler:
 
     # -- Backend ------------------------------------------------------------------------------------
 
-    def check(
+    def limits(self) -> Limits:
+        """See `Backend.limits`."""
+        return self._server.limits()
+
+    def admit(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        model_id: str | Model | None,
+        prompts: Sequence[Prompt],
+        model_id: str | None,
         params: SamplingParams,
-    ) -> Model | str | None:
-        """See `Backend.check`: the version that is current now, so that a request which waits in the
-        queue is answered by what was registered when it came. For an unknown name the server is looked at,
-        at most once a second; if that takes long, `sample` looks."""
-        if (params.logprobs or 0) > _MAX_LOGPROBS:
-            raise errors.SamplingRefused(
-                f"logprobs={params.logprobs}: expected at most {_MAX_LOGPROBS}"
-            )
-        self.backend.check(prompts, params, ask=False)
-        if isinstance(model_id, Model):
-            return model_id
+        limits: Limits = NO_LIMITS,
+    ) -> Admitted:
+        """See `Backend.admit`.
+
+        For an unknown name the server is looked at, at most once a second; if that takes long, `sample`
+        looks. Ids are checked by `sample` if the server was never looked at.
+        """
+        is_checked = limits.vocab_size is not None or not completions.names_ids(prompts, params)
+        if not is_checked and (view := self._server.known) is not None:
+            self.backend.check(prompts, params, view)
+            is_checked = True
+        return Admitted(
+            prompts=prompts,
+            model_id=model_id,
+            params=params,
+            model=self._resolve(model_id),
+            is_checked=is_checked,
+        )
+
+    def _resolve(self, model_id: str | None) -> Model | None:
         model = self._names.resolve(model_id)
         if model is None and model_id is not None and self._has_looked(model_id):
             model = self._names.resolve(model_id)
             if model is None:
                 raise self._unknown(model_id)
-        return model or model_id
+        return model
 
     async def sample(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        model_id: str | Model | None,
-        params: SamplingParams,
+        admitted: Admitted,
         *,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None = None,
@@ -92,13 +104,14 @@ class VLLMSampler:
         """See `Backend.sample`."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                if not self.backend.check(prompts, params, ask=False):
-                    await self._in_thread(self.backend.check, prompts, params)
-                model = model_id if isinstance(model_id, Model) else await self._find(model_id)
+                if not admitted.is_checked:
+                    view = await self._in_thread(self._server.view)
+                    self.backend.check(admitted.prompts, admitted.params, view)
+                model = admitted.model or await self._find(admitted.model_id)
 
                 async def send(target: Target) -> list[Completion]:
                     left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-                    return await self._send(target, prompts, params, max(0.001, left_s), on_delta)
+                    return await self._send(target, admitted, max(0.001, left_s), on_delta)
 
                 return await self._with_target(model, send)
         except errors.TinkError:
@@ -197,24 +210,24 @@ class VLLMSampler:
     async def _send(
         self,
         target: Target,
-        prompts: Sequence[str | Sequence[int]],
-        params: SamplingParams,
+        asked: Admitted,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None,
     ) -> list[Completion]:
-        count = len(prompts) * params.n
+        count, params = asked.num_sequences, asked.params
+        payload = completions.completion_payload(
+            asked.prompts, target.name, params, stream=on_delta is not None
+        )
         if on_delta is None:
-            payload = payloads.completion_payload(prompts, target.name, params)
             data = await self._sampler.complete(payload, timeout_s=timeout_s, expected=count)
             choices = data["choices"]
         else:
-            payload = payloads.completion_payload(prompts, target.name, params, stream=True)
-            whole = payloads.StreamedChoices(count)
+            whole = completions.StreamedChoices(count)
             async for piece in self._sampler.stream(payload, timeout_s=timeout_s):
                 whole.add(piece)
                 on_delta(_delta(piece, params))
             choices = whole.finished()
-        return payloads.as_completions(choices, params, **target.origin())
+        return completions.as_completions(choices, params, **target.origin())
 
     async def models(self) -> list[ModelInfo]:
         """See `Backend.models`."""
@@ -249,7 +262,7 @@ class VLLMSampler:
         try:
             async with asyncio.timeout(timeout_s):
                 view = self._server.known or await self._in_thread(self._server.view, fresh=True)
-                payload = payloads.completion_payload(
+                payload = completions.completion_payload(
                     [[0]], view.base, SamplingParams(max_tokens=1, temperature=0.0)
                 )
                 try:
@@ -268,13 +281,14 @@ class VLLMSampler:
 
     def describe(self) -> dict[str, Any]:
         """See `Backend.describe`."""
-        settings = self.backend.settings
+        settings, limits = self.backend.settings, self.limits()
         return {
             "backend": self.name,
             "url": self.backend.client.base_url,
             "store": str(self.backend.store.root),
             "max_resident_adapters": settings.tink_max_resident_adapters,
-            **self._server.limits(),
+            "vocab_size": limits.vocab_size,
+            "max_model_len": limits.max_model_len,
         }
 
     async def close(self) -> None:

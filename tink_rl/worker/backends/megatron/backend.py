@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl import errors
+from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
 from tink_rl.types import Completion, SamplingParams
-from tink_rl.worker.backends import Delta, ModelInfo
+from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 from tink_rl.worker.backends.megatron.client import MegatronClient
 from tink_rl.worker.backends.megatron.contract import check_supported
 
@@ -39,9 +40,17 @@ class MegatronBackend:
         self._client = MegatronClient(base_url, ca_file=ca_file)
         self._model_name = model_name
 
-    def check(
-        self, prompts: Sequence[str | Sequence[int]], model_id: str | None, params: SamplingParams
-    ) -> None:
+    def limits(self) -> Limits:
+        """See `Backend.limits`: Megatron says nothing of its model."""
+        return NO_LIMITS
+
+    def admit(
+        self,
+        prompts: Sequence[Prompt],
+        model_id: str | None,
+        params: SamplingParams,
+        limits: Limits = NO_LIMITS,
+    ) -> Admitted:
         """Refuse what this server cannot honour, as far as it is known before the first probe.
 
         Raises:
@@ -57,17 +66,16 @@ class MegatronBackend:
                 model_id=model_id,
             )
         check_supported(self._client.kind, prompts, params)
+        return Admitted(prompts=prompts, model_id=model_id, params=params)
 
     async def sample(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        model_id: str | None,
-        params: SamplingParams,
+        admitted: Admitted,
         *,
         timeout_s: float,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Completion]:
-        """`len(prompts) * params.n` completions, prompt-major; all or none.
+        """`admitted.num_sequences` completions, prompt-major; all or none.
 
         Cancelling closes the connection. The static server finishes what it began all the same.
         Megatron's answers come whole: each completion is one `Delta`.
@@ -76,8 +84,8 @@ class MegatronBackend:
             NotSupportedByBackend, SamplingRefused: the request's fault.
             EngineUnavailable, BackendError, DeadlineExceeded: the server's.
         """
-        self.check(prompts, model_id, params)
-        found = await self._client.generate(prompts, params, timeout_s=timeout_s)
+        params = admitted.params
+        found = await self._client.generate(admitted.prompts, params, timeout_s=timeout_s)
         completions = [
             Completion(
                 prompt_index=i // params.n,
@@ -87,7 +95,7 @@ class MegatronBackend:
                 logprobs=one.logprobs,
                 prompt_token_ids=one.prompt_token_ids,
                 finish_reason=one.finish_reason,
-                model_id=model_id,
+                model_id=admitted.model_id,
             )
             for i, one in enumerate(found)
         ]

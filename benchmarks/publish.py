@@ -6,7 +6,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from tink_rl import SyncConfig, VLLMServer, WeightSync
 from tink_rl.gpus import exact_dtype
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.training.probe import Prober
-from tink_rl.types import PublishRecord, SyncMode
+from tink_rl.types import Phase, PublishRecord, SyncMode
 
 RAM_DISK = Path("/dev/shm")
 NUM_SEQUENCES = 128
@@ -132,8 +132,8 @@ def measure_bf16_gap() -> dict[str, float]:
     ) as server:
         for mode in ("merged", "adapter"):
             with _sync(server, directory, mode) as sync, collector.swapped(collector.random_like()):
-                record = sync.publish(collector.collect)
-                gaps[mode] = sync.probes.gap(prober.probe(), record.name)
+                record = sync.publish(collector.collect())
+                gaps[mode] = prober.compare(sync, record.name).gap
                 sync.drop_current()
     return gaps
 
@@ -146,7 +146,10 @@ def _sync(server: VLLMServer, directory: Path, mode: str) -> WeightSync:
 
 def _publish(sync: WeightSync, collector: AdapterCollector, k: int) -> PublishRecord:
     with collector.swapped(collector.random_like(k)):
-        return sync.publish(partial(collector.collect, live=True))
+        watch = Stopwatch()
+        with watch(Phase.COLLECT):
+            adapter = collector.collect(live=True)
+        return sync.publish(adapter, watch=watch)
 
 
 def _trl_route(server: VLLMServer, model: Any, collector: AdapterCollector, k: int) -> float:

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import json
 import statistics
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from benchmarks.publish import random_100m
 from tink_rl import SyncConfig, VLLMServer, WeightSync
 from tink_rl.gpus import exact_dtype
 from tink_rl.policy.adapter import AdapterCollector
+from tink_rl.publish.stopwatch import Stopwatch
+from tink_rl.types import Phase
 
 RANKS = (8, 16, 32, 64)
 TRANSPORTS = ("gloo", "http")
@@ -90,7 +91,10 @@ def _time(
     with WeightSync(server.url, base_model=directory, config=config) as sync:
         for k in range(NUM_WARM_UP + NUM_TIMED):
             with collector.swapped(collector.random_like(k)):
-                record = sync.publish(partial(collector.collect, live=True))
+                watch = Stopwatch()
+                with watch(Phase.COLLECT):
+                    adapter = collector.collect(live=True)
+                record = sync.publish(adapter, watch=watch)
             seconds.append(record.seconds)
         for name in server.client().status().served:
             sync.fleet.each(lambda replica, name=name: replica.drop(name))

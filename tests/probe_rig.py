@@ -138,10 +138,7 @@ class Rig:
 
     def check(self) -> float:
         """What the next probe finds."""
-        found: float = self.sync.probes.check(
-            self.prober.probe(), "policy@7", self.sync.status, self.sync.mode
-        )
-        return found
+        return self.prober.check(self.sync, "policy@7")
 
 
 def under_autocast(model: Any, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -124,6 +124,11 @@ class PublishRecord:
         """The model name under which the server serves this version."""
         return f"{self.policy}@{self.version}"
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PublishRecord:
+        """The record whose fields are `data`, as another process of the run got them."""
+        return cls(**{**data, "mode": SyncMode(data["mode"])})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerStatus:

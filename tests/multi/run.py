@@ -20,6 +20,7 @@ from trl import GRPOConfig
 import tink_rl
 from tests.multi import fsdp_on_cpu, planted, zero3_on_cpu
 from tink_rl import SyncConfig, errors
+from tink_rl.publish.packets import PacketTransfer
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(8) for j in range(8)]})
 
@@ -41,7 +42,7 @@ class Snapshot(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save(self, name):
-        self.sharding = self.trainer.policy_link.collector.sharding.value
+        self.sharding = self.trainer.policy_link.collector.sharding().value
         adapter = self.trainer.policy_link.collector.collect()
         if self.rank == 0:
             save_file(
@@ -63,14 +64,14 @@ def let_fail(trainer, job, rank):
 
         link.collector.collect = broken
     if fail == "publish on rank 0" and rank == 0:
-        send = link.sync._send
+        stage = PacketTransfer.stage
 
-        def lost(*args, **kwargs):
+        def lost(transfer):
             if trainer.state.global_step == 2:
                 raise errors.ChannelLost("injected", replica=job["server"])
-            return send(*args, **kwargs)
+            stage(transfer)
 
-        link.sync._send = lost
+        PacketTransfer.stage = lost
     if fail == "version on the server":
         trainer.add_callback(LoseVersion(trainer, rank))
 

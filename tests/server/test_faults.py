@@ -124,11 +124,11 @@ def test_probe_stops_a_run_whose_server_drops_every_adapter(faulty, twin, switch
     prober = Prober(fresh.model, vocab_size=64)
     with sync_to(faulty, twin.directory, "adapter") as sync:
         with pytest.raises(errors.ProbeFailed, match="does not serve the policy"):
-            prober.prove(sync, fresh.collector)
+            prober.self_test(sync, fresh.collector)
         assert faulty.client().status().served == {}
         switch.unlink()
-        prober.prove(sync, fresh.collector)
-        record = sync.publish(fresh.model, probe=prober.probe())
+        prober.self_test(sync, fresh.collector)
+        record = prober.publish(sync, fresh.model)
         assert record.version >= 1 and record.probe_gap is not None and record.probe_gap < 1e-3
 
 

@@ -56,8 +56,7 @@ def test_versions_are_served_right_and_pass_the_probe(server, twin, mode):
     with sync_to(server, twin.directory, mode) as sync:
         for seed in range(2):
             twin.randomise(seed)
-            probe = Prober(twin.model, vocab_size=VOCAB).probe()
-            name = sync.publish(twin.model, probe=probe).name
+            name = Prober(twin.model, vocab_size=VOCAB).publish(sync, twin.model).name
             assert_served(server, name, twin.clear_cases())
 
 

@@ -96,10 +96,10 @@ def test_server_refuses_other_weights_under_a_number_that_it_gave(server, twin, 
     with sync_to(server, twin.directory, mode) as sync:
         first = sync.publish(random_adapter(twin, 1))
         cases = twin.clear_cases()
-        sync._version = sync.fleet.replicas[0].last_version = first.version - 1
+        sync.versions.last = sync.fleet.replicas[0].last_version = first.version - 1
         with pytest.raises(errors.VersionTaken, match="other weights"):
             sync.publish(random_adapter(twin, 2))
         if mode != "full":  # which has written before it is told the digest
             assert_served(server, first.name, cases)
-        sync._version = first.version
+        sync.versions.last = first.version
         assert_served(server, sync.publish(random_adapter(twin, 3)).name, twin.clear_cases())

@@ -95,7 +95,7 @@ def test_bf16_server_shows_its_gap_and_auto_says_what_it_took(servers, model_dir
     caplog.set_level(logging.INFO, logger="tink_rl")
     config = SyncConfig(mode="auto", token=server.token, policy="bf16")
     with WeightSync(server.url, base_model=twin.directory, config=config) as sync:
-        Prober(twin.model, vocab_size=64).prove(sync, twin.collector)
+        Prober(twin.model, vocab_size=64).self_test(sync, twin.collector)
         assert f"mode auto took {sync.mode.value} on a bfloat16 server" in caplog.text
         assert "logprob gap merged" in caplog.text and "slot" in caplog.text
         record = sync.publish(random_adapter(twin, 1))

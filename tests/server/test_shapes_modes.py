@@ -310,10 +310,10 @@ def test_start_up_probe_tells_whether_whole_policies_are_applied(servers, model_
     with sync_to(server, directory, "auto") as sync:
         assert sync.settle(collector.needs) == "full"
         before = {k: v.detach().clone() for k, v in model.named_parameters()}
-        prober.prove(sync, collector)
+        prober.self_test(sync, collector)
         assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
         assert sync.status.served == {} and sync.current is None
-        record = sync.publish(collector.collect, probe=prober.probe())
+        record = prober.publish(sync, collector.collect())
         assert record.version >= 1 and record.probe_gap < 1e-3
 
 
@@ -327,5 +327,5 @@ def test_quantised_trainer_is_told_what_its_base_costs(servers, model_dir, caplo
         # Tiny random weights suffer more from 4 bits than real ones, so much that no synthetic adapter
         # stands out; what is looked at here is that the cost was said before.
         with pytest.raises(errors.ProbeFailed, match="the probe would show nothing"):
-            prober.prove(sync, collector)
+            prober.self_test(sync, collector)
     assert re.search(r"base is quantised .* differ by [0-9.]+ nats", caplog.text)

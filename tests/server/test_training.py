@@ -15,6 +15,7 @@ import tink_rl
 from tests.policies import PeftTwin, assert_served
 from tests.trainers import PROMPTS, make_trainer, rows, settings
 from tink_rl import errors
+from tink_rl.publish.packets import PacketTransfer
 from tink_rl.training import checks
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
@@ -205,17 +206,19 @@ def test_resumed_run_publishes_the_restored_adapter_under_the_next_free_version(
     assert history[0]["rollout/policy_version"] == last + 1
 
 
-def test_publish_that_fails_twice_ends_the_run_with_a_checkpoint(server, model_dir, tmp_path):
+def test_publish_that_fails_twice_ends_the_run_with_a_checkpoint(
+    server, model_dir, tmp_path, monkeypatch
+):
     trainer = make_trainer(server, model_dir, tmp_path, sync=settings(server))
-    send = trainer.policy_link.sync._send
+    stage = PacketTransfer.stage
 
-    def lose_the_wire_after_two_versions(outgoing, *rest):
-        if outgoing.header.version > trainer.policy_link.records[0].version + 1:
+    def lose_the_wire_after_two_versions(transfer):
+        if transfer.version > trainer.policy_link.records[0].version + 1:
             raise errors.ChannelLost("injected", replica=server.url)
-        return send(outgoing, *rest)
+        stage(transfer)
 
     def start_losing(*_):
-        trainer.policy_link.sync._send = lose_the_wire_after_two_versions
+        monkeypatch.setattr(PacketTransfer, "stage", lose_the_wire_after_two_versions)
 
     class Later(TrainerCallback):
         def on_step_begin(self, *args, **_):

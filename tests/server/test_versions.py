@@ -76,10 +76,10 @@ def test_server_gone_in_verify_is_named_with_its_phase_and_its_number_is_not_use
         def lost(*_):
             raise gone
 
-        monkeypatch.setattr(sync.probes, "check", lost)
-        probe = Prober(twin.model, vocab_size=VOCAB).probe()
+        monkeypatch.setattr(sync.probes, "ask", lost)
+        prober = Prober(twin.model, vocab_size=VOCAB)
         with pytest.raises(errors.ServerUnreachable) as caught:
-            sync.publish(random_adapter(twin, 2), probe=probe)
+            prober.publish(sync, random_adapter(twin, 2))
         assert caught.value.details == {"replica": server.url, "phase": "verify"}
         assert sync.current.name == first.name
         third = sync.publish(random_adapter(twin, 3))
@@ -151,7 +151,7 @@ def test_commit_drops_versions_of_its_own_policy_only(server, twin):
         sync_to(server, twin.directory, "adapter") as sync,
     ):
         name = other.publish(random_adapter(twin, 1)).name
-        sync._kept = [name, "policy@998", "policy@999"]
+        sync.versions.kept = [name, "policy@998", "policy@999"]
         with pytest.raises(errors.BadRequest, match="whose lease this is"):
             sync.publish(random_adapter(twin, 2))
         assert set(server.client().status().served) == {name}
@@ -177,9 +177,9 @@ def test_prompt_logprobs_beside_requests_on_other_adapters_are_right_and_end_not
     ):
         busy = other.publish(random_adapter(twin, 2)).name
         name = sync.publish(random_adapter(twin, 1)).name
-        probe = Prober(twin.model, vocab_size=VOCAB).probe()
+        prober = Prober(twin.model, vocab_size=VOCAB)
         with long_request_under_way(server, busy) as request:
-            gaps = [sync.probes.gap(probe, name) for _ in range(5)]
+            gaps = [prober.compare(sync, name).gap for _ in range(5)]
             assert client.status().served.keys() == {busy, name}
         assert max(gaps) <= 1e-3
         assert set(request.finish_reasons) == {"length"}

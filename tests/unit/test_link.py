@@ -104,7 +104,7 @@ def test_other_ranks_do_not_wait_for_ever():
 def test_base_is_compared_again_whenever_a_training_begins():
     compared = []
     link = follower()
-    link._duties = lambda: {"check_base": lambda: compared.append(True)}
+    link._check_base = lambda: compared.append(True)
     link.ranks = Ranks(0, 1, timeout_s=1.0)
     link._started = link._base_compared = True
     for begins, expected in ((False, 0), (True, 1), (False, 1), (True, 2)):
@@ -125,7 +125,7 @@ def test_base_is_compared_again_whenever_a_training_begins():
 )
 def test_versions_that_are_probed(sharding, every, expected):
     link = follower(probe_every=every)
-    link.collector = SimpleNamespace(sharding=sharding)
+    link.collector = SimpleNamespace(sharding=lambda: sharding)
     found = []
     for num_published in range(4):
         link.records = [object()] * num_published
@@ -143,7 +143,9 @@ def test_checkpoint_says_what_it_holds_where_peft_put_the_adapter(tmp_path, name
     link._base_model = str(tmp_path / "snapshots" / ("a" * 40) / "inner")
     record = SimpleNamespace(policy="math", version=3, digest="9f", mode=SyncMode.MERGED)
     link.sync = SimpleNamespace(
-        current=record, last_number=3, status=SimpleNamespace(base_fingerprint="f" * 32)
+        current=record,
+        versions=SimpleNamespace(last=3),
+        status=SimpleNamespace(base_fingerprint="f" * 32),
     )
     link.save(tmp_path)
     written = sorted(tmp_path.rglob("tink_policy.json"))

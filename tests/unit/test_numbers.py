@@ -114,10 +114,10 @@ def test_checkpoint_after_a_lost_commit_counts_on_above_it(fakes):
         server.lose = [(COMMIT, True), (COMMIT, True)]
         with pytest.raises(errors.PublishFailed):
             sync.publish(adapter(2))
-        assert (sync.current.version, sync.last_number) == (1, 2)
+        assert (sync.current.version, sync.versions.last) == (1, 2)
     server.restart()
     with syncing(server) as heir:
-        heir.start_after(sync.last_number)
+        heir.start_after(sync.versions.last)
         assert heir.publish(adapter(3)).version == 3
 
 

@@ -151,7 +151,7 @@ def test_a_probe_is_one_request_to_each_server(rig):
 def test_server_with_little_room_gets_a_shorter_prompt(rig):
     rig.server.state["max_model_len"] = 12
     rig.sync.status = rig.server.status()
-    rig.prober.prove(rig.sync, rig.twin.collector)
+    rig.prober.self_test(rig.sync, rig.twin.collector)
     assert len(rig.prober.prompt_ids) + NUM_DECODED == 12
 
 
@@ -161,10 +161,10 @@ def test_server_with_little_room_gets_a_shorter_prompt(rig):
 @pytest.mark.parametrize("case", PRECISIONS)
 def test_server_that_applies_no_adapter_is_named_as_that(model_dir, case):
     rig = Rig(model_dir("qwen3"), case)
-    rig.prober.prove(rig.sync, rig.twin.collector)
+    rig.prober.self_test(rig.sync, rig.twin.collector)
     rig.sync.applies = False
     with pytest.raises(errors.ProbeFailed, match="those of the base without the adapter"):
-        rig.prober.prove(rig.sync, rig.twin.collector)
+        rig.prober.self_test(rig.sync, rig.twin.collector)
 
 
 def change_base(rig, size):
@@ -181,7 +181,7 @@ def test_base_that_was_changed_in_memory_is_refused_and_not_called_rounding(mode
     rig = Rig(model_dir("qwen3"), case)
     change_base(rig, 1e-3)
     with pytest.raises(errors.BaseMismatch, match="that is no rounding") as caught:
-        rig.prober.prove(rig.sync, rig.twin.collector)
+        rig.prober.self_test(rig.sync, rig.twin.collector)
     text = str(caught.value)
     assert "Trainer: float32" in text and "server: float32 on cpu" in text
     assert "save_pretrained" in text and "dtype" not in text and "target_modules" not in text
@@ -190,25 +190,25 @@ def test_base_that_was_changed_in_memory_is_refused_and_not_called_rounding(mode
 def test_wrong_base_hides_in_no_rounding_of_any_size_below_fp32(model_dir, caplog):
     rig = Rig(model_dir("qwen3"), "bf16 server")
     change_base(rig, 0.004)
-    rig.prober.prove(rig.sync, rig.twin.collector)
+    rig.prober.self_test(rig.sync, rig.twin.collector)
     assert "compare the model that is trained with the one that is served" in caplog.text
     change_base(rig, 0.15)
     with pytest.raises(errors.BaseMismatch, match="allowed is 1"):
-        rig.prober.prove(rig.sync, rig.twin.collector)
+        rig.prober.self_test(rig.sync, rig.twin.collector)
 
 
 def test_full_version_of_another_run_is_named_at_the_start_and_under_way(rig):
     change_base(rig, 0.05)
     rig.server.state["full"] = "vllm@4"
     with pytest.raises(errors.BaseMismatch, match="whole tensors of 'vllm@4' in place of its base"):
-        rig.prober.prove(rig.sync, rig.twin.collector)
+        rig.prober.self_test(rig.sync, rig.twin.collector)
     with pytest.raises(errors.ProbeFailed, match="whole tensors of 'vllm@4' in place of its base"):
         rig.check()
 
 
 def test_autocast_beside_a_more_exact_server_is_told_once_with_its_cost(model_dir, caplog):
     rig = Rig(model_dir("qwen3"), "autocast")
-    rig.prober.prove(rig.sync, rig.twin.collector)
+    rig.prober.self_test(rig.sync, rig.twin.collector)
     [record] = caplog.records
     assert record.levelno == logging.WARNING and "bf16=False" in record.getMessage()
     assert "under bfloat16 autocast and the server in float32" in record.getMessage()
@@ -217,7 +217,7 @@ def test_autocast_beside_a_more_exact_server_is_told_once_with_its_cost(model_di
 @pytest.mark.parametrize("case", ["fp32", "bf16 server", "bf16"])
 def test_honest_start_says_nothing(model_dir, caplog, case):
     rig = Rig(model_dir("qwen3"), case)
-    rig.prober.prove(rig.sync, rig.twin.collector)
+    rig.prober.self_test(rig.sync, rig.twin.collector)
     assert caplog.text == "" and rig.sync.probes.base_gap < 0.2
 
 
@@ -226,7 +226,7 @@ def test_adapter_outside_the_forward_pass_is_named_as_that(rig):
         if hasattr(module, "base_layer"):
             module.forward = module.base_layer.forward
     with pytest.raises(errors.ProbeFailed, match="take no part in its forward pass"):
-        rig.prober.prove(rig.sync, rig.twin.collector)
+        rig.prober.self_test(rig.sync, rig.twin.collector)
 
 
 # -- the limits --------------------------------------------------------------------------------------

@@ -45,34 +45,35 @@ def side_by_side(store, turn, count=3, timeout_s=20.0):
 
 def test_every_rank_gets_what_the_leader_returned(store):
     def turn(ranks):
-        first = ranks.lead(lambda: {"name": "policy@1"})
-        second = ranks.lead(lambda: ["again", ranks.index])
+        first = ranks.on_leader(lambda: {"name": "policy@1"})
+        second = ranks.on_leader(lambda: ["again", ranks.index])
         return first, second
 
     assert side_by_side(store, turn) == [({"name": "policy@1"}, ["again", 0])] * 3
 
 
-def test_duties_are_done_by_every_rank_in_the_order_of_the_leader(store):
+def test_what_each_does_is_done_by_all_before_the_next_thing_is_done_by_any(store):
     done = {0: [], 1: [], 2: []}
 
     def turn(ranks):
-        def work():
-            return [ranks.together("note", word) for word in ("collect", "probe")]
-
         def note(word):
             done[ranks.index].append(word)
             return f"{word} by {ranks.index}"
 
-        return ranks.lead(work, {"note": note})
+        first = ranks.each(lambda: note("collect"))
+        found = ranks.on_leader(lambda: [list(words) for words in done.values()])
+        return first, found, ranks.each(lambda: note("probe"))
 
-    assert side_by_side(store, turn) == [["collect by 0", "probe by 0"]] * 3
+    assert side_by_side(store, turn) == [
+        (f"collect by {i}", [["collect"]] * 3, f"probe by {i}") for i in range(3)
+    ]
     assert done == {i: ["collect", "probe"] for i in range(3)}
 
 
 def test_one_process_makes_plain_calls():
     ranks = Ranks(0, 1, timeout_s=1.0)
     with ranks.failing_together():
-        assert ranks.lead(lambda: ranks.together("twice", 4), {"twice": lambda x: 2 * x}) == 8
+        assert ranks.on_leader(lambda: ranks.each(lambda: 2 * 4)) == 8
 
 
 def test_error_of_the_leader_is_raised_by_all_with_class_message_and_details(store):
@@ -80,7 +81,7 @@ def test_error_of_the_leader_is_raised_by_all_with_class_message_and_details(sto
         def work():
             raise errors.PublishFailed("policy@3 could not be published", replica="http://x")
 
-        ranks.lead(work)
+        ranks.on_leader(work)
 
     found = side_by_side(store, turn)
     assert [type(e) for e in found] == [errors.PublishFailed] * 3
@@ -90,7 +91,7 @@ def test_error_of_the_leader_is_raised_by_all_with_class_message_and_details(sto
 
 def test_foreign_error_of_the_leader_reaches_the_others_as_rank_failed(store):
     def turn(ranks):
-        ranks.lead(lambda: 1 // 0)
+        ranks.on_leader(lambda: 1 // 0)
 
     leader, *others = side_by_side(store, turn)
     assert isinstance(leader, ZeroDivisionError)
@@ -98,13 +99,13 @@ def test_foreign_error_of_the_leader_reaches_the_others_as_rank_failed(store):
     assert "rank 0 failed: ZeroDivisionError" in str(others[0])
 
 
-def test_failing_duty_of_a_follower_is_raised_by_all(store):
+def test_what_fails_on_a_follower_is_raised_by_all(store):
     def turn(ranks):
         def collect():
             if ranks.index == 2:
                 raise errors.UnsupportedAdapter("merged on rank 2")
 
-        ranks.lead(lambda: ranks.together("collect"), {"collect": collect})
+        ranks.each(collect)
 
     found = side_by_side(store, turn)
     assert {(type(e), str(e)) for e in found} == {(errors.UnsupportedAdapter, "merged on rank 2")}
@@ -125,7 +126,7 @@ def test_broken_collective_of_the_leader_is_explained_by_the_rank_that_broke_it(
                     pass
                 raise RuntimeError("Connection closed by peer")
 
-        ranks.lead(lambda: ranks.together("collect"), {"collect": collect})
+        ranks.each(collect)
 
     leader, failed, other = side_by_side(store, turn)
     assert isinstance(failed, ValueError)
@@ -138,7 +139,7 @@ def test_failure_outside_of_a_turn_reaches_a_leader_that_waits(store):
     def turn(ranks):
         if ranks.index == 1:
             raise KeyError("reward")
-        ranks.lead(lambda: ranks.together("collect"), {"collect": lambda: None})
+        ranks.each(lambda: None)
 
     leader, failed, other = side_by_side(store, turn)
     assert isinstance(failed, KeyError)
@@ -151,7 +152,7 @@ def test_rank_that_never_comes_is_named_after_the_deadline(store, monkeypatch):
 
     def turn(ranks):
         if ranks.index != 1:
-            ranks.lead(lambda: ranks.together("collect"), {"collect": lambda: None})
+            ranks.each(lambda: None)
 
     leader, _, _ = side_by_side(store, turn, timeout_s=0.5)
     assert isinstance(leader, errors.RankFailed)

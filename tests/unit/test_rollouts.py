@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from tink_rl import SyncConfig, VLLMClient, WeightSync, errors
+from tink_rl import errors
+from tink_rl.publish.versions import Versions
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings, _requests
 from tink_rl.training.rollouts import (
     Ask,
@@ -341,9 +342,8 @@ def test_seed_is_exact_in_json_and_depends_on_every_part():
 
 
 def test_version_that_a_rollout_goes_on_with_is_not_dropped_by_a_commit():
-    client = VLLMClient("http://server", token="t" * 20)
-    sync = WeightSync(client, base_model="base", config=SyncConfig(keep_versions=2))
-    sync._kept = ["p@1", "p@2", "p@3"]
-    assert sync._superseded() == ["p@1", "p@2"]
-    sync.pinned = "p@1"
-    assert sync._superseded() == ["p@2"]
+    versions = Versions("p", keep=2)
+    versions.kept = ["p@1", "p@2", "p@3"]
+    assert versions.superseded() == ["p@1", "p@2"]
+    versions.pinned = "p@1"
+    assert versions.superseded() == ["p@2"]

@@ -41,7 +41,7 @@ def test_fully_sharded_adapter_is_collected_swapped_and_given_back_bit_exactly(m
     for layer in twin.model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(twin.model, mesh=mesh)
-    assert twin.collector.sharding is Sharding.DTENSOR
+    assert twin.collector.sharding() is Sharding.DTENSOR
 
     other = twin.collector.random_like(seed=3, std=0.1)
     with twin.collector.swapped(other):
@@ -83,10 +83,10 @@ def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_
         twin.model(input_ids=torch.tensor([[3, 4, 5]]))
     parameter = next(p for n, p in twin.model.named_parameters() if "lora_A" in n)
     assert sharding_of(parameter) is Sharding.WHOLE
-    assert twin.collector.sharding is Sharding.DTENSOR
+    assert twin.collector.sharding() is Sharding.DTENSOR
     with twin.collector.swapped(twin.collector.random_like(seed=3)) as _:
         twin.model(input_ids=torch.tensor([[3, 4, 5]]))
-    assert twin.collector.sharding is Sharding.DTENSOR
+    assert twin.collector.sharding() is Sharding.DTENSOR
 
 
 def test_what_four_ranks_hold_is_read_whole_on_each_however_it_is_cut(tmp_path):

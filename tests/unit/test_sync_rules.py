@@ -16,6 +16,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
 from tink_rl.publish.modes import choose_mode
+from tink_rl.publish.packets import PacketTransfer
 from tink_rl.publish.probe_rules import largest_gap
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.stopwatch import Stopwatch
@@ -228,10 +229,11 @@ def sharing():
 
 
 def test_memory_of_a_publish_that_came_to_nothing_is_packed_into_again(sharing):
-    room, shelf = sharing._room(1000), sharing.fleet._shelf
-    assert {sharing._room(size).data_ptr() for size in (1000, 500, 1000)} == {room.data_ptr()}
-    sharing._last, sharing._spare = (None, room), None
-    other = sharing._room(1000)
+    allocate, shelf = sharing._preparation._packer.allocate, sharing.fleet._shelf
+    room = allocate(1000)
+    assert {allocate(size).data_ptr() for size in (1000, 500, 1000)} == {room.data_ptr()}
+    sharing._preparation._packer.reuse(None)  # a version is in it now
+    other = allocate(1000)
     assert other.data_ptr() != room.data_ptr() and len(shelf._segments) == 2
     assert shelf.holding(room) is not None
 
@@ -240,13 +242,13 @@ def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monk
     def lost(*_, **__):
         raise errors.PublishFailed("the server is gone")
 
-    monkeypatch.setattr(sharing, "_twice", lost)
+    monkeypatch.setattr(PacketTransfer, "stage", lost)
     for value, error in ((0.5, errors.PublishFailed), (float("nan"), errors.NonFiniteWeights)):
         tensors = {"m.lora_A.weight": torch.full((1, 16), value)}
         settings = {"mode": SyncMode.ADAPTER, "base_fingerprint": "", "rank": 1}
         outgoing = Outgoing(*packet.pack(tensors, **settings))
         with pytest.raises(error):  # only what is not broken is a checkpoint to resume from
-            sharing._publish_packet(outgoing, Stopwatch(), None)
+            sharing._deliver(PacketTransfer(sharing.fleet, outgoing), Stopwatch())
 
 
 def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):
@@ -267,12 +269,12 @@ def test_memory_that_cannot_be_shared_gives_way_to_gloo_or_is_an_error(sharing, 
     monkeypatch.setattr(Segment, "create", full)
     [replica] = sharing.fleet.replicas
     monkeypatch.setattr(replica, "_control", lambda *_: {})
-    assert sharing._room(1000).numel() == 1000
+    assert sharing._preparation._packer.allocate(1000).numel() == 1000
     assert not replica.shares_memory and replica._transport is Transport.GLOO
     replica._joined, replica._transport = {"transport": Transport.SHM, "epoch": 1}, Transport.SHM
-    sharing._spare = None
+    sharing._preparation._packer.reuse(None)
     with pytest.raises(errors.SegmentUnreachable):
-        sharing._room(1000)
+        sharing._preparation._packer.allocate(1000)
 
 
 def test_closed_client_says_that_it_is_closed():

@@ -180,15 +180,16 @@ class AdapterCollector:
         self.needs = replace(needs(facts), rank=self.rank)
         self.dropout = float(config.lora_dropout or 0.0)
 
-    @property
     def sharding(self) -> Sharding:
-        """How the ranks share the adapter; unless WHOLE, `collect` and `swapped` are collectives."""
+        """How the ranks share the adapter; unless WHOLE, `collect` and `swapped` are collectives.
+
+        Lets every FSDP2 module hold its shards again.
+        """
         reshard(self._model)
         return sharding_of(self._modules[0].lora_a)
 
-    @property
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        """A and B of each module, in turn."""
+    def _resharded_parameters(self) -> list[torch.nn.Parameter]:
+        """A and B of each module, in turn; lets every FSDP2 module hold its shards again."""
         reshard(self._model)
         return [parameter for m in self._modules for parameter in (m.lora_a, m.lora_b)]
 
@@ -209,7 +210,7 @@ class AdapterCollector:
                 raise UnsupportedAdapter(
                     f"{module.name} is merged into the base; call unmerge_adapter() before a publish"
                 )
-        whole = read_whole(self._parameters)
+        whole = read_whole(self._resharded_parameters())
         tensors = {}
         for module, lora_a, lora_b in zip(self._modules, whole[::2], whole[1::2], strict=True):
             tensors[f"{module.name}.lora_A.weight"] = lora_a.to(dtype, copy=not live)
@@ -248,7 +249,7 @@ class AdapterCollector:
 
         Of sharded parameters every rank must enter it, with the same adapter.
         """
-        kept = [tensor.clone() for tensor in read_whole(self._parameters)]
+        kept = [tensor.clone() for tensor in read_whole(self._resharded_parameters())]
         values = []
         for module in self._modules:
             rank = module.shape[1]  # what follows is in the base already
@@ -256,10 +257,10 @@ class AdapterCollector:
             lora_b = adapter.tensors[f"{module.name}.lora_B.weight"][:, :rank]
             values += [lora_a, lora_b / module.scaling]
         try:
-            write_whole(self._parameters, values)
+            write_whole(self._resharded_parameters(), values)
             yield
         finally:
-            write_whole(self._parameters, kept)
+            write_whole(self._resharded_parameters(), kept)
 
 
 def from_peft_model(

@@ -33,6 +33,10 @@ class LiveModel:
     changed: Callable[[], AbstractContextManager[None]] = nullcontext
     """The model holds what is to be published inside this block."""
 
+    def to(self, dtype: torch.dtype) -> LiveModel:
+        """The same: its tensors are cast as they are sent."""
+        return self
+
     def digest(self) -> str:
         """Of `trained`: equal digests mean equal policies, because nothing else is written to."""
         from blake3 import blake3
@@ -69,7 +73,6 @@ class WholeCollector:
             if parameter.requires_grad or name in key.split(".")
         }
 
-    @property
     def sharding(self) -> Sharding:
         """Always WHOLE: whole tensors are taken from a model that every process holds whole.
 

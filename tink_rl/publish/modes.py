@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from tink_rl import errors
 from tink_rl.policy.support import Needs
-from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
+from tink_rl.types import PolicyVersion, PublishRecord, ServerStatus, SyncMode
+
+logger = logging.getLogger("tink_rl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +91,70 @@ def _not_offered(what: str, mode: str, status: ServerStatus) -> errors.ModeUnava
         f"{what}: the server offers {', '.join(status.modes)}; restart it with "
         f"`tink-rl serve --mode {mode}`"
     )
+
+
+class ModeInUse:
+    """The mode of one publisher: chosen as it opens, again for its adapter, fixed by its first version."""
+
+    def __init__(self, wanted: str, policy: str) -> None:
+        """Store; `open` chooses.
+
+        Args:
+            wanted: `SyncConfig.mode`.
+            policy: Its name.
+        """
+        self._wanted, self._policy = wanted, policy
+        self._mode: SyncMode | None = None
+        self._is_said = False
+
+    @property
+    def mode(self) -> SyncMode:
+        """The mode.
+
+        Raises:
+            ConfigError: the servers were not asked yet.
+        """
+        if self._mode is None:
+            raise errors.ConfigError("the mode is not known yet; call open() first")
+        return self._mode
+
+    def open(self, status: ServerStatus) -> None:
+        """Choose as long as no adapter is known.
+
+        Raises:
+            ModeUnavailable: the server was not started for what was asked for.
+        """
+        self._mode = choose_mode(self._wanted, status, policy=self._policy).mode
+
+    def settle(
+        self, needed: Needs, status: ServerStatus, current: PublishRecord | None
+    ) -> SyncMode:
+        """Choose for an adapter that needs `needed`, and say in one line which and why.
+
+        Raises:
+            UnsupportedAdapter: the mode that was asked for, or that `current` has, cannot express it.
+            ModeUnavailable: the server offers none that can.
+        """
+        if current is not None:
+            if self.mode not in needed.modes:
+                raise errors.UnsupportedAdapter(
+                    f"{current.name} is published in {self.mode.value} mode, which cannot express "
+                    f"{', '.join(needed.because)}"
+                )
+            return self.mode
+        if self.mode not in needed.modes or not self._is_said:
+            choice = choose_mode(self._wanted, status, needed, policy=self._policy)
+            if not self._is_said or choice.mode is not self._mode:
+                logger.info("mode %s: %s: %s", self._wanted, choice.mode.value, choice.reason)
+            self._mode, self._is_said = choice.mode, True
+        return self.mode
+
+    def use(self, mode: SyncMode, current: PublishRecord | None) -> None:
+        """Take `mode` from now on.
+
+        Raises:
+            ConfigError: `current` is published in one already.
+        """
+        if current is not None:
+            raise errors.ConfigError(f"{current.name} is published in {self._mode}; too late")
+        self._mode = mode

@@ -1,7 +1,8 @@
 """Whether the servers compute what the trainer computes: logprobs of a prompt and of what follows it.
 
 A server is asked for the prompt's logprobs and goes on for a few tokens: decoding runs through other
-kernels and caches than reading a prompt. The trainer then scores the same tokens.
+kernels and caches than reading a prompt. The trainer then scores the same tokens, under several *views*
+of its model. Here is what is asked and what is concluded; who scores is `training/probe.py`.
 
 Shapes: B rows, T tokens.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tink_rl import errors
@@ -32,6 +33,8 @@ _SHARE, _SIGMAS = 0.05, 6.0
 applies may be off: right ones of four models, five sizes each, showed at most 2.3 times."""
 _WELL_EXPLAINED = 3.0
 """A base gap of more noise than this is systematic, and would be taken for a share."""
+Answer = tuple[list[int], list[float]]
+"""A server's: the prompt and what it added, and the logprob of every token but the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,8 @@ class Measured:
     """The coarsest format in which a module answered."""
     autocast: str | None = None
     """The format of the autocast under which this model trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A prompt, and how the trainer scores rows of tokens under the policy that is being published."""
-
-    prompt_ids: list[int]
-    measure: Callable[[list[list[int]], str], Measured]
-    """`measure(rows_BT, view)`; a collective where the model is sharded."""
     quantized: bool = False
+    """Whether its base is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +67,55 @@ class Finding:
     """One server's logprobs for each of `rows_BT`: the worst one's."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CloserLook:
+    """What the trainer also says of the rows of a finding whose gap needs an explanation."""
+
+    rounds_to: str
+    """The coarsest format in which either side computes."""
+    rounded: Measured
+    """Under the view of that name."""
+    base: Measured
+    """Without the adapter."""
+
+
+def distinct_rows(answers: Sequence[Answer]) -> list[list[int]]:
+    """The token ids that the servers answered, each row once, for the trainer to score."""
+    return [list(row) for row in dict.fromkeys(tuple(ids) for ids, _ in answers)]
+
+
+def compare(name: str, num_read: int, answers: Sequence[Answer], trainer: Measured) -> Finding:
+    """The servers' answers beside what the trainer says of `distinct_rows(answers)`.
+
+    Args:
+        name: The version.
+        num_read: Logprobs that come from reading the prompt: as many as it has tokens, because the first
+            new token does, too.
+        answers: One of each replica.
+        trainer: Under the EXACT view.
+    """
+    rows_BT = distinct_rows(answers)
+    ours = dict(zip(map(tuple, rows_BT), trainer.logprobs_BT, strict=True))
+    read, decoded = [], []
+    worst: dict[tuple[int, ...], tuple[float, list[float]]] = {}
+    for ids, theirs in answers:
+        mine = ours[tuple(ids)]
+        read.append(largest_gap(mine[:num_read], theirs[:num_read]))
+        decoded.append(largest_gap(mine[num_read:], theirs[num_read:]))
+        gap = _largest([read[-1], decoded[-1]])
+        if tuple(ids) not in worst or not gap <= worst[tuple(ids)][0]:
+            worst[tuple(ids)] = (gap, theirs)
+    return Finding(
+        name=name,
+        gap=_largest(read + decoded),
+        prompt_gap=_largest(read),
+        decode_gap=_largest(decoded),
+        trainer=trainer,
+        rows_BT=rows_BT,
+        answers_BT=[worst[tuple(row)][1] for row in rows_BT],
+    )
+
+
 class ProbeCheck:
     """Compares the servers with a trainer, within what rounding explains."""
 
@@ -79,6 +123,16 @@ class ProbeCheck:
         self._fleet, self._config = fleet, config
         self.base_gap = 0.0
         """By how much trainer and server differ on the base."""
+
+    def ask(self, prompt_ids: list[int], name: str) -> list[Answer]:
+        """One request to each replica: the prompt's logprobs under `name`, and what it adds.
+
+        Raises:
+            TinkError: a replica does not answer.
+        """
+        return self._fleet.each(
+            lambda replica: replica.client.continuation(prompt_ids, name, NUM_DECODED)
+        )
 
     def rounds_to(self, trainer: str, status: ServerStatus, mode: SyncMode) -> str:
         """The coarsest format in which either side computes."""
@@ -89,89 +143,58 @@ class ProbeCheck:
             server = coarser(server, status.adapter_dtype)
         return coarser(trainer, server)
 
-    def limits(self, probe: Probe, rounds_to: str, noise: float) -> Limits:
+    def limits(self, trainer: Measured, rounds_to: str, noise: float) -> Limits:
         """How far a version may be off; see `probe_rules.limits`."""
         return limits(
             rounds_to,
             noise,
             base_gap=self.base_gap,
-            quantized=probe.quantized,
+            quantized=trainer.quantized,
             tolerance=self._config.probe_tolerance,
         )
 
-    def gap(self, probe: Probe, name: str) -> float:
-        """Largest |trainer - server| logprob over all replicas and tokens."""
-        return self.compare(probe, name).gap
+    def unexplained(self, found: Finding, status: ServerStatus, mode: SyncMode) -> str | None:
+        """The view that explains the gap of `found`, or not; None: it needs no explanation."""
+        rounds_to = self.rounds_to(found.trainer.dtype, status, mode)
+        is_small = found.gap <= self.limits(found.trainer, rounds_to, 0.0).quiet
+        return None if is_small else rounds_to
 
-    def compare(self, probe: Probe, name: str) -> Finding:
-        """Ask every replica, then score what they answered."""
-        answers = self._fleet.each(
-            lambda replica: replica.client.continuation(probe.prompt_ids, name, NUM_DECODED)
-        )
-        rows_BT = [list(row) for row in dict.fromkeys(tuple(ids) for ids, _ in answers)]
-        trainer = probe.measure(rows_BT, EXACT)
-        ours = dict(zip(map(tuple, rows_BT), trainer.logprobs_BT, strict=True))
-        num_read = len(probe.prompt_ids)  # the first new token comes from reading the prompt, too
-        read, decoded = [], []
-        worst: dict[tuple[int, ...], tuple[float, list[float]]] = {}
-        for ids, theirs in answers:
-            mine = ours[tuple(ids)]
-            read.append(largest_gap(mine[:num_read], theirs[:num_read]))
-            decoded.append(largest_gap(mine[num_read:], theirs[num_read:]))
-            gap = _largest([read[-1], decoded[-1]])
-            if tuple(ids) not in worst or not gap <= worst[tuple(ids)][0]:
-                worst[tuple(ids)] = (gap, theirs)
-        return Finding(
-            name=name,
-            gap=_largest(read + decoded),
-            prompt_gap=_largest(read),
-            decode_gap=_largest(decoded),
-            trainer=trainer,
-            rows_BT=rows_BT,
-            answers_BT=[worst[tuple(row)][1] for row in rows_BT],
-        )
-
-    def noise(self, probe: Probe, found: Finding, rounds_to: str) -> float:
-        """By how much rounding to that format moves the trainer's logprobs of `found`."""
-        return noise_of(probe, found.rows_BT, found.trainer, rounds_to)
-
-    def check(self, probe: Probe, name: str, status: ServerStatus, mode: SyncMode) -> float:
-        """The gap of `probe`; a gap that rounding hardly explains is warned about.
+    def judge(
+        self, found: Finding, closer: CloserLook, status: ServerStatus, mode: SyncMode
+    ) -> None:
+        """Warn of a gap that rounding hardly explains.
 
         Raises:
             ProbeFailed: no rounding explains it: the server does not serve what was trained.
         """
-        found = self.compare(probe, name)
-        rounds_to = self.rounds_to(found.trainer.dtype, status, mode)
-        if found.gap <= self.limits(probe, rounds_to, 0.0).quiet:
-            return found.gap
-        noise, typical = scatter(probe, found.rows_BT, found.trainer, rounds_to)
-        allowed = self.limits(probe, rounds_to, noise)
+        noise, typical = scatter(found.trainer, closer.rounded)
+        allowed = self.limits(found.trainer, closer.rounds_to, noise)
         if found.gap <= allowed.quiet:
-            if not probe.quantized and self.base_gap <= _WELL_EXPLAINED * noise:
-                self._tell_share(probe, found, typical)
-            return found.gap
-        facts = f"{self.facts(found, status, mode)}; {self.cause(probe, found, mode)}"
-        rounding = f"rounding to {rounds_to} moves the trainer's own by {noise:.2g}"
+            if not found.trainer.quantized and self.base_gap <= _WELL_EXPLAINED * noise:
+                self._warn_of_share(found, closer, typical)
+            return
+        facts = f"{self.facts(found, status, mode)}; {self._cause(found, closer, mode)}"
+        rounding = f"rounding to {closer.rounds_to} moves the trainer's own by {noise:.2g}"
         if found.gap <= allowed.fail:
             logger.warning(
                 "%s: trainer and server differ by %.3g nats in a logprob of the probe, and %s: this is "
                 "more than rounding usually explains (the run ends above %.3g). %s",
-                *(name, found.gap, rounding, allowed.fail, facts),
+                *(found.name, found.gap, rounding, allowed.fail, facts),
             )
-            return found.gap
+            return
         raise errors.ProbeFailed(
-            f"{name}: trainer and server differ by {found.gap:.3g} nats in a logprob of the probe, allowed "
-            f"is {allowed.fail:.3g} ({rounding}); the server does not serve the policy that is trained. "
-            f"{facts}",
+            f"{found.name}: trainer and server differ by {found.gap:.3g} nats in a logprob of the probe, "
+            f"allowed is {allowed.fail:.3g} ({rounding}); the server does not serve the policy that is "
+            f"trained. {facts}",
             gap=found.gap,
             noise=noise,
         )
 
-    def _tell_share(self, probe: Probe, found: Finding, typical: float) -> None:
+    def _warn_of_share(self, found: Finding, closer: CloserLook, typical: float) -> None:
         """Warn if the server applies the adapter too strongly or weakly for what rounding does at random."""
-        base_BT = probe.measure(found.rows_BT, BASE).logprobs_BT
-        share, sigmas = share_applied(found.trainer.logprobs_BT, found.answers_BT, base_BT, typical)
+        share, sigmas = share_applied(
+            found.trainer.logprobs_BT, found.answers_BT, closer.base.logprobs_BT, typical
+        )
         if abs(share - 1) > _SHARE and sigmas > _SIGMAS:
             logger.warning(
                 "%s: the server seems to apply %.2f of the adapter: over all tokens of the probe that is "
@@ -190,7 +213,7 @@ class ProbeCheck:
             f"{status.device}, mode {mode.value}"
         )
 
-    def cause(self, probe: Probe, found: Finding, mode: SyncMode) -> str:
+    def _cause(self, found: Finding, closer: CloserLook, mode: SyncMode) -> str:
         """What was found to be wrong, or where to look."""
         if (stranger := self.in_place_of_base(mode)) is not None:
             return stranger
@@ -200,8 +223,7 @@ class ProbeCheck:
                 "the prompt agrees and only decoded tokens do not: what the server derives from its weights, "
                 "or caches, is of another version; report it with the server's `tink-rl status`"
             )
-        base_BT = probe.measure(found.rows_BT, BASE).logprobs_BT
-        to_base = _largest([*map(largest_gap, base_BT, found.answers_BT)])
+        to_base = _largest([*map(largest_gap, closer.base.logprobs_BT, found.answers_BT)])
         if to_base < found.gap / 4:
             return (
                 f"the server's logprobs are those of the base without the adapter (within {to_base:.2g}): it "
@@ -223,20 +245,12 @@ class ProbeCheck:
         return None
 
 
-def noise_of(probe: Probe, rows_BT: list[list[int]], exact: Measured, rounds_to: str) -> float:
-    """By how much rounding to that format moves the trainer's own logprobs of `rows_BT`."""
-    return scatter(probe, rows_BT, exact, rounds_to)[0]
-
-
-def scatter(
-    probe: Probe, rows_BT: list[list[int]], exact: Measured, rounds_to: str
-) -> tuple[float, float]:
-    """What rounding to that format does to the trainer's own logprobs: at most, and root mean square."""
-    rounded_BT = probe.measure(rows_BT, rounds_to).logprobs_BT
+def scatter(exact: Measured, rounded: Measured) -> tuple[float, float]:
+    """What rounding does to the trainer's own logprobs: at most (the noise), and root mean square."""
     exact_BT = [row for row in exact.logprobs_BT for _ in range(NUM_ROUNDED)]
     moves = [
         a - b
-        for ours, theirs in zip(rounded_BT, exact_BT, strict=True)
+        for ours, theirs in zip(rounded.logprobs_BT, exact_BT, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     ]
     return _largest(moves), math.sqrt(sum(move * move for move in moves) / len(moves))

@@ -19,6 +19,7 @@ from tink_rl.training import live
 from tink_rl.training.link import PolicyLink
 from tink_rl.training.probe import Prober
 from tink_rl.training.publishing import leaving_checkpoint
+from tink_rl.training.ranks import Ranks
 
 logger = logging.getLogger("tink_rl")
 Servers = str | VLLMClient | list[str | VLLMClient] | None
@@ -81,15 +82,21 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         SecondPublisher: this model is published already.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    ranks = Ranks(
+        trainer.accelerator.process_index,
+        trainer.accelerator.num_processes,
+        timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
+    )
+    vocab_size = model.config.get_text_config().vocab_size
     link = PolicyLink(
         model,
         trainer.accelerator,
         clients=clients,
         config=sync,
         base_model=_base_of(model, trainer.args),
-        prober=Prober(model, vocab_size=model.config.get_text_config().vocab_size),
+        prober=Prober(model, vocab_size=vocab_size, ranks=ranks),
+        ranks=ranks,
         tokenizer=getattr(trainer, "processing_class", None),
-        rank_timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     trainer.policy_link = link
     live.keep_offline_without_login(trainer.args)

@@ -1,8 +1,7 @@
 """The link between one trainer and its servers: start, publish after each step, recover, stop.
 
-Every rank has a `PolicyLink`; rank 0 publishes and tells the others the version, or the error, so
-that all go on together or all stop with the same reason. Of a sharded model (FSDP2, ZeRO-3) every rank
-takes part in collecting and probing.
+Every rank has a `PolicyLink` and runs the same lines: each collects and probes (collectives, where the
+model is sharded), rank 0 publishes, and its record or its error is every rank's.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
-from tink_rl.policy.adapter import AdapterCollector, active_adapter
-from tink_rl.policy.collect import collector_for
+from tink_rl.policy.adapter import Adapter, AdapterCollector, active_adapter
+from tink_rl.policy.collect import LiveModel, collector_for
 from tink_rl.policy.live_check import check_frozen, check_live_base
 from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.publish.modes import check_fits
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.probe import Prober
-from tink_rl.training.ranks import Duties, Ranks
+from tink_rl.training.ranks import Ranks
 from tink_rl.transport.replica import Replica
-from tink_rl.types import PublishRecord, ServerStatus, SyncMode
+from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
 logger = logging.getLogger("tink_rl")
 _POLL_S = 0.2
@@ -49,8 +48,8 @@ class PolicyLink:
         config: SyncConfig,
         base_model: str,
         prober: Prober,
+        ranks: Ranks,
         tokenizer: Any = None,
-        rank_timeout_s: float = 1800.0,
     ) -> None:
         """Find the adapter in `model`; speaks to no server yet.
 
@@ -61,8 +60,8 @@ class PolicyLink:
             config: Settings.
             base_model: Directory (or cached hub id) of the base.
             prober: Of the same model.
+            ranks: The processes of the run.
             tokenizer: The trainer's, to be compared with the served vocabulary.
-            rank_timeout_s: How long one process may wait for another.
 
         Raises:
             UnsupportedAdapter: the adapter cannot be published.
@@ -80,9 +79,7 @@ class PolicyLink:
         """Optimizer steps that were done when training began; None: it has not."""
         self.is_training = False
         """Whether `train` is under way: it gives the lease back when it ends."""
-        self.ranks = Ranks(
-            accelerator.process_index, accelerator.num_processes, timeout_s=rank_timeout_s
-        )
+        self.ranks = ranks
         self._model, self._accelerator, self._prober = model, accelerator, prober
         self._config, self._base_model, self._tokenizer = config, base_model, tokenizer
         self._current = ""
@@ -117,22 +114,26 @@ class PolicyLink:
         refuse_flat_parameters(self._model)
         _tell_if_fsdp_was_left_out(self._accelerator)
 
-        def work() -> None:
-            check(self.sync.open())
-            self.ranks.together("check_base")
-            mode = self.sync.settle(self.collector.needs)
-            # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
-            if mode is SyncMode.FULL and self.collector.sharding is Sharding.WHOLE:
-                self.sync.check_whole(self._model)
-            self._prober.prove(self.sync, self.collector, partial(self._on_all, "measure_with"))
-            self._proven_on = self.sync.base_taken_by
-            if self._config.probe_every and self.collector.sharding is Sharding.ZERO3:
-                logger.info(
-                    "ZeRO-3: only the first version is probed; rollout/logprob_gap goes on comparing"
-                )
+        self.ranks.on_leader(lambda: check(self.sync.open()))
+        self._compare_base_once()
+        self.ranks.on_leader(self._settle_mode)
+        self._prober.self_test(self.sync, self.collector)
+        self._proven_on = self.sync.base_taken_by
+        if self.ranks.is_leader and self._config.probe_every and self._is_partitioned:
+            logger.info(
+                "ZeRO-3: only the first version is probed; rollout/logprob_gap goes on comparing"
+            )
+        self._started = True
 
-        self.ranks.lead(work, self._duties())
-        self._started = self._base_compared = True
+    def _settle_mode(self) -> None:
+        mode = self.sync.settle(self.collector.needs)
+        # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
+        if mode is SyncMode.FULL and self.collector.sharding() is Sharding.WHOLE:
+            self.sync.check_whole(self._model)
+
+    @property
+    def _is_partitioned(self) -> bool:
+        return self.collector.sharding() is Sharding.ZERO3
 
     def expect_other_base(self) -> None:
         """Let the next `start` compare the base again: it may have been changed since the last one."""
@@ -140,7 +141,7 @@ class PolicyLink:
 
     def _compare_base_once(self) -> None:
         if not self._base_compared:
-            self.ranks.lead(partial(self.ranks.together, "check_base"), self._duties())
+            self.ranks.each(self._check_base)
             self._base_compared = True
 
     def publish(self) -> PublishRecord:
@@ -154,26 +155,36 @@ class PolicyLink:
             TinkError: see `WeightSync.publish`.
         """
 
-        def work() -> dict[str, Any]:
-            if self.sync.pinned and self.sync.mode is not SyncMode.ADAPTER:
-                raise errors.ConfigError(
-                    f"publish() in the middle of a rollout that {self.sync.pinned} samples: in "
-                    f"{self.sync.mode.value} mode its next turn would come from another policy; "
-                    "publish between rollouts, or set SyncConfig(mode='adapter')"
-                )
-            measure = partial(self._on_all, "measure")
-            probe = self._prober.probe(measure) if self._probes_now() else None
-            record = self.sync.publish(partial(self._on_all, "collect"), probe=probe)
-            self._check_base_is_there(record.name)
-            return asdict(record)
-
-        data = self.ranks.lead(work, self._duties())
-        record = PublishRecord(**{**data, "mode": SyncMode(data["mode"])})
+        watch = Stopwatch()
+        with watch.naming_phase(), watch(Phase.COLLECT):
+            policy = self.ranks.each(lambda: self.collector.collect(live=True))
+        if self._probes_now():
+            self.ranks.on_leader(self._check_no_rollout)
+            record = self._prober.publish(self.sync, policy, watch)
+            self.ranks.on_leader(lambda: self._check_base_is_there(record.name))
+        else:
+            data = self.ranks.on_leader(lambda: self._publish_unprobed(policy, watch))
+            record = PublishRecord.from_json(data)
         self._current = record.name
         self._digests[record.name] = record.digest
         if record.published:
             self.records.append(record)
         return record
+
+    def _publish_unprobed(self, policy: Adapter | LiveModel, watch: Stopwatch) -> dict[str, Any]:
+        self._check_no_rollout()
+        record = self.sync.publish(policy, watch=watch)
+        self._check_base_is_there(record.name)
+        return asdict(record)
+
+    def _check_no_rollout(self) -> None:
+        pinned = self.sync.versions.pinned
+        if pinned and self.sync.mode is not SyncMode.ADAPTER:
+            raise errors.ConfigError(
+                f"publish() in the middle of a rollout that {pinned} samples: in "
+                f"{self.sync.mode.value} mode its next turn would come from another policy; "
+                "publish between rollouts, or set SyncConfig(mode='adapter')"
+            )
 
     def _check_base_is_there(self, name: str) -> None:
         now, proven_on = self.sync.base_taken_by, self._proven_on
@@ -194,27 +205,18 @@ class PolicyLink:
         another order than in training (TRL fuses the head into the loss) leaves DeepSpeed's prefetching
         with a parameter in flight, and a later step ends the run.
         """
-        if self.records and self.collector.sharding is Sharding.ZERO3:
+        if self.records and self._is_partitioned:
             return False
         every = self._config.probe_every
         return every > 0 and len(self.records) % every == 0
 
     def pin(self, name: str | None) -> None:
         """Keep `name` served while a rollout goes on with it; None: it ended."""
-        self.sync.pinned = name
+        self.sync.versions.pinned = name
 
     def digest_of(self, name: str) -> str:
         """Digest of a version that this run published; known on every rank."""
         return self._digests[name]
-
-    def _duties(self) -> Duties:
-        """What every rank does together, all of it only where the model is sharded."""
-        return {
-            "check_base": self._check_base,
-            "measure": self._prober.measure,
-            "measure_with": partial(self._prober.measure_with, self.collector),
-            "collect": partial(self.collector.collect, live=True),
-        }
 
     def _check_base(self) -> None:
         """What no file says: the base in memory, with several processes each its own."""
@@ -222,12 +224,6 @@ class PolicyLink:
             check_frozen(self._model)
         tokenizer = self._tokenizer if self.ranks.is_leader else None
         check_live_base(self._model, self._base_model, tokenizer=tokenizer)
-
-    def _on_all(self, duty: str, *args: Any) -> Any:
-        """`duty` on every rank if the model is sharded, else here alone; rank 0's result."""
-        if self.collector.sharding is Sharding.WHOLE:
-            return self._duties()[duty](*args)
-        return self.ranks.together(duty, *args)
 
     def recover(self) -> bool:
         """See `WeightSync.recover`; rank 0 publishes again, the others wait until it has.
@@ -270,7 +266,7 @@ class PolicyLink:
         data = {
             "policy": record.policy,
             "version": record.version,
-            "last_number": self.sync.last_number,
+            "last_number": self.sync.versions.last,
             "digest": record.digest if published else None,
             "mode": record.mode.value,
             "base_fingerprint": self.sync.status.base_fingerprint,

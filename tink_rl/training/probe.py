@@ -10,8 +10,8 @@ Before it, an adapter of zeros shows whether both sides hold the same base at al
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,18 @@ from tink_rl.publish.probes import (
     NUM_DECODED,
     NUM_ROUNDED,
     TRAINED,
+    CloserLook,
     Finding,
     Measured,
-    Probe,
-    noise_of,
+    compare,
+    distinct_rows,
+    scatter,
 )
 from tink_rl.publish.publisher import WeightSync
+from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.training import precision
-from tink_rl.types import SyncMode
+from tink_rl.training.ranks import Ranks
+from tink_rl.types import Phase, PublishRecord, SyncMode
 
 logger = logging.getLogger("tink_rl")
 _SMALLEST_EFFECT = 4.0
@@ -45,23 +49,38 @@ _MERGED_GAP_FACTOR, _MERGED_GAP_SLACK = 2.0, 0.01
 """`auto` leaves merged for a slot if merged's gap exceeds factor x the slot's + slack (nats)."""
 _PROBE_TOKENS = 24
 
-MeasureWith = Callable[[int, float, list[list[int]], str], Measured]
+_ALONE = Ranks(0, 1, timeout_s=0.0)
+
+
+@dataclass(frozen=True)
+class _Synthetic:
+    """A policy of the trainer's shape that was never trained."""
+
+    collector: Collector
+    seed: int
+    std: float
+
+    @property
+    def policy(self) -> Adapter | LiveModel:
+        """What is published of it."""
+        return self.collector.random_like(self.seed, self.std)
 
 
 class Prober:
-    """Computes the trainer's logprobs of a prompt and of what a server adds to it."""
+    """Computes the trainer's logprobs of a prompt and of what a server adds to it.
 
-    def __init__(self, model: Any, *, vocab_size: int) -> None:
+    Every rank of a run has one and calls it alike: each scores (a forward is a collective where the model
+    is sharded), rank 0 asks the servers and decides.
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int, ranks: Ranks = _ALONE) -> None:
         """Store; the prompt is a fixed pseudo-random sequence over the vocabulary."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocab_size, (_PROBE_TOKENS,), generator=generator)
-        self._model = model
+        self._model, self._ranks = model, ranks
         self.prompt_ids: list[int] = ids.tolist()
 
-    @property
-    def quantized(self) -> bool:
-        """Whether the trainer's base is."""
-        return bool(getattr(self._model.get_base_model(), "is_quantized", False))
+    # -- the trainer's side -----------------------------------------------------------------------
 
     @torch.no_grad()
     def measure(self, rows_BT: list[list[int]], view: str) -> Measured:
@@ -99,119 +118,141 @@ class Prober:
             ],
             dtype=dtype[0] if dtype else "bfloat16",
             autocast=autocast[0] if autocast else None,
-        )
-
-    def measure_with(
-        self, collector: Collector, seed: int, std: float, rows_BT: list[list[int]], view: str
-    ) -> Measured:
-        """As `measure`, under `collector.random_like(seed, std)`."""
-        with collector.swapped(collector.random_like(seed, std)):
-            return self.measure(rows_BT, view)
-
-    def probe(self, measure: Callable[[list[list[int]], str], Measured] | None = None) -> Probe:
-        """The probe of what the model holds; `measure` lets every rank do `self.measure`."""
-        return Probe(
-            prompt_ids=self.prompt_ids,
-            measure=measure or self.measure,
-            quantized=self.quantized,
+            quantized=bool(getattr(model.get_base_model(), "is_quantized", False)),
         )
 
     def logprobs(self) -> list[float]:
         """The trainer's logprobs of the prompt."""
         return self.measure([self.prompt_ids], EXACT).logprobs_BT[0]
 
-    def prove(
-        self,
-        sync: WeightSync,
-        collector: Collector,
-        measure_with: MeasureWith | None = None,
-    ) -> None:
+    def _scores(
+        self, rows_BT: list[list[int]], view: str, synthetic: _Synthetic | None = None
+    ) -> Measured:
+        """`measure` on every rank, with the synthetic policy in the model's place, if one is given."""
+
+        def score() -> Measured:
+            if synthetic is None:
+                return self.measure(rows_BT, view)
+            with synthetic.collector.swapped(synthetic.policy):
+                return self.measure(rows_BT, view)
+
+        return self._ranks.each(score)
+
+    # -- one version ------------------------------------------------------------------------------
+
+    def publish(
+        self, sync: WeightSync, policy: Any, watch: Stopwatch | None = None
+    ) -> PublishRecord:
+        """Publish `policy`, which the model holds; it becomes current only if the servers compute it.
+
+        Args:
+            sync: Where to publish.
+            policy: As `WeightSync.publish` takes it.
+            watch: Of a publish that began outside, with its collecting.
+
+        Raises:
+            ProbeFailed: they compute something else.
+            TinkError: see `WeightSync.publish`.
+        """
+        watch = watch or Stopwatch()
+        record = PublishRecord.from_json(
+            self._ranks.on_leader(lambda: asdict(sync.send(policy, watch=watch)))
+        )
+        if not record.published:
+            return record
+        with watch.naming_phase(), watch(Phase.VERIFY):
+            gap = self.check(sync, record.name)
+        return PublishRecord.from_json(self._ranks.on_leader(lambda: asdict(sync.point(gap))))
+
+    def check(self, sync: WeightSync, name: str, synthetic: _Synthetic | None = None) -> float:
+        """Largest |trainer - server| logprob of the probe under `name`, in nats.
+
+        Raises:
+            ProbeFailed: no rounding explains it.
+        """
+        found = self.compare(sync, name, synthetic)
+        view = self._ranks.on_leader(lambda: sync.probes.unexplained(found, sync.status, sync.mode))
+        if view is not None:
+            closer = CloserLook(
+                rounds_to=view,
+                rounded=self._scores(found.rows_BT, view, synthetic),
+                base=self._scores(found.rows_BT, BASE, synthetic),
+            )
+            self._ranks.on_leader(lambda: sync.probes.judge(found, closer, sync.status, sync.mode))
+        return found.gap
+
+    def compare(self, sync: WeightSync, name: str, synthetic: _Synthetic | None = None) -> Finding:
+        """Ask every replica, then score what they answered."""
+        answers = self._ranks.on_leader(lambda: sync.probes.ask(self.prompt_ids, name))
+        trainer = self._scores(distinct_rows(answers), EXACT, synthetic)
+        return compare(name, len(self.prompt_ids), answers, trainer)
+
+    # -- before the first version -----------------------------------------------------------------
+
+    def self_test(self, sync: WeightSync, collector: Collector) -> None:
         """Publish a synthetic adapter, compare, drop it; with mode "auto", choose by the gap.
 
         Args:
             sync: Where to publish.
             collector: The model's adapter, for its shape.
-            measure_with: Lets every rank do `self.measure_with(collector, ...)`; None: only this one.
 
         Raises:
             BaseMismatch: the server computes another base.
             ProbeFailed: the server does not apply the adapter, or computes something else.
         """
-        measure_with = measure_with or partial(self.measure_with, collector)
-        self.prompt_ids = self.prompt_ids[: max(2, sync.status.max_model_len - NUM_DECODED)]
-        self._compare_bases(sync, collector, measure_with)
-        std = self._telling_std(sync, measure_with)
-        synthetic = collector.random_like(seed=1, std=std)
-        probe = self.probe(partial(measure_with, 1, std))
+        longest = self._ranks.on_leader(lambda: sync.status.max_model_len) - NUM_DECODED
+        self.prompt_ids = self.prompt_ids[: max(2, longest)]
+        self._compare_bases(sync, collector)
+        synthetic = self._distinguishable_adapter(sync, collector)
         if sync.config.mode == "auto":
-            self._weigh(sync, collector, synthetic, probe)
+            self._compare_modes(sync, synthetic)
         else:
-            self._publish_and_drop(sync, synthetic, probe)
+            self._publish_and_drop(sync, synthetic)
 
-    def _compare_bases(
-        self, sync: WeightSync, collector: Collector, measure_with: MeasureWith
-    ) -> None:
-        """Tell `sync` how far trainer and server differ on the base.
+    def _compare_bases(self, sync: WeightSync, collector: Collector) -> None:
+        """Set how far trainer and server differ on the base.
 
         Raises:
             BaseMismatch, ProbeFailed: further than one base can.
         """
-        probe = self.probe(partial(measure_with, 0, 0.0))
-        record = sync.publish(collector.random_like(std=0.0), synthetic=True)
+        zeros = _Synthetic(collector, 0, 0.0)
+        name = self._publish_synthetic(sync, zeros)
         try:
-            found = sync.probes.compare(probe, record.name)
+            found = self.compare(sync, name, zeros)
         finally:
-            sync.drop_current()
-        sync.probes.base_gap = found.gap
-        rounds_to = sync.probes.rounds_to(found.trainer.dtype, sync.status, sync.mode)
-        noise = sync.probes.noise(probe, found, rounds_to)
-        allowed = largest_base_gap(rounds_to, quantized=probe.quantized)
-        if sync.config.probe_tolerance is not None:
-            allowed = sync.config.probe_tolerance
-        if not found.gap <= allowed:
-            raise _another_base(sync, probe, found, allowed)
-        if probe.quantized:
-            logger.warning(
-                "the trainer's base is quantised and the server's is not: on the base itself they differ by "
-                "%.2g nats in a logprob of the probe prompt, which the importance ratio carries",
-                found.gap,
-            )
-        elif found.gap > max(AGREES, 3 * noise):
-            logger.warning(
-                "trainer and server differ by %.2g nats in a logprob of the probe on the base itself, and "
-                "rounding to %s explains about %.2g; the importance ratio carries that gap. %s; compare the "
-                "model that is trained with the one that is served: `tink-rl doctor URL --model BASE`",
-                *(found.gap, rounds_to, noise, sync.probes.facts(found, sync.status, sync.mode)),
-            )
-        self._tell_autocast(sync, probe, found)
+            self._ranks.on_leader(sync.drop_current)
+        rounds_to = self._rounds_to(sync, found.trainer)
+        rounded = self._scores(found.rows_BT, rounds_to, zeros)
+        self._ranks.on_leader(lambda: _judge_base(sync, found, rounded, rounds_to))
+        # Training under autocast is what the servers do not see: its cost is said, where it has one.
+        autocast = self._ranks.on_leader(lambda: _autocast_that_costs(sync, found))
+        if autocast is not None:
+            trained = self._scores(found.rows_BT, TRAINED, zeros)
+            self._ranks.on_leader(lambda: _warn_of_autocast(sync, found, trained))
 
-    def _tell_autocast(self, sync: WeightSync, probe: Probe, found: Finding) -> None:
-        """Say what training under autocast costs where the server computes more exactly."""
-        autocast, server = found.trainer.autocast, sync.status.dtype
-        if autocast is None or coarser(autocast, server) == server:
-            return
-        trained_BT = probe.measure(found.rows_BT, TRAINED).logprobs_BT
-        cost = max(map(largest_gap, trained_BT, found.trainer.logprobs_BT))
-        logger.warning(
-            "training computes under %s autocast and the server in %s: on the base that moves a logprob "
-            "of the probe by %.2g nats, which the importance ratio carries (probes compare without "
-            "autocast); bf16=False and fp16=False train as exactly as the server samples",
-            *(autocast, server, cost),
+    def _rounds_to(self, sync: WeightSync, trainer: Measured) -> str:
+        return self._ranks.on_leader(
+            lambda: sync.probes.rounds_to(trainer.dtype, sync.status, sync.mode)
         )
 
-    def _telling_std(self, sync: WeightSync, measure_with: MeasureWith) -> float:
-        """Of a synthetic adapter that moves the prompt's logprobs well past what is allowed."""
+    def _distinguishable_adapter(self, sync: WeightSync, collector: Collector) -> _Synthetic:
+        """A synthetic adapter that moves the prompt's logprobs well past what is allowed.
+
+        Raises:
+            ProbeFailed: none does.
+        """
         rows_BT, std = [self.prompt_ids], 0.02
-        [base_T] = measure_with(0, 0.0, rows_BT, EXACT).logprobs_BT
+        zeros = self._scores(rows_BT, EXACT, _Synthetic(collector, 0, 0.0))
         for _ in range(8):
-            probe = self.probe(partial(measure_with, 1, std))
-            wanted = probe.measure(rows_BT, EXACT)
-            effect = largest_gap(wanted.logprobs_BT[0], base_T)
-            rounds_to = sync.probes.rounds_to(wanted.dtype, sync.status, sync.mode)
-            noise = noise_of(probe, rows_BT, wanted, rounds_to)
-            needed = _SMALLEST_EFFECT * sync.probes.limits(probe, rounds_to, noise).quiet
+            synthetic = _Synthetic(collector, 1, std)
+            exact = self._scores(rows_BT, EXACT, synthetic)
+            rounds_to = self._rounds_to(sync, exact)
+            rounded = self._scores(rows_BT, rounds_to, synthetic)
+            effect, needed, said = self._ranks.on_leader(
+                partial(_effect, sync, zeros, exact, rounded, rounds_to)
+            )
             if effect > needed:
-                return std
+                return synthetic
             std *= 2
         if effect == 0.0:
             raise ProbeFailed(
@@ -221,42 +262,28 @@ class Prober:
             )
         raise ProbeFailed(
             f"a synthetic adapter moves a logprob of the probe prompt by {effect:.3g} nats and {needed:.3g} "
-            f"are needed; the probe would show nothing, because trainer and server differ by "
-            f"{sync.probes.base_gap:.3g} on the base{' (quantised here)' if self.quantized else ''} and "
-            f"rounding to {rounds_to} moves the trainer's own logprobs by {noise:.3g}; adapt more modules, "
-            "or compute more exactly on the coarser side"
+            f"are needed; the probe would show nothing, because {said}; adapt more modules, or compute more "
+            "exactly on the coarser side"
         )
 
-    def _publish_and_drop(self, sync: WeightSync, synthetic: Any, probe: Probe) -> float:
-        record = sync.publish(synthetic, synthetic=True)
+    def _publish_synthetic(self, sync: WeightSync, synthetic: _Synthetic) -> str:
+        return self._ranks.on_leader(lambda: sync.publish(synthetic.policy, synthetic=True).name)
+
+    def _publish_and_drop(self, sync: WeightSync, synthetic: _Synthetic) -> float:
+        name = self._publish_synthetic(sync, synthetic)
         try:
-            return sync.probes.check(probe, record.name, sync.status, sync.mode)
+            return self.check(sync, name, synthetic)
         finally:
-            sync.drop_current()
+            self._ranks.on_leader(sync.drop_current)
 
-    def _weigh(self, sync: WeightSync, collector: Collector, synthetic: Any, probe: Probe) -> None:
-        """Prove the mode that `auto` takes, and say which; below fp32, weigh merged against a slot."""
-        modes = [sync.mode]
-        rounds = sync.status.dtype != "float32"
-        slots = SyncMode.ADAPTER in fitting_modes(sync.status, collector.needs)
-        if rounds and slots and sync.mode is SyncMode.MERGED:
-            modes.append(SyncMode.ADAPTER)
-        gaps = self._gaps(sync, modes, synthetic, probe)
-        merged, slot = gaps.get(SyncMode.MERGED), gaps.get(SyncMode.ADAPTER)
-        if merged is not None and slot is not None:
-            worse = merged > _MERGED_GAP_FACTOR * slot + _MERGED_GAP_SLACK
-            sync.use_mode(SyncMode.ADAPTER if worse else SyncMode.MERGED)
-            reason = f"logprob gap merged {merged:.2g}, slot {slot:.2g}"
-        else:
-            [(mode, gap)] = gaps.items()
-            sync.use_mode(mode)
-            reason = f"logprob gap {gap:.2g}"
-        logger.info(
-            "mode auto took %s on a %s server (%s)", sync.mode.value, sync.status.dtype, reason
-        )
+    def _compare_modes(self, sync: WeightSync, synthetic: _Synthetic) -> None:
+        """Prove the mode that `auto` takes; below fp32 it is the better one of merged and a slot."""
+        modes = self._ranks.on_leader(lambda: _modes_to_compare(sync, synthetic.collector))
+        gaps = self._gaps(sync, [SyncMode(mode) for mode in modes], synthetic)
+        self._ranks.on_leader(lambda: _take_better_mode(sync, gaps))
 
     def _gaps(
-        self, sync: WeightSync, modes: list[SyncMode], synthetic: Adapter | LiveModel, probe: Probe
+        self, sync: WeightSync, modes: list[SyncMode], synthetic: _Synthetic
     ) -> dict[SyncMode, float]:
         """The logprob gap of each of `modes` that passes the probe.
 
@@ -265,13 +292,14 @@ class Prober:
         """
         gaps: dict[SyncMode, float] = {}
         for mode in modes:
-            sync.use_mode(mode)
+            self._ranks.on_leader(partial(sync.use_mode, mode))
             try:
-                gaps[mode] = self._publish_and_drop(sync, synthetic, probe)
+                gaps[mode] = self._publish_and_drop(sync, synthetic)
             except ProbeFailed as error:
                 if mode is modes[-1] and not gaps:
                     raise
-                logger.warning("mode auto leaves out %s: %s", mode.value, error)
+                if self._ranks.is_leader:
+                    logger.warning("mode auto leaves out %s: %s", mode.value, error)
         return gaps
 
 
@@ -281,9 +309,87 @@ def _logprobs(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> list[float]:
     return found
 
 
-def _another_base(
-    sync: WeightSync, probe: Probe, found: Finding, allowed: float
-) -> BaseMismatch | ProbeFailed:
+def _judge_base(sync: WeightSync, found: Finding, rounded: Measured, rounds_to: str) -> None:
+    """Keep how far trainer and server differ on the base, and say it where that is much.
+
+    Raises:
+        BaseMismatch, ProbeFailed: further than one base can.
+    """
+    sync.probes.base_gap = found.gap
+    noise, _ = scatter(found.trainer, rounded)
+    allowed = largest_base_gap(rounds_to, quantized=found.trainer.quantized)
+    if sync.config.probe_tolerance is not None:
+        allowed = sync.config.probe_tolerance
+    if not found.gap <= allowed:
+        raise _another_base(sync, found, allowed)
+    if found.trainer.quantized:
+        logger.warning(
+            "the trainer's base is quantised and the server's is not: on the base itself they differ by "
+            "%.2g nats in a logprob of the probe prompt, which the importance ratio carries",
+            found.gap,
+        )
+    elif found.gap > max(AGREES, 3 * noise):
+        logger.warning(
+            "trainer and server differ by %.2g nats in a logprob of the probe on the base itself, and "
+            "rounding to %s explains about %.2g; the importance ratio carries that gap. %s; compare the "
+            "model that is trained with the one that is served: `tink-rl doctor URL --model BASE`",
+            *(found.gap, rounds_to, noise, sync.probes.facts(found, sync.status, sync.mode)),
+        )
+
+
+def _autocast_that_costs(sync: WeightSync, found: Finding) -> str | None:
+    """The autocast under which this model trains, if the server computes more exactly."""
+    autocast, server = found.trainer.autocast, sync.status.dtype
+    return None if autocast is None or coarser(autocast, server) == server else autocast
+
+
+def _warn_of_autocast(sync: WeightSync, found: Finding, trained: Measured) -> None:
+    cost = max(map(largest_gap, trained.logprobs_BT, found.trainer.logprobs_BT))
+    logger.warning(
+        "training computes under %s autocast and the server in %s: on the base that moves a logprob "
+        "of the probe by %.2g nats, which the importance ratio carries (probes compare without "
+        "autocast); bf16=False and fp16=False train as exactly as the server samples",
+        *(found.trainer.autocast, sync.status.dtype, cost),
+    )
+
+
+def _effect(
+    sync: WeightSync, zeros: Measured, exact: Measured, rounded: Measured, rounds_to: str
+) -> tuple[float, float, str]:
+    """By how much a synthetic adapter moves a logprob, by how much it must, and why so much."""
+    effect = largest_gap(exact.logprobs_BT[0], zeros.logprobs_BT[0])
+    noise, _ = scatter(exact, rounded)
+    needed = _SMALLEST_EFFECT * sync.probes.limits(exact, rounds_to, noise).quiet
+    said = (
+        f"trainer and server differ by {sync.probes.base_gap:.3g} on the "
+        f"base{' (quantised here)' if exact.quantized else ''} and rounding to {rounds_to} moves the "
+        f"trainer's own logprobs by {noise:.3g}"
+    )
+    return effect, needed, said
+
+
+def _modes_to_compare(sync: WeightSync, collector: Collector) -> list[SyncMode]:
+    rounds = sync.status.dtype != "float32"
+    slots = SyncMode.ADAPTER in fitting_modes(sync.status, collector.needs)
+    if rounds and slots and sync.mode is SyncMode.MERGED:
+        return [sync.mode, SyncMode.ADAPTER]
+    return [sync.mode]
+
+
+def _take_better_mode(sync: WeightSync, gaps: dict[SyncMode, float]) -> None:
+    merged, slot = gaps.get(SyncMode.MERGED), gaps.get(SyncMode.ADAPTER)
+    if merged is not None and slot is not None:
+        worse = merged > _MERGED_GAP_FACTOR * slot + _MERGED_GAP_SLACK
+        sync.use_mode(SyncMode.ADAPTER if worse else SyncMode.MERGED)
+        reason = f"logprob gap merged {merged:.2g}, slot {slot:.2g}"
+    else:
+        [(mode, gap)] = gaps.items()
+        sync.use_mode(mode)
+        reason = f"logprob gap {gap:.2g}"
+    logger.info("mode auto took %s on a %s server (%s)", sync.mode.value, sync.status.dtype, reason)
+
+
+def _another_base(sync: WeightSync, found: Finding, allowed: float) -> BaseMismatch | ProbeFailed:
     """What is known of a base that the server computes otherwise."""
     text = (
         f"trainer and server differ by {found.gap:.3g} nats in a logprob of the probe on the base itself, "
@@ -292,7 +398,7 @@ def _another_base(
     stranger = sync.probes.in_place_of_base(sync.mode)
     if stranger is not None:
         return BaseMismatch(text + stranger, gap=found.gap)
-    if probe.quantized:
+    if found.trainer.quantized:
         return ProbeFailed(
             text + "the trainer's base is quantised: load it without, or in more bits",
             gap=found.gap,

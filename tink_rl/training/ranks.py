@@ -1,10 +1,9 @@
-"""The processes of one run: rank 0 leads a publish, the others follow, and all fail together.
+"""The processes of one run: all run the same lines, rank 0 alone speaks to the servers, all fail together.
 
-Under FSDP2 and ZeRO-3 even reading the adapter and computing a probe are collectives, while only rank 0
-speaks to the servers. So `lead(work)` runs `work` on rank 0; inside it `together(duty)` lets every rank
-do one collective duty at the same time; the others wait for such orders until `work` has ended.
+Under FSDP2 and ZeRO-3 even reading the adapter and computing a probe are collectives: `each(work)` is
+what every rank does, `on_leader(work)` what rank 0 does and all get the result of.
 
-Orders and failures travel as JSON through the key-value store that torch.distributed was started with,
+Results and failures travel as JSON through the key-value store that torch.distributed was started with,
 not as collectives: the store has deadlines, and it still answers when a collective hangs or broke.
 A rank that fails posts its error there first. The ranks that wait for it, or whose collective breaks
 because it ended, raise that same error.
@@ -16,9 +15,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from tink_rl import errors
 from tink_rl.errors import RankFailed, TinkError
@@ -31,7 +30,7 @@ _WATCH_S = 1.0
 _FAREWELL_S = 10.0
 """A failed rank stays this long for the others to see why, then it ends."""
 
-Duties = Mapping[str, Callable[..., Any]]
+T = TypeVar("T")
 _RUNS = iter(range(10**9))
 
 
@@ -52,8 +51,7 @@ class Ranks:
         self._store: Any = None
         # Every process makes its links in the same order, so the number is the same on all ranks.
         self._prefix = f"tink_rl/{next(_RUNS)}"
-        self._turn = self._num_orders = 0
-        self._duties: Duties = {}
+        self._turn = 0
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -64,73 +62,64 @@ class Ranks:
 
     # -- one turn ---------------------------------------------------------------------------------
 
-    def lead(self, work: Callable[[], Any], duties: Duties | None = None) -> Any:
-        """`work()` on rank 0; every rank gets its JSON-able result, or raises what it raised.
+    def on_leader(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0; every rank gets its result (as JSON gives it), or raises what it raised.
 
-        Every rank must call it, with the same duties.
+        Every rank must call it.
 
         Raises:
             RankFailed: another rank failed with an error that is not ours, or did not answer in time.
-            TinkError: what `work`, or a duty on any rank, raised.
+            TinkError: what `work` raised.
         """
-        self._duties = duties or {}
         if self.count == 1:
             return work()
-        self._open()
-        self._turn, self._num_orders = self._turn + 1, 0
+        key = self._next_turn()
         if not self.is_leader:
-            return self._follow()
+            said = json.loads(self._wait(key, 0))
+            if "error" in said:
+                raise errors.from_wire(said["error"], 500)
+            result: T = said["result"]
+            return result
         try:
             result = work()
+            said = json.dumps({"result": result})
         except BaseException as error:
-            self._order({"error": self._wire(error)})
+            self._set(key, json.dumps({"error": self._wire(error)}))
             raise
-        self._order({"result": result})
+        self._set(key, said)
         return result
 
-    def together(self, duty: str, *args: Any) -> Any:
-        """Inside `lead`'s work: every rank does `duty(*args)` now; rank 0's result.
+    def each(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank at the same time; this rank's result, once all have theirs.
+
+        Every rank must call it.
 
         Raises:
             TinkError: it failed, on this rank or on another one.
         """
         if self.count == 1:
-            return self._duties[duty](*args)
-        self._order({"duty": duty, "args": args})
-        number = self._num_orders
+            return work()
+        key = self._next_turn()
         try:
-            result = self._duties[duty](*args)
+            result = work()
         except BaseException as error:
             self._fail(error)
             # A collective breaks here when the rank that failed ends: its reason is the reason.
             self._raise_posted(cause=error)
             raise
-        for rank in range(1, self.count):
-            self._wait(self._key("done", number, rank), rank)
+        if self.is_leader:
+            for rank in range(1, self.count):
+                self._wait(f"{key}/{rank}", rank)
+            self._set(key, "1")
+        else:
+            self._set(f"{key}/{self.index}", "1")
+            self._wait(key, 0)
         return result
 
-    def _follow(self) -> Any:
-        while True:
-            order = json.loads(self._wait(self._key("order", self._num_orders + 1), 0))
-            self._num_orders += 1
-            if "error" in order:
-                raise errors.from_wire(order["error"], 500)
-            if "duty" not in order:
-                return order["result"]
-            try:
-                self._duties[order["duty"]](*order["args"])
-            except BaseException as error:
-                self._fail(error)
-                self._raise_posted(cause=error)
-                raise
-            self._set(self._key("done", self._num_orders, self.index), "1")
-
-    def _order(self, order: Mapping[str, Any]) -> None:
-        self._num_orders += 1
-        self._set(self._key("order", self._num_orders), json.dumps(order))
-
-    def _key(self, *parts: object) -> str:
-        return "/".join(str(part) for part in (self._turn, *parts))
+    def _next_turn(self) -> str:
+        self._open()
+        self._turn += 1
+        return str(self._turn)
 
     # -- failing together -------------------------------------------------------------------------
 

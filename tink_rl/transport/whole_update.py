@@ -128,8 +128,8 @@ class WholeUpdate:
         """Of all buckets sent so far."""
         return self._chain.digest()
 
-    def finish(self) -> float:
-        """Serve what was sent; the longest hold in seconds.
+    def finish(self) -> list[dict[str, Any]]:
+        """Serve what was sent; what each replica holds then.
 
         Raises:
             DigestMismatch: it is not what was expected; it is served by no replica.
@@ -153,7 +153,7 @@ class WholeUpdate:
                         replica=replica.url,
                     )
         self._drop_room()
-        return max(float(answer["held_seconds"]) for answer in answers)
+        return answers
 
     def abort(self, reason: str) -> None:
         """End the update on every replica; never raises."""

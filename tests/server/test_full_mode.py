@@ -22,8 +22,8 @@ from tests.policies import (
     sync_to,
 )
 from tink_rl import errors
+from tink_rl.publish.full_update import FullUpdate
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.transport.whole_update import WholeUpdate
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -189,7 +189,7 @@ def test_stream_of_one_incomplete_group_writes_nothing(server, twin, sync):
 
 def test_sender_that_goes_away_midway_leaves_not_ready_and_another_heals(server, twin, sync):
     status = sync.open()
-    update = WholeUpdate(
+    update = FullUpdate(
         sync.fleet,
         policy="policy",
         version=7,

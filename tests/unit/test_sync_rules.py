@@ -15,6 +15,7 @@ import torch
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
+from tink_rl.publish.full_update import FullUpdate
 from tink_rl.publish.modes import choose_mode
 from tink_rl.publish.packets import PacketTransfer
 from tink_rl.publish.probe_rules import largest_gap
@@ -27,7 +28,6 @@ from tink_rl.server.state import ServedState
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.shared_memory import Segment
-from tink_rl.transport.whole_update import WholeUpdate
 from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerStatus, SyncMode, Transport
 
 
@@ -254,7 +254,7 @@ def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monk
 def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):
     settings = {"policy": "p", "version": 1, "base_fingerprint": "f", "dtype": "float32"}
     for _ in range(3):
-        update = WholeUpdate(sharing.fleet, bucket_bytes=1000, **settings)
+        update = FullUpdate(sharing.fleet, bucket_bytes=1000, **settings)
         update._room = sharing.fleet.room(1000)
         update._room_for(2000)
         assert len(sharing.fleet._shelf._segments) == 1

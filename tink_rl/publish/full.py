@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.policy.whole import WholeSource, whole_source
-from tink_rl.transport.whole_update import WholeUpdate
+from tink_rl.publish.full_update import FullUpdate
 from tink_rl.types import SyncMode
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class FullPath:
             self._groups = self._fleet.replicas[0].layout()
         return whole_source(source, self._groups, self._base.index())
 
-    def update(self, version: int, dtype: str, expected: str | None) -> WholeUpdate:
+    def update(self, version: int, dtype: str, expected: str | None) -> FullUpdate:
         """A full update that has not begun."""
-        return WholeUpdate(
+        return FullUpdate(
             self._fleet,
             policy=self._config.policy,
             version=version,
@@ -83,7 +83,7 @@ class FullTransfer:
         self.version, self._expected = version, expected
         self.packed, self.live_digest = packed, live_digest
         self._holding = holding
-        self._update: WholeUpdate | None = None
+        self._update: FullUpdate | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -122,7 +122,7 @@ class FullTransfer:
         """Serve what was sent on every replica (slots of the policy end); what each holds then.
 
         Raises:
-            TinkError: see `WholeUpdate.finish`.
+            TinkError: see `FullUpdate.finish`.
         """
         assert self._update is not None
         return self._update.finish()

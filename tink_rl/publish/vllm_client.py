@@ -12,10 +12,10 @@ import httpx
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
+from tink_rl.publish.full_update import BUCKET_BYTES, FullUpdate
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.replica import Replica
 from tink_rl.transport.sampling_client import SamplingClient
-from tink_rl.transport.whole_update import BUCKET_BYTES, WholeUpdate
 from tink_rl.types import SyncMode
 
 
@@ -56,7 +56,7 @@ class VLLMClient(SamplingClient):
         """
         self.policy = policy
         self._fleet: Fleet | None = None
-        self._update: WholeUpdate | None = None
+        self._update: FullUpdate | None = None
         super().__init__(
             base_url,
             token=token,
@@ -158,12 +158,12 @@ class VLLMClient(SamplingClient):
         replica.ensure_channel()
         return replica
 
-    def _begin_update(self, plan: list[dict[str, Any]] | None) -> WholeUpdate:
+    def _begin_update(self, plan: list[dict[str, Any]] | None) -> FullUpdate:
         replica, status = self._replica(), self.status()
         assert self._fleet is not None
         last = max([replica.last_version, *(_version(n, self.policy) for n in status.served)])
         replica.last_version = last + 1
-        update = WholeUpdate(
+        update = FullUpdate(
             self._fleet,
             policy=self.policy,
             version=last + 1,

@@ -26,7 +26,7 @@ BUCKET_BYTES = 64 * 2**20
 """Bytes of whole tensors that travel, and wait, at once, unless said otherwise."""
 
 
-class WholeUpdate:
+class FullUpdate:
     """One full version on its way to all replicas of a fleet."""
 
     def __init__(

@@ -183,5 +183,5 @@ def _server(
 
     ranks = Ranks(config.process_index, config.world_size, timeout_s=float(config.ddp_timeout))
     with closing(ranks):
-        url, token_file = ranks.lead(start)
+        url, token_file = ranks.on_leader(start)
     return url, token_file

@@ -21,7 +21,8 @@ from tink_rl import errors, launch, serve_options, vllm_backend
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.sampling import server_view
+from tink_rl.sampling import backend as sampling_backend
+from tink_rl.sampling import default, server_view
 from tink_rl.sampling.cache import AdapterVersion, Residency
 from tink_rl.sampling.resolver import MAX_TRIES, adapter_version
 from tink_rl.vllm_backend import VLLMBackend
@@ -475,7 +476,7 @@ def test_replaced_version_that_was_stored_long_ago_is_sampled_while_its_id_is_re
     _make_old(backend)
     backend.register("math", adapters[1])
     assert backend.names.with_target(admitted, lambda target: target.digest) == first.digest
-    monkeypatch.setattr(vllm_backend, "KEPT_DAYS", -1)  # a week later
+    monkeypatch.setattr(sampling_backend, "KEPT_DAYS", -1)  # a week later
     backend.register("math", adapters[2])
     assert [sample(backend, f"math@{n}").version for n in (1, 2, 3)] == [1, 2, 3]
 
@@ -495,7 +496,7 @@ def test_bytes_leave_the_store_a_week_after_their_id_was_unregistered_if_no_serv
     _make_old(backend)
     current = backend.register("math", adapters[2])
     assert gone.digest in backend.store.digests()
-    monkeypatch.setattr(vllm_backend, "KEPT_DAYS", -1)  # a week later
+    monkeypatch.setattr(sampling_backend, "KEPT_DAYS", -1)  # a week later
     backend.register("math", adapters[2])
     assert backend.store.digests() == sorted([listed.digest, current.digest])
 
@@ -845,7 +846,7 @@ def test_functions_are_a_thin_face_over_one_default_object(make, model_dir, adap
     import vllm_backend as seed
 
     fake = fake_server(model_dir)
-    monkeypatch.setattr(vllm_backend, "_default", make(fake))
+    monkeypatch.setattr(default, "_default", make(fake))
     found = seed.register_lora_adapter(adapter_id="my_lora", lora_path=str(adapters[0]))
     assert (found["adapter_id"], found["version"]) == ("my_lora", 1)
     assert seed.list_lora_adapters() == [{"adapter_id": "my_lora", "lora_path": str(adapters[0])}]
@@ -858,25 +859,25 @@ def test_functions_are_a_thin_face_over_one_default_object(make, model_dir, adap
 
 
 def test_initialize_replaces_the_default_only_if_the_server_answers(monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm_backend, "_default", None)
+    monkeypatch.setattr(default, "_default", None)
     with pytest.raises(ConnectionError, match=r"can.t be reached at http://127\.0\.0\.1:9\n"):
         vllm_backend.initialize_vllm_client(
             {"port": 9, "timeout": 0.2, "tink_store_dir": str(tmp_path)}
         )
-    assert vllm_backend._default is None
+    assert default._default is None
 
 
 @pytest.fixture
 def initialize(monkeypatch, model_dir, tmp_path):
     """`initialize(fake, **settings)`: `initialize_vllm_client` for that server."""
-    monkeypatch.setattr(vllm_backend, "_default", None)
+    monkeypatch.setattr(default, "_default", None)
     made = []
 
     def initialize(fake, **settings):
         def client(settings, token, api_key):
             return VLLMClient(settings.url, token=token, transport=fake.transport())
 
-        monkeypatch.setattr(vllm_backend, "_client", client)
+        monkeypatch.setattr(sampling_backend, "_client", client)
         given = {"tink_store_dir": str(tmp_path / "store"), **settings}
         made.append(vllm_backend.initialize_vllm_client(given))
         return made[-1]
@@ -965,10 +966,10 @@ def test_call_that_took_the_old_backend_just_before_it_was_replaced_ends_well(
             initialize(fake, port=8123)
         return found
 
-    monkeypatch.setattr(vllm_backend, "default_backend", take_and_be_late)
+    monkeypatch.setattr(default, "default_backend", take_and_be_late)
     assert vllm_backend.generate_with_vllm([[5, 6]], None, 1)[0][0]["text"] == "base"
     until(lambda: old._closed)
-    with vllm_backend._lent() as present:
+    with default.lent() as present:
         initialize(fake, port=8124)
         time.sleep(0.05)
         assert not present._closed
@@ -977,7 +978,7 @@ def test_call_that_took_the_old_backend_just_before_it_was_replaced_ends_well(
 
 def test_call_that_never_ends_keeps_an_old_backend_for_its_request_timeout(initialize, model_dir):
     old = initialize(fake_server(model_dir), tink_request_timeout=0.1)
-    with old._calls.one():
+    with old.calls.one():
         initialize(fake_server(model_dir), port=8123)
         until(lambda: old._closed)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args
 
 from tink_rl.errors import ConfigError
 from tink_rl.tokens import default_token_file, vllm_api_key
-from tink_rl.types import PolicyVersion, SyncMode, Transport
+from tink_rl.types import OnRunning, PolicyVersion, SyncMode, Transport
 
 MODES = ("auto", *SyncMode)
-ON_RUNNING = ("drain", "abort")
+ON_RUNNING = get_args(OnRunning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class SyncConfig:
             "or `auto`: shared memory where both sides can map it, else gloo."
         },
     )
-    on_running: str = field(
+    on_running: OnRunning = field(
         default="drain",
         metadata={"help": "Merged commit: `drain` running requests, or `abort` them."},
     )

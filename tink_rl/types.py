@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 PROTOCOL_VERSION = 3
 """Version of the control routes and the packet header; both sides state it at join."""
@@ -38,6 +38,10 @@ class Phase(StrEnum):
     COMMIT = "commit"
     VERIFY = "verify"
     POINT = "point"
+
+
+OnRunning = Literal["drain", "abort"]
+"""What becomes of requests that run while weights are to be written."""
 
 
 class ServerState(StrEnum):

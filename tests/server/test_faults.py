@@ -207,10 +207,10 @@ def _publish_while_it_dies(sync, server, twin, monkeypatch, phase):
     replica = sync.fleet.replicas[0]
     control = replica._control
 
-    def dies_before(action, *rest):
-        if action == phase:
+    def dies_before(route, *rest):
+        if route.action == phase:
             os.killpg(server.pid, signal.SIGKILL)
-        return control(action, *rest)
+        return control(route, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(errors.PublishFailed) as caught:
         patch.setattr(replica, "_control", dies_before)

@@ -23,6 +23,7 @@ from tests.tiny_models import VOCAB
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
+from tink_rl.protocol import COMMIT
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.training.probe import Prober
 from tink_rl.transport import shared_memory
@@ -312,11 +313,11 @@ def test_commit_that_is_fenced_off_while_requests_drain_writes_nothing_and_is_tr
         replica, fenced = sync.fleet.replicas[0], []
         control = replica._control
 
-        def commit_while_the_writer_joins_again(action, *rest):
-            if action != "commit" or fenced:
-                return control(action, *rest)
+        def commit_while_the_writer_joins_again(route, *rest):
+            if route is not COMMIT or fenced:
+                return control(route, *rest)
             with ThreadPoolExecutor(1) as pool:
-                commit = pool.submit(control, action, *rest)
+                commit = pool.submit(control, route, *rest)
                 while not replica.status().holding:
                     assert not commit.done()
                 assert replica.status().running == 1  # and so it drains

@@ -14,6 +14,7 @@ from tests.fake_vllm import FakeVLLM
 from tink_rl import SyncConfig, VLLMClient, WeightSync, errors
 from tink_rl.policy.content import ContentDigest, files_identity
 from tink_rl.policy.fingerprint import base_fingerprint, checkpoint_index
+from tink_rl.protocol import BaseAnswer, Empty
 from tink_rl.publish import base_content
 from tink_rl.server.content import ServedContent
 
@@ -67,7 +68,7 @@ def test_files_that_were_changed_after_the_server_loaded_them_are_told(model_dir
     os.utime(copy / "model.safetensors", ns=(1, 1))
     content._digest.wait()
     with pytest.raises(errors.BaseMismatch, match=r"changed after .*restart the server"):
-        asyncio.run(content.ask({}))
+        asyncio.run(content.ask(Empty()))
 
 
 def test_truncated_checkpoint_is_an_error_on_either_side(model_dir, copy):
@@ -79,7 +80,7 @@ def test_truncated_checkpoint_is_an_error_on_either_side(model_dir, copy):
         ContentDigest(index).wait()
     assert sync is not None
     with pytest.raises(errors.ConfigError, match="cannot be read"):
-        while asyncio.run(content.ask({}))["tensors"] is None:
+        while asyncio.run(content.ask(Empty())).tensors is None:
             pass
 
 
@@ -89,8 +90,8 @@ def test_server_that_stands_still_is_given_up(monkeypatch):
     class Stuck:
         url, client = "http://stuck", None
 
-        def control(self, *_, **__):
-            return {"tensors": None, "num_done": 3, "num_bytes": 9}
+        def ask(self, *_, **__):
+            return BaseAnswer(tensors=None, num_done=3, num_bytes=9)
 
     stuck = Stuck()
     stuck.client = stuck

@@ -19,6 +19,7 @@ FLOORS = [
     {"tokens", "urls", "tls", "post_mortem", "remedies"},
     {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},
+    {"protocol"},
     {"transport", "memory_plan"},
     {"serve_options"},
     {"publish", "server"},
@@ -89,7 +90,10 @@ def test_training_never_imports_the_sampling_service():
             assert not ours & SAMPLING_SERVICE, path
 
 
-@pytest.mark.parametrize("module", ["tink_rl", "tink_rl.config", "tink_rl.errors", "tink_rl.types"])
+@pytest.mark.parametrize(
+    "module",
+    ["tink_rl", "tink_rl.config", "tink_rl.errors", "tink_rl.protocol", "tink_rl.types"],
+)
 def test_leaves_load_neither_torch_nor_trl_nor_vllm(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'trl', 'vllm') if m in sys.modules])"
     result = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -70,8 +71,7 @@ def test_truncated_buffer_is_told_from_damage():
 
 
 def _broken(**changes):
-    data = _example()[0].to_json()
-    return {**data, **changes}
+    return {**json.loads(_example()[0].to_json()), **changes}
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def _broken(**changes):
 )
 def test_malformed_header_is_refused(data):
     with pytest.raises(errors.BadRequest):
-        packet.PacketHeader.from_json(data)
+        packet.PacketHeader.from_json(json.dumps(data))
 
 
 def test_other_protocol_version_says_so():
     with pytest.raises(errors.ProtocolMismatch, match="same tink-rl release"):
-        packet.PacketHeader.from_json(_broken(protocol=PROTOCOL_VERSION + 1))
+        packet.PacketHeader.from_json(json.dumps(_broken(protocol=PROTOCOL_VERSION + 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

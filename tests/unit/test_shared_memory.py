@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tink_rl.errors import BadRequest, ChannelLost, SegmentUnreachable
+from tink_rl.protocol import SegmentSpec
 from tink_rl.server import inbox
 from tink_rl.transport import shared_memory
-from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec, Shelf
+from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, Shelf
 
 SPEC = {"pid": 1, "handle": 3, "nonce": "0" * 64, "num_bytes": 1}
 
@@ -32,7 +33,8 @@ def _handles():
 def test_another_process_reads_what_was_written_also_after_its_maker_let_go():
     segment = Segment.create(1000)
     code = (
-        "import sys\nfrom tink_rl.transport.shared_memory import Segment, SegmentSpec\n"
+        "import sys\nfrom tink_rl.protocol import SegmentSpec\n"
+        "from tink_rl.transport.shared_memory import Segment\n"
         f"s = Segment.attach(SegmentSpec(**{dataclasses.asdict(segment.spec)!r}))\n"
         "print('open', flush=True); sys.stdin.readline(); print(s.buffer.sum().item())"
     )

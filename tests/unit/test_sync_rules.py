@@ -15,6 +15,7 @@ import torch
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.policy import packet
+from tink_rl.protocol import JoinAnswer
 from tink_rl.publish.full_update import FullUpdate
 from tink_rl.publish.modes import choose_mode
 from tink_rl.publish.packets import PacketTransfer
@@ -218,12 +219,15 @@ def test_deadline_and_missing_server_are_errors_with_a_remedy():
         VLLMClient("http://127.0.0.1:9", token="t").status()
 
 
+JOINED = JoinAnswer(epoch=1, incarnation="i", lease_s=15.0, last_version=0, transport=Transport.SHM)
+
+
 @pytest.fixture
 def sharing():
     """A publisher whose one server reads its memory."""
     sync = WeightSync("http://127.0.0.1:9", base_model="nowhere")
     [replica] = sync.fleet.replicas
-    replica._joined = {"transport": Transport.SHM, "incarnation": "i", "epoch": 1}
+    replica._joined = JOINED
     yield sync
     replica.forget_channel()
 
@@ -271,7 +275,7 @@ def test_memory_that_cannot_be_shared_gives_way_to_gloo_or_is_an_error(sharing, 
     monkeypatch.setattr(replica, "_control", lambda *_: {})
     assert sharing._preparation._packer.allocate(1000).numel() == 1000
     assert not replica.shares_memory and replica._transport is Transport.GLOO
-    replica._joined, replica._transport = {"transport": Transport.SHM, "epoch": 1}, Transport.SHM
+    replica._joined, replica._transport = JOINED, Transport.SHM
     sharing._preparation._packer.reuse(None)
     with pytest.raises(errors.SegmentUnreachable):
         sharing._preparation._packer.allocate(1000)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl import errors
 from tink_rl.policy.content import ContentDigest, files_identity
 from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.protocol import BASE, Empty
 
 if TYPE_CHECKING:
     from tink_rl.transport.fleet import Fleet
@@ -55,13 +56,12 @@ def _digests_of(replica: Replica) -> dict[str, str]:
     done, moved = -1, time.monotonic()
     said = moved
     while True:
-        answer: dict[str, Any] = replica.client.control("base", {}, timeout_s=30.0)
-        if answer["tensors"] is not None:
-            found: dict[str, str] = answer["tensors"]
-            return found
+        answer = replica.client.ask(BASE, Empty(), timeout_s=30.0)
+        if answer.tensors is not None:
+            return answer.tensors
         now = time.monotonic()
-        if answer["num_done"] > done:
-            done, moved = answer["num_done"], now
+        if answer.num_done > done:
+            done, moved = answer.num_done, now
         if now - moved > _STALLED_S:
             raise errors.RequestTimeout(
                 f"{replica.url} reads its checkpoint to be compared and has stood at {done / 1e9:.1f} GB for "
@@ -72,7 +72,7 @@ def _digests_of(replica: Replica) -> dict[str, str]:
             said = now
             logger.info(
                 "%s hashes its checkpoint: %.1f of %.1f GB",
-                *(replica.url, done / 1e9, answer["num_bytes"] / 1e9),
+                *(replica.url, done / 1e9, answer.num_bytes / 1e9),
             )
         time.sleep(_POLL_S)
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from tink_rl.policy.whole import WholeSource, whole_source
+from tink_rl.protocol import CommitAnswer
 from tink_rl.publish.full_update import FullUpdate
 from tink_rl.types import SyncMode
 
@@ -118,7 +119,7 @@ class FullTransfer:
             self._update.begin(tensors.plan(self._dtype))
             self._update.add_all(tensors.pairs())
 
-    def commit(self, retire: Sequence[str]) -> list[dict[str, Any]]:
+    def commit(self, retire: Sequence[str]) -> list[CommitAnswer]:
         """Serve what was sent on every replica (slots of the policy end); what each holds then.
 
         Raises:

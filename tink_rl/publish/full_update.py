@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tink_rl import errors
 from tink_rl.policy import packet
+from tink_rl.protocol import CommitAnswer
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.types import SyncMode
 
@@ -128,7 +129,7 @@ class FullUpdate:
         """Of all buckets sent so far."""
         return self._chain.digest()
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[CommitAnswer]:
         """Serve what was sent; what each replica holds then.
 
         Raises:
@@ -147,9 +148,9 @@ class FullUpdate:
                 lambda replica: replica.finish_update(self._ids[replica.url], digest)
             )
             for replica, answer in zip(self._fleet.replicas, answers, strict=True):
-                if answer["digest"] != digest:
+                if answer.digest != digest:
                     raise errors.DigestMismatch(
-                        f"{replica.url} holds {answer['digest']}, sent was {digest}",
+                        f"{replica.url} holds {answer.digest}, sent was {digest}",
                         replica=replica.url,
                     )
         self._drop_room()

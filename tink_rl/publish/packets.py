@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
+from tink_rl.protocol import CommitAnswer
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.types import SyncMode
 
@@ -111,7 +112,7 @@ class PacketTransfer:
     def _is_alone(self) -> bool:
         return len(self._fleet.replicas) == 1
 
-    def commit(self, retire: Sequence[str]) -> list[dict[str, Any]]:
+    def commit(self, retire: Sequence[str]) -> list[CommitAnswer]:
         """Serve it on every replica, and drop the versions `retire`; what each replica holds then.
 
         Raises:

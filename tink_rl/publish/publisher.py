@@ -294,14 +294,14 @@ class WeightSync:
             answers = transfer.commit(retire)
         with watch(Phase.VERIFY):
             for replica, answer in zip(self.fleet.replicas, answers, strict=True):
-                if answer["digest"] != transfer.digest:
+                if answer.digest != transfer.digest:
                     raise errors.DigestMismatch(
-                        f"{replica.url} holds {answer['digest']}, sent was {transfer.digest}",
+                        f"{replica.url} holds {answer.digest}, sent was {transfer.digest}",
                         replica=replica.url,
                     )
         self.versions.discard(retire)
-        self.base_taken_by = next((a["full"] for a in answers if a.get("full")), None)
-        return max(float(answer["held_seconds"]) for answer in answers)
+        self.base_taken_by = next((a.full for a in answers if a.full), None)
+        return max(answer.held_seconds for answer in answers)
 
     def point(self, probe_gap: float | None = None) -> PublishRecord:
         """Make what was sent last the current version, and drop what it supersedes; its record.

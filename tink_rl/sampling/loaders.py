@@ -106,7 +106,7 @@ class PluginLoader:
         try:
             replica.ensure_channel()
             stage_id = replica.stage(Outgoing(header, buffer))
-            held = replica.commit(stage_id)["digest"]
+            held = replica.commit(stage_id).digest
         finally:
             replica.close()
         if held != header.digest:

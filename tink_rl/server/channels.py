@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tink_rl.errors import ChannelLost, DigestMismatch, StaleEpoch, TinkError
+from tink_rl.protocol import SegmentSpec
 from tink_rl.transport import communicator
-from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentSpec
+from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment
 
 logger = logging.getLogger("tink_rl.server")
 

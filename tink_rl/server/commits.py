@@ -12,12 +12,13 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
+from tink_rl.protocol import CommitAnswer, CommitRequest, DropRequest, Empty
 from tink_rl.server.caches import forget_caches
 from tink_rl.server.host_store import SCHEME
 from tink_rl.server.stages import Staged, Stages
 from tink_rl.server.state import Served, ServedState
 from tink_rl.server.workers import check_alike
-from tink_rl.types import PolicyVersion, ServerState, SyncMode
+from tink_rl.types import OnRunning, PolicyVersion, ServerState, SyncMode
 
 
 class Commits:
@@ -36,7 +37,7 @@ class Commits:
         self._state, self._stages = state, stages
         self._make_lora_request = make_lora_request
 
-    async def commit(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def commit(self, request: CommitRequest) -> CommitAnswer:
         """Serve a staged version and stop serving those of `retire`; answers what every worker then holds.
 
         With a `digest` the packet is checked first, or as it is served: a publisher with one replica asks
@@ -48,17 +49,16 @@ class Commits:
             DrainTimeout: running requests did not end; nothing was written.
             CommitFailed: the server is NOT READY.
         """
-        staged = self._stages.find(body["stage_id"])
+        staged = self._stages.find(request.stage_id)
         self._state.leases.check(staged.header.policy, staged.header.epoch)
         if not staged.checked:
-            if not body.get("digest"):
+            if not request.digest:
                 raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
             if not self._stages.is_checked_as_served(staged):
-                await self._stages.check(staged, body)
+                await self._stages.check(staged, request.digest, request.timeout_s)
         if staged.update is not None:
             raise errors.BadRequest("a bucket of a full update is not committed; call finish")
-        retire = [str(name) for name in body.get("retire", ())]
-        for name in retire:
+        for name in request.retire:
             if PolicyVersion.parse(name).policy != staged.header.policy:
                 raise errors.BadRequest(
                     f"{name} is no version of {staged.header.policy!r}, whose lease this is"
@@ -67,24 +67,19 @@ class Commits:
             self._state.leases.check(staged.header.policy, staged.header.epoch)
             self._state.check_mode(staged.header.mode, staged.header.policy)
             # From here on, whatever becomes of it: who joins meanwhile counts on from this number.
-            digest = staged.header.digest if staged.checked else str(body["digest"])
+            digest = staged.header.digest if staged.checked else str(request.digest)
             self._state.numbers.take(staged.name, digest)
             if staged.header.mode is SyncMode.ADAPTER:
-                work = self._commit_adapter(staged, digest, float(body["timeout_s"]))
+                work = self._commit_adapter(staged, digest, request.timeout_s)
             else:
-                work = self._commit_merged(
-                    staged, float(body["drain_timeout_s"]), body["on_running"]
-                )
+                work = self._commit_merged(staged, request.drain_timeout_s, request.on_running)
             held_s: float = await self._stages.all_or_none(staged, work)
-            for name in retire:
+            for name in request.retire:
                 self._state.retire_slot(name)
         self._stages.took(staged)
         full = next((v.name for v in self._state.served.values() if v.mode is SyncMode.FULL), None)
-        return {
-            "held_seconds": held_s,
-            "digest": self._state.served[staged.name].digest,
-            "full": full,
-        }
+        digest = self._state.served[staged.name].digest
+        return CommitAnswer(held_seconds=held_s, digest=digest, full=full)
 
     async def _commit_adapter(self, staged: Staged, digest: str, timeout_s: float) -> float:
         name = staged.name
@@ -102,7 +97,7 @@ class Commits:
         return 0.0
 
     async def _commit_merged(
-        self, staged: Staged | None, drain_timeout_s: float, on_running: str
+        self, staged: Staged | None, drain_timeout_s: float, on_running: OnRunning
     ) -> float:
         start = time.monotonic()
         try:
@@ -132,15 +127,14 @@ class Commits:
             ) from error
         self._state.mark_served(name, digest or "", None if staged is None else SyncMode.MERGED)
 
-    async def drop(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def drop(self, request: DropRequest) -> Empty:
         """Stop serving a version; requests that run on it end on it. Merged, full: the base comes back.
 
         Raises:
             UnknownVersion: it is not served.
         """
-        name = str(body["name"])
-        version = PolicyVersion.parse(name)
-        self._state.leases.check(version.policy, body["epoch"])
+        name = request.name
+        self._state.leases.check(PolicyVersion.parse(name).policy, request.epoch)
         async with self._state.lock:
             served = self._state.served.get(name)
             if name == self._state.broken:
@@ -150,7 +144,7 @@ class Commits:
                     f"{name} is not served; served are {sorted(self._state.served) or 'none'}"
                 )
             if served.mode is not SyncMode.ADAPTER:
-                await self._commit_merged(None, float(body["drain_timeout_s"]), body["on_running"])
+                await self._commit_merged(None, request.drain_timeout_s, request.on_running)
             else:
                 self._state.retire_slot(name)
-        return {}
+        return Empty()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tink_rl.errors import BaseMismatch, ConfigError
 from tink_rl.policy.content import ContentDigest, files_identity
 from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.protocol import BaseAnswer, Empty
 
 
 class ServedContent:
@@ -19,8 +18,8 @@ class ServedContent:
         self._digest = ContentDigest(self._index)
         self.identity = files_identity(self._index)
 
-    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`{"num_bytes", "num_done", "tensors"}`; `tensors` is None until all bytes are read.
+    async def ask(self, _: Empty) -> BaseAnswer:
+        """How far hashing is, and its digests at the end.
 
         Raises:
             BaseMismatch: the files were changed after they had been loaded.
@@ -36,8 +35,6 @@ class ServedContent:
                 f"the files of {self._model_dir} were changed after the server had loaded them, so what is "
                 "served is no checkpoint that can be compared; restart the server"
             )
-        return {
-            "num_bytes": self._digest.num_bytes,
-            "num_done": self._digest.num_done,
-            "tensors": tensors,
-        }
+        return BaseAnswer(
+            num_bytes=self._digest.num_bytes, num_done=self._digest.num_done, tensors=tensors
+        )

@@ -10,18 +10,21 @@ import hmac
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
+from tink_rl import protocol
 from tink_rl.errors import BadRequest, BadToken, ConfigError, NotReady, TinkError
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
+from tink_rl.protocol import PREFIX, Empty, LayoutAnswer, Message, Route
 from tink_rl.server.commits import Commits
 from tink_rl.server.content import ServedContent
 from tink_rl.server.gate import GATE, GateMiddleware
@@ -30,9 +33,9 @@ from tink_rl.server.stages import Stages
 from tink_rl.server.state import ServedState
 from tink_rl.server.updates import FullUpdates
 from tink_rl.server.writers import Writers
+from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl.server")
-_PREFIX = "/tink/v1"
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_CHUNK_BYTES = 64 * 2**20
 
@@ -49,9 +52,9 @@ class TinkEndpoints:
         Raises:
             ConfigError: no token was given.
         """
-        token = _read_token()
+        app.state.tink_token = _read_token()
         app.add_middleware(GateMiddleware)
-        app.include_router(_router(token))
+        app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Prepare the workers (layers, golden weights) before the first request.
@@ -85,12 +88,12 @@ class TinkEndpoints:
                 "shared_with_trainer": os.environ.get("TINK_SERVER_SHARED", "1") != "0",
             }
         )
-        state.tink = _control(served, content, LoRARequest)
-        logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(facts))
+        state.tink = _controlled(served, content, LoRARequest)
+        logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(served.status()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Control:
+class Control:
     """What the control routes speak to."""
 
     state: ServedState
@@ -101,12 +104,12 @@ class _Control:
     writers: Writers
 
 
-def _control(
+def _controlled(
     state: ServedState, content: ServedContent, make_lora_request: Callable[..., Any]
-) -> _Control:
+) -> Control:
     updates = FullUpdates(state)
     stages = Stages(state, updates)
-    return _Control(
+    return Control(
         state=state,
         content=content,
         updates=updates,
@@ -171,8 +174,8 @@ def _facts(config: Any, model_dir: str) -> dict[str, Any]:
     }
 
 
-def _golden_text(facts: dict[str, Any]) -> str:
-    golden = facts.get("golden")
+def _golden_text(status: ServerStatus) -> str:
+    golden = status.golden
     if not golden:
         return ""
     left = golden.get("device_left_bytes")
@@ -190,90 +193,92 @@ def _version(name: str) -> str:
         return ""
 
 
-_Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
-_ACTIONS: dict[str, Callable[[_Control], _Handler]] = {
-    "join": lambda p: p.writers.join,
-    "joined": lambda p: p.writers.joined,
-    "heartbeat": lambda p: p.writers.heartbeat,
-    "leave": lambda p: p.writers.leave,
-    "stage": lambda p: p.stages.stage,
-    "staged": lambda p: p.stages.staged,
-    "discard": lambda p: p.stages.discard,
-    "commit": lambda p: p.commits.commit,
-    "drop": lambda p: p.commits.drop,
-    "base": lambda p: p.content.ask,
-    "forget_prefixes": lambda p: p.state.forget_prefixes,
-    "begin": lambda p: p.updates.begin,
-    "finish": lambda p: p.updates.finish,
-    "abort": lambda p: p.updates.end,
-}
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
 
 
-def _router(token: str) -> APIRouter:
-    router = APIRouter()
+class _Answering(APIRoute):
+    """Answers an error of ours in its form on the wire; any other exception is vLLM's to answer, with 500."""
 
-    def policies(request: Request) -> _Control:
-        given = request.headers.get("authorization", "")
-        scheme, _, value = given.partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(value.encode(), token.encode()):
-            raise BadToken(
-                "the bearer token of this request is missing or wrong; give the server's token file "
-                "with SyncConfig(token_file=...), --token_file or TINK_TOKEN_FILE"
-            )
-        found: _Control | None = getattr(request.app.state, "tink", None)
-        if found is None:
-            raise NotReady("the server is still preparing its workers")
-        return found
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What FastAPI calls."""
+        handle = super().get_route_handler()
 
-    async def answer(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
-        try:
-            return JSONResponse(await work())
-        except TinkError as error:
-            return JSONResponse(error.to_wire(), status_code=error.status)
-        except (KeyError, TypeError, ValueError) as error:
-            bad = BadRequest(f"malformed control request: {error!r}")
-            return JSONResponse(bad.to_wire(), status_code=bad.status)
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except TinkError as error:
+                return JSONResponse(error.to_wire(), status_code=error.status)
 
-    @router.get(f"{_PREFIX}/status")
-    async def status(request: Request) -> JSONResponse:
-        async def work() -> dict[str, Any]:
-            return policies(request).state.status()
+        return answer
 
-        return await answer(work)
 
-    @router.get(f"{_PREFIX}/layout")
-    async def layout(request: Request) -> JSONResponse:
-        async def work() -> dict[str, Any]:
-            return await policies(request).updates.layout()
+def authorised(request: Request) -> Control:
+    """The server that a request with our token speaks to; a dependency, before the body is read.
 
-        return await answer(work)
+    Raises:
+        BadToken: the token is missing or another one.
+        NotReady: the server is not prepared yet.
+    """
+    given, state = request.headers.get("authorization", ""), request.app.state
+    scheme, _, value = given.partition(" ")
+    token: str = state.tink_token
+    if scheme.lower() != "bearer" or not hmac.compare_digest(value.encode(), token.encode()):
+        raise BadToken(
+            "the bearer token of this request is missing or wrong; give the server's token file "
+            "with SyncConfig(token_file=...), --token_file or TINK_TOKEN_FILE"
+        )
+    found: Control | None = getattr(state, "tink", None)
+    if found is None:
+        raise NotReady("the server is still preparing its workers")
+    return found
 
-    @router.post(_PREFIX + "/stage/{stage_id:path}/chunk")
-    async def chunk(request: Request, stage_id: str, offset: int) -> JSONResponse:
-        async def work() -> dict[str, Any]:
-            found = policies(request)
-            return await found.stages.chunk(
-                stage_id, offset, await _body(request, _MAX_CHUNK_BYTES)
-            )
 
-        return await answer(work)
+Authorised = Annotated[Control, Depends(authorised)]
+router = APIRouter(prefix=PREFIX, route_class=_Answering)
 
-    def add(action: str, handler: Callable[[_Control], _Handler]) -> None:
-        @router.post(f"{_PREFIX}/{action}", name=f"tink_{action}")
-        async def route(request: Request) -> JSONResponse:
-            async def work() -> dict[str, Any]:
-                handle = handler(policies(request))
-                await _body(request, _MAX_JSON_BYTES)
-                body = await request.json()
-                if not isinstance(body, dict):
-                    raise BadRequest("expected a JSON object")
-                return await handle(body)
 
-            return await answer(work)
+@router.get("/status")
+async def status(control: Authorised) -> ServerStatus:
+    """What a server says of itself."""
+    return control.state.status()
 
-    for action, handler in _ACTIONS.items():
-        add(action, handler)
-    return router
+
+@router.get("/layout")
+async def layout(control: Authorised) -> LayoutAnswer:
+    """Which tensors a full update must send together."""
+    return await control.updates.layout()
+
+
+@router.post("/stage/{stage_id:path}/chunk")
+async def chunk(request: Request, stage_id: str, offset: int, control: Authorised) -> Empty:
+    """Bytes of a packet."""
+    return await control.stages.chunk(stage_id, offset, await _body(request, _MAX_CHUNK_BYTES))
+
+
+def _post(route: Route[Q, A], handler: Callable[[Control], Callable[[Q], Awaitable[A]]]) -> None:
+    async def answer(request: Request, control: Authorised) -> Response:
+        message = route.request.read(await _body(request, _MAX_JSON_BYTES))
+        answered = await handler(control)(message)
+        return Response(answered.to_json(), media_type="application/json")
+
+    router.add_api_route(f"/{route.action}", answer, methods=["POST"], name=f"tink_{route.action}")
+
+
+_post(protocol.JOIN, lambda control: control.writers.join)
+_post(protocol.JOINED, lambda control: control.writers.joined)
+_post(protocol.HEARTBEAT, lambda control: control.writers.heartbeat)
+_post(protocol.LEAVE, lambda control: control.writers.leave)
+_post(protocol.STAGE, lambda control: control.stages.stage)
+_post(protocol.STAGED, lambda control: control.stages.staged)
+_post(protocol.DISCARD, lambda control: control.stages.discard)
+_post(protocol.COMMIT, lambda control: control.commits.commit)
+_post(protocol.DROP, lambda control: control.commits.drop)
+_post(protocol.BEGIN, lambda control: control.updates.begin)
+_post(protocol.FINISH, lambda control: control.updates.finish)
+_post(protocol.ABORT, lambda control: control.updates.end)
+_post(protocol.BASE, lambda control: control.content.ask)
+_post(protocol.FORGET_PREFIXES, lambda control: control.state.forget_prefixes)
 
 
 async def _body(request: Request, limit: int) -> bytes:

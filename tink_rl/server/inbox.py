@@ -18,9 +18,10 @@ import torch
 from tink_rl.errors import DigestMismatch, TinkError, UnknownVersion
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import MAX_ABS_WEIGHT, check_packed
+from tink_rl.protocol import SegmentSpec
 from tink_rl.server.channels import Channels, Task
 from tink_rl.transport import communicator
-from tink_rl.transport.shared_memory import Segment, SegmentSpec
+from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode, Transport
 
 logger = logging.getLogger("tink_rl.server")

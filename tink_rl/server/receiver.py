@@ -26,6 +26,7 @@ from tink_rl.errors import (
 )
 from tink_rl.policy import packet
 from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.protocol import SegmentSpec
 from tink_rl.server import amx, full_logprobs, host_store, modules
 from tink_rl.server.channels import Channels
 from tink_rl.server.derived import Derived
@@ -35,7 +36,7 @@ from tink_rl.server.inbox import Inbox, Stage
 from tink_rl.server.layout import trace_layout
 from tink_rl.server.preparing import merged_mode
 from tink_rl.server.whole import WholeWriter
-from tink_rl.transport.shared_memory import Segment, SegmentSpec
+from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode
 
 logger = logging.getLogger("tink_rl.server")
@@ -194,9 +195,7 @@ class TinkWorkerExtension:
     # -- stage ------------------------------------------------------------------------------------
 
     @_answers
-    def tink_stage(
-        self, stage_id: str, header_json: dict[str, Any], options: dict[str, Any]
-    ) -> None:
+    def tink_stage(self, stage_id: str, header_json: bytes, options: dict[str, Any]) -> None:
         """Check the header against the model, then receive and check the bytes in a thread.
 
         Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.policy.packet import PacketHeader
+from tink_rl.protocol import DiscardRequest, Empty, StageAnswer, StagedRequest, StageRequest
 from tink_rl.server.state import ServedState
 from tink_rl.server.updates import FullUpdates, Update
 from tink_rl.types import SyncMode, Transport
@@ -37,40 +38,39 @@ class Stages:
         self._state, self._updates, self._workers = state, updates, state.workers
         self._stages: dict[str, Staged] = {}
 
-    async def stage(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def stage(self, request: StageRequest) -> StageAnswer:
         """Check a header and start receiving; the bytes may be sent once this has answered.
 
         Raises:
             TinkError: whatever is wrong with the packet; nothing has changed then.
         """
-        header = PacketHeader.from_json(body["header"])
+        header = request.header
         self._state.leases.check(header.policy, header.epoch)
         if header.mode is SyncMode.FULL:
-            self._updates.check_header(header, body.get("update_id"))
+            self._updates.check_header(header, request.update_id)
         else:
             self._state.check_mode(header.mode, header.policy)
         self._state.check_base(header.base_fingerprint)
-        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
         name = f"{header.policy}@{header.version}"
         staged = Staged(
             stage_id=f"{name}~{uuid.uuid4().hex[:8]}",
             name=name,
             header=header,
-            transport=transport,
+            transport=request.transport,
             update=self._updates.current if header.mode is SyncMode.FULL else None,
         )
         options = {
-            "transport": transport,
+            "transport": request.transport,
             "src": self._state.world_size,
-            "timeout_s": timeout_s,
-            "update_id": body.get("update_id"),
-            "segment": body.get("segment"),
+            "timeout_s": request.timeout_s,
+            "update_id": request.update_id,
+            "segment": None if request.segment is None else vars(request.segment),
         }
         await self.all_or_none(
-            staged, self._workers.ask("tink_stage", staged.stage_id, body["header"], options)
+            staged, self._workers.ask("tink_stage", staged.stage_id, header.to_json(), options)
         )
         self._stages[staged.stage_id] = staged
-        return {"stage_id": staged.stage_id}
+        return StageAnswer(stage_id=staged.stage_id)
 
     async def all_or_none(self, staged: Staged, work: Any) -> Any:
         """What `work` gives; if it fails, no worker keeps the stage, and a full update ends."""
@@ -89,14 +89,13 @@ class Stages:
         self._stages.pop(staged.stage_id, None)
         await self._workers.tell("tink_discard", staged.stage_id)
 
-    async def check(self, staged: Staged, body: dict[str, Any]) -> None:
-        """Wait until every worker has found the packet right, which hashes to `body["digest"]`.
+    async def check(self, staged: Staged, digest: str, timeout_s: float) -> None:
+        """Wait until every worker has found the packet right, which hashes to `digest`.
 
         Raises:
             TinkError: what is wrong; the packet is forgotten.
         """
-        work = self._received(staged, str(body["digest"]), float(body["timeout_s"]))
-        await self.all_or_none(staged, work)
+        await self.all_or_none(staged, self._received(staged, digest, timeout_s))
 
     async def _received(self, staged: Staged, digest: str, timeout_s: float) -> None:
         if any(state != "done" for state in await self._sent("tink_sent", staged, digest)):
@@ -147,27 +146,27 @@ class Stages:
             "tink_stage_state", staged.stage_id, timeout_s, f"receiving {staged.name}"
         )
 
-    async def chunk(self, stage_id: str, offset: int, data: bytes) -> dict[str, Any]:
+    async def chunk(self, stage_id: str, offset: int, data: bytes) -> Empty:
         """One chunk of a packet that travels as HTTP body."""
         staged = self.find(stage_id)
         work = self._workers.ask("tink_chunk", stage_id, offset, data)
         await self.all_or_none(staged, work)
-        return {}
+        return Empty()
 
-    async def staged(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def staged(self, request: StagedRequest) -> StageAnswer:
         """All bytes were sent, and hash to `digest`: answer when every worker has checked them."""
-        staged = self.find(body["stage_id"])
-        await self.check(staged, body)
+        staged = self.find(request.stage_id)
+        await self.check(staged, request.digest, request.timeout_s)
         if staged.update is not None:
             await self.all_or_none(staged, self._updates.write(staged.update, staged.stage_id))
             self.took(staged)
-        return {"stage_id": staged.stage_id}
+        return StageAnswer(stage_id=staged.stage_id)
 
-    async def discard(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def discard(self, request: DiscardRequest) -> Empty:
         """Forget a stage; unknown ones are fine."""
-        self._stages.pop(body["stage_id"], None)
-        await self._workers.ask("tink_discard", body["stage_id"])
-        return {}
+        self._stages.pop(request.stage_id, None)
+        await self._workers.ask("tink_discard", request.stage_id)
+        return Empty()
 
     def find(self, stage_id: str) -> Staged:
         """The packet of `stage_id`.

@@ -14,12 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from tink_rl import errors
+from tink_rl.protocol import Empty, ForgetPrefixesRequest
 from tink_rl.server.caches import forget_caches
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import Leases
 from tink_rl.server.numbers import Numbers
 from tink_rl.server.workers import Workers
-from tink_rl.types import PROTOCOL_VERSION, PolicyVersion, ServerState, SyncMode
+from tink_rl.types import (
+    PROTOCOL_VERSION,
+    OnRunning,
+    PolicyVersion,
+    ServerState,
+    ServerStatus,
+    SyncMode,
+)
 
 logger = logging.getLogger("tink_rl.server")
 _STILL_RUNNING_S = 60.0
@@ -104,24 +112,25 @@ class ServedState:
         """Number of vLLM workers."""
         return int(self._facts["world_size"])
 
-    def status(self) -> dict[str, Any]:
-        """The fields of `ServerStatus`; cheap, asks no worker."""
+    def status(self) -> ServerStatus:
+        """Cheap; asks no worker."""
         held = {v.mode: v.name for v in self.served.values()}
-        return {
+        writing = self.writing is not None
+        return ServerStatus(
             **self._facts,
-            "protocol": PROTOCOL_VERSION,
-            "incarnation": self.incarnation,
-            "state": self.server_state if self.writing is None else ServerState.NOT_READY,
-            "reason": self.reason if self.writing is None else f"{self.writing} is being written",
-            "modes": list(self.modes),
-            "base_model": self.base_name,
-            "served": {v.name: v.digest for v in self.served.values()},
-            "merged": held.get(SyncMode.MERGED),
-            "full": held.get(SyncMode.FULL),
-            "draining": dict.fromkeys(self._draining, 1),
-            "running": self.gate.num_running,
-            "holding": self.gate.is_holding,
-        }
+            protocol=PROTOCOL_VERSION,
+            incarnation=self.incarnation,
+            state=ServerState.NOT_READY if writing else self.server_state,
+            reason=f"{self.writing} is being written" if writing else self.reason,
+            modes=self.modes,
+            base_model=self.base_name,
+            served={v.name: v.digest for v in self.served.values()},
+            merged=held.get(SyncMode.MERGED),
+            full=held.get(SyncMode.FULL),
+            draining=dict.fromkeys(self._draining, 1),
+            running=self.gate.num_running,
+            holding=self.gate.is_holding,
+        )
 
     # -- what may be changed ------------------------------------------------------------------------
 
@@ -182,7 +191,7 @@ class ServedState:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    async def hold(self, drain_timeout_s: float, on_running: str) -> None:
+    async def hold(self, drain_timeout_s: float, on_running: OnRunning) -> None:
         """Hold new requests and let running ones end; the caller opens the gate again.
 
         Raises:
@@ -216,7 +225,7 @@ class ServedState:
                 return False
         return True
 
-    async def forget_prefixes(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def forget_prefixes(self, request: ForgetPrefixesRequest) -> Empty:
         """Drop every cached prefix; new requests are held until the running ones have ended.
 
         Raises:
@@ -224,11 +233,11 @@ class ServedState:
         """
         async with self.lock:
             try:
-                await self.hold(float(body["timeout_s"]), "drain")
+                await self.hold(request.timeout_s, "drain")
                 await forget_caches(self.engine)
             finally:
                 self.gate.open()
-        return {}
+        return Empty()
 
     # -- what is served now -----------------------------------------------------------------------
 

@@ -14,11 +14,20 @@ import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.policy.packet import PacketHeader, specs_from_plan
+from tink_rl.protocol import (
+    AbortRequest,
+    BeginAnswer,
+    BeginRequest,
+    CommitAnswer,
+    Empty,
+    FinishRequest,
+    LayoutAnswer,
+)
 from tink_rl.server.caches import forget_caches
 from tink_rl.server.state import ServedState
 from tink_rl.server.workers import check_alike
@@ -73,20 +82,20 @@ class FullUpdates:
         self.current: Update | None = None
         self._watch: asyncio.Task[None] | None = None
 
-    async def layout(self) -> dict[str, Any]:
+    async def layout(self) -> LayoutAnswer:
         """Names of the checkpoint's tensors by group, as every rank sees them."""
-        return {"groups": (await self._state.workers.ask("tink_layout"))[0]}
+        return LayoutAnswer(groups=(await self._state.workers.ask("tink_layout"))[0])
 
-    async def end(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def end(self, request: AbortRequest) -> Empty:
         """End an update early; one that has ended is fine."""
         update = self.current
-        if update is not None and update.update_id == body["update_id"]:
-            await self.abort(update, str(body.get("reason", "its sender gave up"))[:300])
-        return {}
+        if update is not None and update.update_id == request.update_id:
+            await self.abort(update, request.reason[:300])
+        return Empty()
 
     # -- begin ------------------------------------------------------------------------------------
 
-    async def begin(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def begin(self, request: BeginRequest) -> BeginAnswer:
         """Check what is going to be sent, hold new requests and let running ones end.
 
         Raises:
@@ -94,27 +103,27 @@ class FullUpdates:
             DrainTimeout: running requests did not end; nothing has changed.
         """
         state = self._state
-        version = PolicyVersion(policy=body["policy"], version=int(body["version"]))
-        state.leases.check(version.policy, body["epoch"])
+        version = PolicyVersion(policy=request.policy, version=request.version)
+        state.leases.check(version.policy, request.epoch)
         state.check_mode(SyncMode.FULL, version.policy)
-        state.check_base(body["base_fingerprint"])
-        plan = body.get("plan")
+        state.check_base(request.base_fingerprint)
+        plan = None if request.plan is None else [dict(planned) for planned in request.plan]
         if plan is not None:
             specs_from_plan(plan)
             await state.workers.ask("tink_check_plan", plan)
         await state.lock.acquire()
         try:
-            state.leases.check(version.policy, body["epoch"])
+            state.leases.check(version.policy, request.epoch)
             state.check_mode(SyncMode.FULL, version.policy)
             update = Update(
                 update_id=f"{version}~{uuid.uuid4().hex[:8]}",
                 name=str(version),
                 policy=version.policy,
                 version=version.version,
-                epoch=int(body["epoch"]),
-                idle_timeout_s=float(body["timeout_s"]),
+                epoch=request.epoch,
+                idle_timeout_s=request.timeout_s,
             )
-            await state.hold(float(body["drain_timeout_s"]), body["on_running"])
+            await state.hold(request.drain_timeout_s, request.on_running)
             names = [item["name"] for item in plan or ()]
             await state.workers.ask("tink_begin", update.update_id, names, update.epoch)
         except BaseException:
@@ -123,9 +132,9 @@ class FullUpdates:
             raise
         self.current, state.writing = update, update.name
         self._watch = asyncio.create_task(self._watch_sender(update))
-        return {"update_id": update.update_id}
+        return BeginAnswer(update_id=update.update_id)
 
-    def find(self, update_id: Any) -> Update:
+    def find(self, update_id: str | None) -> Update:
         """The update under way.
 
         Raises:
@@ -137,7 +146,7 @@ class FullUpdates:
 
     # -- buckets ----------------------------------------------------------------------------------
 
-    def check_header(self, header: PacketHeader, update_id: Any) -> None:
+    def check_header(self, header: PacketHeader, update_id: str | None) -> None:
         """Raise unless `header` is a bucket of the update under way."""
         update = self.find(update_id)
         if (header.policy, header.version) != (update.policy, update.version):
@@ -153,7 +162,7 @@ class FullUpdates:
 
     # -- end --------------------------------------------------------------------------------------
 
-    async def finish(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def finish(self, request: FinishRequest) -> CommitAnswer:
         """Serve what was sent, under its name only.
 
         Raises:
@@ -161,7 +170,7 @@ class FullUpdates:
             VersionTaken: this number was given to other weights.
             CommitFailed: the server is NOT READY.
         """
-        update, digest = self.find(body["update_id"]), str(body["digest"])
+        update, digest = self.find(request.update_id), request.digest
         state, before = self._state, update.written
         try:
             with update.busy():
@@ -184,7 +193,7 @@ class FullUpdates:
         state.mark_served(update.name, digest, SyncMode.FULL)
         held_s = time.monotonic() - update.start
         self._end()
-        return {"held_seconds": held_s, "digest": digest}
+        return CommitAnswer(held_seconds=held_s, digest=digest)
 
     async def abort(self, update: Update, reason: str) -> None:
         """End `update` without serving it; an update that has ended is fine."""

@@ -5,12 +5,19 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from tink_rl.policy.packet import check_protocol
+from tink_rl.protocol import (
+    Empty,
+    HeartbeatAnswer,
+    JoinAnswer,
+    JoinedRequest,
+    JoinRequest,
+    LeaseRequest,
+)
 from tink_rl.server.leases import LEASE_S, Lease
 from tink_rl.server.stages import Stages
 from tink_rl.server.state import ServedState
 from tink_rl.server.updates import FullUpdates
-from tink_rl.types import PolicyVersion, Transport
+from tink_rl.types import Transport
 
 
 class Writers:
@@ -32,34 +39,32 @@ class Writers:
         self._workers, self._leases = state.workers, state.leases
         self._host, self._port = host, port
 
-    async def join(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def join(self, request: JoinRequest) -> JoinAnswer:
         """Take the lease of a policy and open a channel; the trainer dials what this answers.
 
         Raises:
-            ProtocolMismatch, LeaseHeld, ConfigError.
+            LeaseHeld, ConfigError, SegmentUnreachable.
         """
-        check_protocol(body.get("protocol"))
-        policy = PolicyVersion(policy=body["policy"], version=0).policy
-        transport, timeout_s = Transport(body["transport"]), float(body["timeout_s"])
-        if transport is Transport.SHM:  # before anything changes: can every worker map it?
-            await self._workers.ask("tink_attach", body["segment"])
-        lease, old = self._leases.take(policy, str(body["writer"]))
+        policy = request.policy
+        if request.transport is Transport.SHM:  # before anything changes: can every worker map it?
+            await self._workers.ask("tink_attach", vars(request.segment))
+        lease, old = self._leases.take(policy, request.writer)
         if old is not None:
             await self._workers.ask("tink_close", old.epoch)
         await self._stages.forget_policy(policy)  # its writer died before the commit
         update = self._updates.current
         if update is not None and update.policy == policy:
             await self._updates.abort(update, "its writer joined again")
-        answer = {
+        answer: dict[str, Any] = {
             "epoch": lease.epoch,
             "incarnation": self._state.incarnation,
             "lease_s": LEASE_S,
             "last_version": self._state.numbers.last(policy),
-            "transport": transport,
+            "transport": request.transport,
         }
-        if transport not in (Transport.HTTP, Transport.SHM):
-            answer |= await self._open_channel(lease, transport, timeout_s)
-        return answer
+        if request.transport not in (Transport.HTTP, Transport.SHM):
+            answer |= await self._open_channel(lease, request.transport, request.timeout_s)
+        return JoinAnswer(**answer)
 
     async def _open_channel(
         self, lease: Lease, transport: Transport, timeout_s: float
@@ -76,22 +81,22 @@ class Writers:
         await self._workers.ask("tink_join", lease.epoch, spec)
         return {**spec, "rank": self._state.world_size}
 
-    async def joined(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def joined(self, request: JoinedRequest) -> Empty:
         """Wait until every worker is in the channel."""
-        lease = self._leases.check(body["policy"], body["epoch"])
+        lease = self._leases.check(request.policy, request.epoch)
         await self._workers.until_done(
-            "tink_join_state", lease.epoch, float(body["timeout_s"]), "joining the channel"
+            "tink_join_state", lease.epoch, request.timeout_s, "joining the channel"
         )
-        return {}
+        return Empty()
 
-    async def heartbeat(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def heartbeat(self, request: LeaseRequest) -> HeartbeatAnswer:
         """Renew the lease."""
-        self._leases.check(body["policy"], body["epoch"])
-        return {"incarnation": self._state.incarnation}
+        self._leases.check(request.policy, request.epoch)
+        return HeartbeatAnswer(incarnation=self._state.incarnation)
 
-    async def leave(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def leave(self, request: LeaseRequest) -> Empty:
         """End lease and channel; what is served stays served."""
-        lease = self._leases.check(body["policy"], body["epoch"])
+        lease = self._leases.check(request.policy, request.epoch)
         await self._workers.ask("tink_close", lease.epoch)
         self._leases.release(lease.policy, lease.epoch)
-        return {}
+        return Empty()

@@ -13,6 +13,19 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.loopback import is_local
+from tink_rl.protocol import (
+    HEARTBEAT,
+    JOIN,
+    JOINED,
+    LEAVE,
+    A,
+    JoinAnswer,
+    JoinedRequest,
+    JoinRequest,
+    LeaseRequest,
+    Q,
+    Route,
+)
 from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus, Transport
@@ -34,7 +47,7 @@ class Connection:
         self.last_version = 0
         self._config, self._writer = config, writer
         self._channel: Channel | None = None
-        self._joined: dict[str, Any] | None = None
+        self._joined: JoinAnswer | None = None
         self._transport = Transport(config.transport)
         self._segment: Segment | None = None
         """Shared memory for packets that lie elsewhere, and to find out whether it is shared."""
@@ -43,7 +56,7 @@ class Connection:
     @property
     def incarnation(self) -> str | None:
         """The server's life with which the channel was opened; None while there is no channel."""
-        return self._joined["incarnation"] if self._joined else None
+        return self._joined.incarnation if self._joined else None
 
     def status(self) -> ServerStatus:
         """See `ServerClient.status`."""
@@ -60,17 +73,17 @@ class Connection:
             return
         joined = self._join()
         try:
-            if joined["transport"] not in (Transport.HTTP, Transport.SHM):
+            if joined.transport not in (Transport.HTTP, Transport.SHM):
                 self._channel = self._dial(joined)
         except BaseException:
-            self._leave(joined["epoch"])
+            self._leave(joined.epoch)
             raise
         self._joined = joined
         # A restarted server knows of none; its earlier life's numbers stay taken.
-        self.last_version = max(self.last_version, int(joined["last_version"]))
+        self.last_version = max(self.last_version, joined.last_version)
         self._start_heartbeat(joined)
 
-    def _join(self) -> dict[str, Any]:
+    def _join(self) -> JoinAnswer:
         from tink_rl.transport.communicator import choose_transport
 
         local = is_local(self.client.base_url)
@@ -92,53 +105,53 @@ class Connection:
         logger.info("%s: no shared memory with the server (%s): gloo", self.url, error)
         self._transport, self._segment = Transport.GLOO, None
 
-    def _take_lease(self, transport: Transport) -> dict[str, Any]:
+    def _take_lease(self, transport: Transport) -> JoinAnswer:
         deadline = time.monotonic() + self._config.lease_wait_s
-        body = {
-            "protocol": PROTOCOL_VERSION,
-            "policy": self._config.policy,
-            "writer": self._writer,
-            "transport": transport,
-            "timeout_s": self._config.join_timeout_s,
-        }
-        if transport is Transport.SHM and self._segment is not None:
-            body["segment"] = vars(self._segment.spec)
+        segment = self._segment if transport is Transport.SHM else None
+        request = JoinRequest(
+            protocol=PROTOCOL_VERSION,
+            policy=self._config.policy,
+            writer=self._writer,
+            transport=transport,
+            timeout_s=self._config.join_timeout_s,
+            segment=None if segment is None else segment.spec,
+        )
         while True:
             try:
-                return self._control("join", body, self._config.join_timeout_s)
+                return self._control(JOIN, request, self._config.join_timeout_s)
             except errors.LeaseHeld as error:
                 # A writer that died leaves a lease that nobody renews: wait for it, but no longer.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(min(1.0, float(error.details.get("expires_in_s", 1.0)) + 0.05))
 
-    def _dial(self, joined: dict[str, Any]) -> Channel:
+    def _dial(self, joined: JoinAnswer) -> Channel:
         from tink_rl.transport import communicator
 
         timeout_s = self._config.join_timeout_s
-        store = communicator.dial_store(joined["host"], joined["port"], timeout_s)
+        store = communicator.dial_store(joined.host, joined.port, timeout_s)
         channel = communicator.Channel(
             store,
-            nonce=joined["nonce"],
-            rank=joined["rank"],
-            world_size=joined["world_size"],
-            host=communicator.local_address(joined["host"], joined["port"]),
+            nonce=joined.nonce,
+            rank=joined.rank,
+            world_size=joined.world_size,
+            host=communicator.local_address(joined.host, joined.port),
             timeout_s=timeout_s,
         )
-        body = {"policy": self._config.policy, "epoch": joined["epoch"], "timeout_s": timeout_s}
-        self._control("joined", body, timeout_s)
+        request = JoinedRequest(policy=self._config.policy, epoch=joined.epoch, timeout_s=timeout_s)
+        self._control(JOINED, request, timeout_s)
         return channel
 
-    def _start_heartbeat(self, joined: dict[str, Any]) -> None:
+    def _start_heartbeat(self, joined: JoinAnswer) -> None:
         stop = self._stop_heartbeat = threading.Event()
-        body = {"policy": self._config.policy, "epoch": joined["epoch"]}
-        client, every_s = self.client, joined["lease_s"] / 4
+        request = LeaseRequest(policy=self._config.policy, epoch=joined.epoch)
+        client, every_s = self.client, joined.lease_s / 4
 
         def beat() -> None:
             while not stop.wait(every_s):
                 # A lost lease or server is found, with its reason, by the next publish.
                 with contextlib.suppress(TinkError):
-                    client.control("heartbeat", body, timeout_s=5.0)
+                    client.ask(HEARTBEAT, request, timeout_s=5.0)
 
         threading.Thread(target=beat, daemon=True, name="tink-heartbeat").start()
 
@@ -153,30 +166,30 @@ class Connection:
     def close(self) -> None:
         """Give lease and channel back; never raises."""
         if self._joined is not None:
-            self._leave(self._joined["epoch"])
+            self._leave(self._joined.epoch)
         self.forget_channel()
 
     def _leave(self, epoch: int) -> None:
         with contextlib.suppress(TinkError):
-            self._control("leave", {"policy": self._config.policy, "epoch": epoch}, 5.0)
+            self._control(LEAVE, LeaseRequest(policy=self._config.policy, epoch=epoch), 5.0)
 
     def _control(
         self,
-        action: str,
-        body: dict[str, Any],
+        route: Route[Q, A],
+        message: Q,
         timeout_s: float,
         when_sent: Callable[[], Any] | None = None,
-    ) -> dict[str, Any]:
+    ) -> A:
         timeout_s += _HTTP_SLACK_S
-        return self.client.control(action, body, timeout_s=timeout_s, when_sent=when_sent)
+        return self.client.ask(route, message, timeout_s=timeout_s, when_sent=when_sent)
 
     @property
     def epoch(self) -> int:
         """Epoch of the open channel."""
-        return int(self._opened["epoch"])
+        return self._opened.epoch
 
     @property
-    def _opened(self) -> dict[str, Any]:
+    def _opened(self) -> JoinAnswer:
         """What the server answered when the channel was opened."""
         if self._joined is None:
             raise errors.ChannelLost("there is no channel; call ensure_channel() first")
@@ -185,7 +198,7 @@ class Connection:
     @property
     def shares_memory(self) -> bool:
         """Whether packets go to this server through shared memory."""
-        return self._joined is not None and self._joined["transport"] == Transport.SHM
+        return self._joined is not None and self._joined.transport == Transport.SHM
 
     def do_without_shared_memory(self, error: TinkError) -> None:
         """Let the next channel be one that needs none; raises `error` if it was asked for."""

@@ -11,6 +11,27 @@ from typing import TYPE_CHECKING, Any
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
+from tink_rl.protocol import (
+    ABORT,
+    BEGIN,
+    COMMIT,
+    DISCARD,
+    DROP,
+    FINISH,
+    STAGE,
+    STAGED,
+    AbortRequest,
+    BeginRequest,
+    CommitAnswer,
+    CommitRequest,
+    DiscardRequest,
+    DropRequest,
+    FinishRequest,
+    LayoutAnswer,
+    PlannedTensor,
+    StagedRequest,
+    StageRequest,
+)
 from tink_rl.transport.connection import Connection
 from tink_rl.transport.outgoing import Outgoing, in_thread
 from tink_rl.transport.sampling_client import SamplingClient
@@ -57,7 +78,7 @@ class Replica(Connection):
         if announced is not None and announced[0] is outgoing:
             outgoing.start_digest()
             return announced[1].result()
-        buffer, transport = outgoing.buffer, Transport(self._opened["transport"])
+        buffer, transport = outgoing.buffer, self._opened.transport
         segment = self._segment_with(buffer) if transport is Transport.SHM else None
         stage_id = self._send_header(outgoing, segment, update_id)
         outgoing.start_digest()
@@ -101,22 +122,20 @@ class Replica(Connection):
         when_sent: Callable[[], Any] | None = None,
     ) -> str:
         header, timeout_s = outgoing.header, self._config.stage_timeout_s
-        body = {
-            "header": header.named(header.policy, header.version, self.epoch).to_json(),
-            "transport": self._opened["transport"],
-            "timeout_s": timeout_s,
-            "update_id": update_id,
-            "segment": None if segment is None else vars(segment.spec),
-        }
-        return str(self._control("stage", body, timeout_s, when_sent)["stage_id"])
+        request = StageRequest(
+            header=header.named(header.policy, header.version, self.epoch),
+            transport=self._opened.transport,
+            timeout_s=timeout_s,
+            update_id=update_id,
+            segment=None if segment is None else segment.spec,
+        )
+        return self._control(STAGE, request, timeout_s, when_sent).stage_id
 
     def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
-        body = {
-            "stage_id": stage_id,
-            "digest": digest,
-            "timeout_s": self._config.stage_timeout_s,
-        }
-        self._control("staged", body, timeout_s)
+        request = StagedRequest(
+            stage_id=stage_id, digest=digest, timeout_s=self._config.stage_timeout_s
+        )
+        self._control(STAGED, request, timeout_s)
 
     def _segment_with(self, buffer: torch.Tensor) -> Segment:
         """The packet in shared memory: where it was packed, else copied to a segment of our own.
@@ -142,7 +161,7 @@ class Replica(Connection):
         from tink_rl.transport.communicator import transfer
 
         assert self._channel is not None and self._joined is not None
-        src, moved = self._joined["rank"], buffer.cpu()
+        src, moved = self._joined.rank, buffer.cpu()
         try:
             for _ in transfer(self._channel, moved, src=src, timeout_s=timeout_s):
                 pass
@@ -164,11 +183,11 @@ class Replica(Connection):
     def discard(self, stage_id: str) -> None:
         """Forget a stage; never raises."""
         with contextlib.suppress(TinkError):
-            self._control("discard", {"stage_id": stage_id}, 5.0)
+            self._control(DISCARD, DiscardRequest(stage_id=stage_id), 5.0)
 
     def commit(
         self, stage_id: str, retire: Sequence[str] = (), digest: str | None = None
-    ) -> dict[str, Any]:
+    ) -> CommitAnswer:
         """Serve a stage, and stop serving the slot versions `retire` of the same policy.
 
         Args:
@@ -177,36 +196,35 @@ class Replica(Connection):
             digest: Check the packet first; for a replica that nobody has to wait for.
 
         Returns:
-            `{"digest", "held_seconds"}` as the workers hold it then, and `full`: whose whole tensors are
-            in place of the base.
+            What the workers hold then.
 
         Raises:
             TinkError: the packet is refused; the server serves what it served before.
             DrainTimeout, CommitFailed, WorkersDiffer.
         """
         config = self._config
-        body = {
-            "stage_id": stage_id,
-            "retire": list(retire),
-            "digest": digest,
-            "timeout_s": config.stage_timeout_s,
-            "drain_timeout_s": config.drain_timeout_s,
-            "on_running": config.on_running,
-        }
+        request = CommitRequest(
+            stage_id=stage_id,
+            retire=tuple(retire),
+            digest=digest,
+            timeout_s=config.stage_timeout_s,
+            drain_timeout_s=config.drain_timeout_s,
+            on_running=config.on_running,
+        )
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
-        return self._control("commit", body, timeout_s + config.stage_timeout_s)
+        return self._control(COMMIT, request, timeout_s + config.stage_timeout_s)
 
     def drop(self, name: str) -> None:
         """Stop serving `name`; a version that is not served is fine."""
         config = self._config
-        body = {
-            "name": name,
-            "epoch": self.epoch,
-            "drain_timeout_s": config.drain_timeout_s,
-            "on_running": config.on_running,
-        }
+        request = DropRequest(
+            name=name,
+            epoch=self.epoch,
+            drain_timeout_s=config.drain_timeout_s,
+            on_running=config.on_running,
+        )
         with contextlib.suppress(errors.UnknownVersion):
-            self._control("drop", body, config.commit_timeout_s + config.drain_timeout_s)
+            self._control(DROP, request, config.commit_timeout_s + config.drain_timeout_s)
 
     # -- one full update --------------------------------------------------------------------------
 
@@ -216,8 +234,7 @@ class Replica(Connection):
         Raises:
             ModeUnavailable: the server does not offer full mode.
         """
-        found: list[list[str]] = self.client.control("layout", timeout_s=30.0)["groups"]
-        return found
+        return LayoutAnswer.model_validate(self.client.control("layout", timeout_s=30.0)).groups
 
     def begin_update(
         self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None
@@ -228,18 +245,18 @@ class Replica(Connection):
             TinkError: what is wrong; nothing has changed.
         """
         config = self._config
-        body = {
-            "policy": config.policy,
-            "version": version,
-            "epoch": self.epoch,
-            "base_fingerprint": base_fingerprint,
-            "plan": plan,
-            "timeout_s": config.stage_timeout_s,
-            "drain_timeout_s": config.drain_timeout_s,
-            "on_running": config.on_running,
-        }
+        request = BeginRequest(
+            policy=config.policy,
+            version=version,
+            epoch=self.epoch,
+            base_fingerprint=base_fingerprint,
+            plan=None if plan is None else [PlannedTensor(**planned) for planned in plan],
+            timeout_s=config.stage_timeout_s,
+            drain_timeout_s=config.drain_timeout_s,
+            on_running=config.on_running,
+        )
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
-        return str(self._control("begin", body, timeout_s)["update_id"])
+        return self._control(BEGIN, request, timeout_s).update_id
 
     def send_bucket(self, update_id: str, outgoing: Outgoing) -> None:
         """Send one bucket of a full update; returns once it is checked and written.
@@ -251,16 +268,16 @@ class Replica(Connection):
         stage_id = self.send(outgoing, update_id)
         self._check(stage_id, outgoing.digest(), config.stage_timeout_s + config.commit_timeout_s)
 
-    def finish_update(self, update_id: str, digest: str) -> dict[str, Any]:
-        """Serve what was sent; `{"digest", "held_seconds"}` as the workers hold it then.
+    def finish_update(self, update_id: str, digest: str) -> CommitAnswer:
+        """Serve what was sent; what the workers hold then.
 
         Raises:
             IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
         """
-        body = {"update_id": update_id, "digest": digest}
-        return self._control("finish", body, self._config.commit_timeout_s)
+        request = FinishRequest(update_id=update_id, digest=digest)
+        return self._control(FINISH, request, self._config.commit_timeout_s)
 
     def abort_update(self, update_id: str, reason: str) -> None:
         """End a full update early; never raises."""
         with contextlib.suppress(TinkError):
-            self._control("abort", {"update_id": update_id, "reason": reason}, 30.0)
+            self._control(ABORT, AbortRequest(update_id=update_id, reason=reason), 30.0)

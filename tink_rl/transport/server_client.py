@@ -15,6 +15,7 @@ from typing import Any, Self
 import httpx
 
 from tink_rl import errors, tls
+from tink_rl.protocol import FORGET_PREFIXES, PREFIX, A, ForgetPrefixesRequest, Q, Route
 from tink_rl.transport import payloads
 from tink_rl.types import ServerStatus
 from tink_rl.urls import server_url
@@ -23,7 +24,6 @@ logger = logging.getLogger("tink_rl")
 
 _SAY_EVERY_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
-_CONTROL = "/tink/v1"
 
 
 class ServerClient:
@@ -157,7 +157,7 @@ class ServerClient:
         if when_sent is not None:
             kwargs["extensions"] = {"trace": _at_the_end_of_sending(when_sent)}
         method = "GET" if body is None and content is None else "POST"
-        response = self._send(method, f"{_CONTROL}/{action}", timeout_s=timeout_s, **kwargs)
+        response = self._send(method, f"{PREFIX}/{action}", timeout_s=timeout_s, **kwargs)
         data = payloads.json_or_text(response.text)
         if response.status_code == 200 and isinstance(data, dict):
             return data
@@ -170,13 +170,27 @@ class ServerClient:
         seen = self._send("GET", "/v1/models", timeout_s=10.0).status_code
         if seen in (404, 405):
             return (
-                f"{self.base_url} has neither {_CONTROL}/{action} nor /v1/models (HTTP 404, {seen}): no vLLM "
+                f"{self.base_url} has neither {PREFIX}/{action} nor /v1/models (HTTP 404, {seen}): no vLLM "
                 "server at this path. Correct the URL, or start one with `tink-rl serve MODEL`"
             )
         return (
-            f"the server at {self.base_url} runs without the tink_rl plugin ({_CONTROL}/{action}: HTTP "
+            f"the server at {self.base_url} runs without the tink_rl plugin ({PREFIX}/{action}: HTTP "
             "404); start it with `tink-rl serve MODEL` (its Python needs `pip install tink-rl`)"
         )
+
+    def ask(
+        self,
+        route: Route[Q, A],
+        message: Q,
+        *,
+        timeout_s: float,
+        when_sent: Callable[[], Any] | None = None,
+    ) -> A:
+        """Send `message` to its route; what the server answered. See `control`."""
+        answer = self.control(
+            route.action, content=message.to_json(), timeout_s=timeout_s, when_sent=when_sent
+        )
+        return route.read_answer(answer)
 
     def status(self, timeout_s: float = 10.0) -> ServerStatus:
         """What the plugin says of its server.
@@ -272,7 +286,8 @@ class ServerClient:
             DrainTimeout: requests that run did not end within `timeout_s`.
         """
         try:
-            self.control("forget_prefixes", {"timeout_s": timeout_s}, timeout_s=timeout_s + 5.0)
+            message = ForgetPrefixesRequest(timeout_s=timeout_s)
+            self.ask(FORGET_PREFIXES, message, timeout_s=timeout_s + 5.0)
         except errors.PluginMissing:
             self._forget_prefixes_of_stock_vllm(timeout_s)
 

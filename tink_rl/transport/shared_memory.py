@@ -15,10 +15,10 @@ import secrets
 import stat
 import time
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tink_rl.errors import BadRequest, ChannelLost, SegmentUnreachable
+from tink_rl.errors import ChannelLost, SegmentUnreachable
+from tink_rl.protocol import SegmentSpec
 
 if TYPE_CHECKING:
     import torch
@@ -30,36 +30,6 @@ _LOOK_AGAIN_S = (0.0002, 0.005)
 """Between two looks at how far a packet is filled: at first, and after a while."""
 MAX_SEGMENTS = 4
 """Of one publisher, at once, on either side."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentSpec:
-    """What the trainer tells of a segment: `SegmentSpec(pid=4711, handle=23, nonce="9a..",
-    num_bytes=4096)`"""
-
-    pid: int
-    handle: int
-    """File descriptor in process `pid`."""
-    nonce: str
-    num_bytes: int
-    """Room for a packet, without the head."""
-
-    @classmethod
-    def from_json(cls, data: Any) -> SegmentSpec:
-        """Read and check what came over the wire.
-
-        Raises:
-            BadRequest: a field is missing or not of its form.
-        """
-        try:
-            numbers = {name: data[name] for name in ("pid", "handle", "num_bytes")}
-            nonce = data["nonce"]
-        except (KeyError, TypeError) as error:
-            raise BadRequest(f"shared memory segment is malformed: {error!r}") from error
-        whole = all(type(n) is int and n >= 0 for n in numbers.values())
-        if not whole or not isinstance(nonce, str) or len(nonce) != _NONCE_BYTES:
-            raise BadRequest(f"shared memory segment {str(data)[:120]}: not one of this package")
-        return cls(nonce=nonce, **numbers)
 
 
 class Segment:

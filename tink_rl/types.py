@@ -13,7 +13,9 @@ PROTOCOL_VERSION = 3
 FULL_LOGPROBS = "tink_full_logprobs"
 """In a request's `vllm_xargs`: send the sampled tokens' logprobs as they were before top-k, a grammar, ..."""
 
-_POLICY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_POLICY_NAME = re.compile(rf"^{_NAME}$")
+_POLICY_VERSION = re.compile(rf"^(?P<policy>{_NAME})@(?P<version>[0-9]{{1,18}})$")
 
 
 class SyncMode(StrEnum):
@@ -86,16 +88,22 @@ class PolicyVersion:
         return f"{self.policy}@{self.version}"
 
     @classmethod
+    def find(cls, name: str) -> PolicyVersion | None:
+        """The version that `name` says, or None if it does not have the form `policy@N`."""
+        match = _POLICY_VERSION.match(name)
+        return match and cls(policy=match["policy"], version=int(match["version"]))
+
+    @classmethod
     def parse(cls, name: str) -> PolicyVersion:
         """The version that `policy@N` names.
 
         Raises:
             ValueError: `name` does not have that form.
         """
-        policy, _, version = name.rpartition("@")
-        if not policy or not version.isdecimal():
+        found = cls.find(name)
+        if found is None:
             raise ValueError(f"policy version {name!r}: expected NAME@NUMBER, such as policy@17")
-        return cls(policy=policy, version=int(version))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from benchmarks import structure
 ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
-    {"errors", "types", "loopback", "gpus", "startup_log", "cpu_limit"},
+    {"errors", "types", "strict_json", "loopback", "gpus", "startup_log", "cpu_limit"},
     {"tokens", "urls", "tls", "post_mortem", "remedies"},
     {"config", "settings", "placement", "watchdog", "download"},
     {"policy"},

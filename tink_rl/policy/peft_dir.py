@@ -6,7 +6,6 @@ are opened. A pickle never is.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tink_rl import strict_json
 from tink_rl.errors import AdapterConfigInvalid, AdapterFilesInvalid, RankExceeded, ShapeMismatch
 from tink_rl.policy.adapter_folder import CONFIG_FILE, open_adapter_folder
 from tink_rl.policy.base_copies import check_copies
@@ -22,7 +22,7 @@ from tink_rl.policy.paths import SourceDir
 from tink_rl.policy.patterns import MAX_MATCHES, Pattern
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.support import check_supported
-from tink_rl.policy.tensor_file import TensorEntry, TensorFile, unique_pairs
+from tink_rl.policy.tensor_file import TensorEntry, TensorFile
 from tink_rl.policy.tensor_names import Named, expert_shapes, sort_tensors
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _parse_config(directory: SourceDir) -> dict[str, Any]:
         )
     with file:
         text = file.read(MAX_CONFIG_BYTES + 1)
-    config = strict_json(text, where)
+    config = _json_object(text, where)
     if (foreign := foreign_config(config)) is not None:
         raise AdapterConfigInvalid(f"{where} {foreign}")
     return config
@@ -234,25 +234,22 @@ def _read_fingerprint(directory: SourceDir) -> str | None:
         return None
     where = f"{directory.label}/{POLICY_FILE}"
     with file:
-        found = strict_json(file.read(_MAX_POLICY_BYTES + 1), where).get("base_fingerprint")
+        found = _json_object(file.read(_MAX_POLICY_BYTES + 1), where).get("base_fingerprint")
     if found is not None and not isinstance(found, str):
         raise AdapterConfigInvalid(f"{where}: base_fingerprint is no text; remove the file")
     return found
 
 
-def strict_json(text: bytes, where: str) -> dict[str, Any]:
+def _json_object(text: bytes, where: str) -> dict[str, Any]:
     """The object that `text` holds; no NaN, no Infinity, no key twice.
 
     Raises:
         AdapterConfigInvalid: it is not strict JSON, or no object.
     """
     try:
-        found = json.loads(
-            text.decode("utf-8-sig"),  # an editor on Windows puts a mark in front
-            parse_constant=_refuse_constant,
-            object_pairs_hook=unique_pairs,
-        )
-    except (ValueError, RecursionError) as error:
+        # utf-8-sig: an editor on Windows puts a mark in front
+        found = strict_json.loads(text.decode("utf-8-sig"))
+    except ValueError as error:
         what = _why_no_json(text, error)
         raise AdapterConfigInvalid(
             f"{where} is not strict JSON: {what[:200]}; save the adapter again"
@@ -271,11 +268,7 @@ def _why_no_json(text: bytes, error: Exception) -> str:
         return f"it {known}"
     if isinstance(error, UnicodeDecodeError):
         return "it is not in UTF-8"
-    return str(error) if isinstance(error, ValueError) else "it is nested too deep"
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    return str(error)
 
 
 def _check_numbers(config: Mapping[str, Any], where: str, max_rank: int | None) -> None:

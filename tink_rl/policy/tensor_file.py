@@ -10,10 +10,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tink_rl import strict_json
 from tink_rl.errors import AdapterFilesInvalid
 from tink_rl.policy.foreign import what_a_file_is
 
@@ -122,12 +123,12 @@ class TensorFile:
 
     def _parse(self, header: bytearray) -> list[TensorEntry]:
         try:
-            found = json.loads(header.decode(), object_pairs_hook=unique_pairs)
+            found = strict_json.loads(header.decode())
             if not isinstance(found, dict):
                 raise TypeError("it is no object")
             found.pop("__metadata__", None)
             return [_entry(name, item) for name, item in found.items()]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise self._corrupt(
                 f"has a header that is not one of safetensors ({_short(error)})"
             ) from None
@@ -159,23 +160,11 @@ def header_too_large(where: str, length: int) -> AdapterFilesInvalid:
     )
 
 
-def unique_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuses a key that comes twice, of which readers would keep different ones.
-
-    Raises:
-        ValueError: it does.
-    """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _short(error: BaseException) -> str:
+def _short(error: Exception) -> str:
     # Never the text of an error that may quote the file: only its kind, or what we said ourselves.
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         return "no JSON"
-    return str(error)[:100] if type(error) in (ValueError, TypeError) else type(error).__name__
+    return str(error)[:100] if isinstance(error, (ValueError, TypeError)) else type(error).__name__
 
 
 def _entry(name: str, item: Any) -> TensorEntry:

@@ -16,7 +16,7 @@ from tink_rl.publish.full_update import BUCKET_BYTES, FullUpdate
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.replica import Replica
 from tink_rl.transport.sampling_client import SamplingClient
-from tink_rl.types import SyncMode
+from tink_rl.types import PolicyVersion, SyncMode
 
 
 class VLLMClient(SamplingClient):
@@ -176,5 +176,5 @@ class VLLMClient(SamplingClient):
 
 
 def _version(name: str, policy: str) -> int:
-    head, _, number = name.rpartition("@")
-    return int(number) if head == policy and number.isdecimal() else 0
+    found = PolicyVersion.find(name)
+    return found.version if found is not None and found.policy == policy else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,9 +10,9 @@ from tink_rl import errors
 from tink_rl.adapters.registry import AdapterRegistry, Registration
 from tink_rl.sampling.cache import AdapterVersion, Entry, Residency
 from tink_rl.sampling.server_view import KnownServer, ServerView
+from tink_rl.types import PolicyVersion
 
 T = TypeVar("T")
-_VERSIONED = re.compile(r"^(?P<id>[^@]+)@(?P<version>\d{1,18})$")
 MAX_TRIES = 4
 """How often a request is sent whose model the server turned out not to serve (nothing was generated)."""
 
@@ -49,6 +48,12 @@ class Target:
             "version": self.version,
             "digest": self.digest,
         }
+
+
+def version_of(name: str) -> int | None:
+    """Its number, if `name` is a policy's version."""
+    found = PolicyVersion.find(name)
+    return found.version if found is not None else None
 
 
 class Names:
@@ -91,9 +96,9 @@ class Names:
         if current is not None:
             self._note_current(current)
             return current
-        match = _VERSIONED.match(model_id)
-        if match and self._registry.current(match["id"]) is not None:
-            return self._registry.get(match["id"], int(match["version"]))
+        named = PolicyVersion.find(model_id)
+        if named is not None and self._registry.current(named.policy) is not None:
+            return self._registry.get(named.policy, named.version)
         return None
 
     def check_on(self) -> None:
@@ -196,19 +201,16 @@ class Names:
                     f"the base is not served: {view.merged} is folded into the weights of "
                     f"{self._server.client.base_url}; sample model_id={view.merged!r}, or use a second server"
                 )
-            policy = _VERSIONED.match(view.base)
             served = view.status.served if view.status is not None else {}
             return Target(
                 name=view.base,
                 model=model,
-                version=int(policy["version"]) if policy else None,
+                version=version_of(view.base),
                 digest=served.get(view.base),
             )
         if name not in view.names:
             raise self._unknown(name)
-        policy = _VERSIONED.match(name)
-        version = int(policy["version"]) if policy else None
-        return Target(name=name, model=model, version=version, digest=view.names[name])
+        return Target(name=name, model=model, version=version_of(name), digest=view.names[name])
 
     def release(self, target: Target) -> None:
         """The request on `target` has ended; returns at once."""

@@ -16,7 +16,7 @@ from tink_rl.errors import ConfigError, UnknownVersion
 from tink_rl.training import live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.publishing import PublishCallback, metrics_of
-from tink_rl.types import ServerStatus
+from tink_rl.types import PolicyVersion, ServerStatus
 
 Prompt = str | list[dict[str, Any]]
 """Text, or the messages of a conversation."""
@@ -146,13 +146,13 @@ class PolicySyncCallback(PublishCallback):
             if not self._link.recover():
                 raise
             output = self._generate(name)
-        policy, _, version = name.rpartition("@")
+        sampled = PolicyVersion.parse(name)
         texts = self._tokenizer.batch_decode(output["completion_ids"], skip_special_tokens=True)
         return [
             {
                 "step": step,
-                "policy": policy,
-                "version": int(version),
+                "policy": sampled.policy,
+                "version": sampled.version,
                 "prompt": prompt if isinstance(prompt, str) else str(prompt[-1]["content"]),
                 "completion": text,
             }

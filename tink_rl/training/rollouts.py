@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tink_rl.errors import TinkError
+from tink_rl.types import PolicyVersion
 
 ROLLOUT_FILE = "rollouts.jsonl"
 LANES = 8
@@ -247,7 +248,7 @@ class RolloutLog:
         self, batch: RolloutBatch, row: int, digest: str, score: dict[str, Any]
     ) -> dict[str, Any]:
         turns = batch.turns[row]
-        policy, _, version = batch.model.rpartition("@")
+        sampled = PolicyVersion.parse(batch.model)
         group, index = batch.place(row)
         first, last = turns[0], turns[-1]
         everything = [*last.prompt_ids, *last.completion_ids][len(first.prompt_ids) :]
@@ -257,8 +258,8 @@ class RolloutLog:
             "draw": batch.draw,
             "group": group,
             "index": index,
-            "policy": policy,
-            "version": int(version),
+            "policy": sampled.policy,
+            "version": sampled.version,
             "digest": digest,
             "prompt": self._tokenizer.decode(first.prompt_ids),
             "completion": self._tokenizer.decode(everything, skip_special_tokens=True),

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tink_rl.training import metrics
+from tink_rl.types import PolicyVersion
 
 METRICS_FILE = "metrics.jsonl"
 _MAX_ERROR = 500
@@ -104,9 +105,9 @@ class RunLog(TrainerCallback):
             "share/syncing": syncing / total,
             "share/training": max(0.0, total - sampling - syncing) / total,
         }
-        sampled = generation.last_trained_model.rpartition("@")[2]
-        if sampled:
-            found["rollout/staleness"] = float(self._version - int(sampled))
+        sampled = PolicyVersion.find(generation.last_trained_model)
+        if sampled is not None:
+            found["rollout/staleness"] = float(self._version - sampled.version)
         metrics.add(self._trainer._metrics["train"], found)
         self._mark_step()
 

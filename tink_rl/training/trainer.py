@@ -31,7 +31,7 @@ from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
 from tink_rl.training.scoring import RolloutScope
-from tink_rl.types import ServerStatus
+from tink_rl.types import PolicyVersion, ServerStatus
 
 SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 """What `attach` takes: the trainers that read their rollouts through the seam."""
@@ -193,7 +193,7 @@ class _MeasuredGeneration(PolicyGeneration):
         found = {
             "rollout/tokens_per_second": self.last_num_tokens / self.last_seconds,
             "rollout/seconds": self.last_seconds,
-            "rollout/policy_version": float(self.last_model.rpartition("@")[2]),
+            "rollout/policy_version": float(PolicyVersion.parse(self.last_model).version),
         }
         phase = "train" if self._trainer.model.training else "eval"
         metrics.add(self._trainer._metrics[phase], found)

@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
-from tink_rl.worker import answers, openapi, schemas, strict_json
+from tink_rl.worker import answers, json_body, openapi, schemas
 from tink_rl.worker.metrics import CONTENT_TYPE
 from tink_rl.worker.problems import body_of, code_of, new_request_id, printable
 from tink_rl.worker.routes import ROUTES, Route
@@ -174,7 +174,7 @@ def _json_body() -> Any:
             code="unsupported_media_type",
         )
     request.max_content_length = schemas.MAX_BODY_BYTES
-    value = strict_json.parse(request.get_data(cache=False))
+    value = json_body.parse(request.get_data(cache=False))
     given = value.get("request_id") if isinstance(value, dict) else None
     if isinstance(given, str) and re.fullmatch(schemas.REQUEST_ID, given):
         g.request_id = given  # from here on errors carry it

@@ -15,11 +15,11 @@ from typing import Any
 from tink_rl import errors
 from tink_rl.sampling import completions
 from tink_rl.sampling.async_sampler import AsyncSampler
-from tink_rl.sampling.resolver import MAX_TRIES, Model, Target
+from tink_rl.sampling.resolver import MAX_TRIES, Model, Target, version_of
 from tink_rl.sampling.server_view import ServerView
 from tink_rl.transport import payloads
 from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import Completion, PolicyVersion, SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
@@ -128,7 +128,7 @@ class VLLMSampler:
             look, is_new = self._ask()
             await asyncio.shield(asyncio.wrap_future(look))
             model = self._names.resolve(model_id)
-            published = model_id is not None and "@" in model_id
+            published = model_id is not None and PolicyVersion.find(model_id) is not None
             if model is None and published and not is_new:  # the look may have begun before that
                 await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
                 model = self._names.resolve(model_id)
@@ -158,7 +158,7 @@ class VLLMSampler:
 
         Never of a `policy@N`: a trainer may have published it since.
         """
-        if self._seen is not None and "@" not in model_id:
+        if self._seen is not None and PolicyVersion.find(model_id) is None:
             view, began = self._seen
             if view is self._server.known and time.monotonic() - began <= _NEWS_S:
                 return True
@@ -249,11 +249,10 @@ class VLLMSampler:
         return found + [self._policy(name, digest) for name, digest in view.names.items()]
 
     def _policy(self, name: str, digest: str | None) -> ModelInfo:
-        version = name.rpartition("@")[2]
         return ModelInfo(
             model_id=name,
             kind="policy",
-            version=int(version) if "@" in name and version.isdecimal() else None,
+            version=version_of(name),
             digest=digest,
         )
 

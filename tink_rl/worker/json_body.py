@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn
+from typing import Any
 
+from tink_rl import strict_json
 from tink_rl.errors import BadRequest
 
 MAX_DEPTH = 8
@@ -32,11 +33,15 @@ def parse(body: bytes) -> Any:
             f"the body is not UTF-8 (byte {error.start})", code="invalid_json"
         ) from error
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, BadRequest):
-            raise
-        raise BadRequest(f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from error
+        value = strict_json.loads(text)
+    except strict_json.DuplicateKey as error:
+        raise BadRequest(
+            f"the key {error.key[:80]!r} comes twice in one object", code="invalid_json"
+        ) from error
+    except ValueError as error:
+        raise BadRequest(
+            f"the body is not JSON: {str(error)[:200]}", code="invalid_json"
+        ) from error
     if _SURROGATE.search(text):
         _check_surrogates(value)
     return value
@@ -60,19 +65,6 @@ def _check_structure(body: bytes) -> None:
         raise BadRequest(
             f"the body is no JSON, or nested deeper than {MAX_DEPTH} levels", code="invalid_json"
         )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadRequest(f"the key {twice[:80]!r} comes twice in one object", code="invalid_json")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise BadRequest(f"{name} is no JSON number", code="invalid_json")
 
 
 def _check_surrogates(value: Any) -> None:

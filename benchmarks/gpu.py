@@ -2,7 +2,17 @@
 
 Every tier runs in a process of its own with its own limit, prints one JSON object per finding as soon as it
 has it, and may fail: the others go on, and the command exits 0 with what there is. `--rehearse` runs the same
-on the CPU in small shapes. `docs/gpu.md` says how to run it and what to report.
+on the CPU in small shapes.
+
+- facts (60 s): card, free memory, speed of copies; pinned ones should be well above pageable ones.
+- fold (180 s): 28 layers of Qwen2.5-7B folded as vLLM's reload does and in place, and a graph captured before
+  a fold; in place should be faster with a peak near 0, `differs` below 0.002, `equals_eager` true.
+- memory (120 s): pinning an adapter tensor by tensor, golden weights in one piece; `code` should be 0.
+- packet (120 s): a trainer's adapter from the GPU into shared memory, and its digest; milliseconds.
+
+Report the file, the driver (`nvidia-smi`) and the log of `make test`. vLLM's engine is not measured: start
+`tink-rl serve MODEL --mode both`, train with `recipes/grpo.py`, report the probe's line and
+`rollout/logprob_gap`.
 """
 
 from __future__ import annotations

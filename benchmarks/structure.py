@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "tink_rl"
+_NOT_PROSE = re.compile(r"^```.*?^```|^<!--.*?-->$", re.MULTILINE | re.DOTALL)
 ROWS = {
     "files": "Python files",
     "lines": "lines",
@@ -102,8 +104,9 @@ def _reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def _words(page: Path) -> int:
-    """Whatever holds a letter or a digit; not the bars of a table."""
-    return sum(any(map(str.isalnum, word)) for word in page.read_text().split())
+    """Whatever holds a letter or a digit outside of blocks of code; not the bars of a table."""
+    prose = _NOT_PROSE.sub("", page.read_text())
+    return sum(any(map(str.isalnum, word)) for word in prose.split())
 
 
 def _trees(checkout: Path) -> dict[str, ast.Module]:
@@ -135,15 +138,15 @@ def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def _subclasses(root: str, trees: Mapping[str, ast.Module]) -> set[str]:
-    """`root` and every class of the package that comes from it."""
-    bases = {
-        node.name: {getattr(b, "id", getattr(b, "attr", "")) for b in node.bases}
+    """`root` and every class of the package that comes from it, by name."""
+    bases = [
+        (node.name, {getattr(b, "id", getattr(b, "attr", "")) for b in node.bases})
         for tree in trees.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
-    }
+    ]
     found = {root}
-    while new := {name for name, of in bases.items() if of & found} - found:
+    while new := {name for name, of in bases if of & found} - found:
         found |= new
     return found
 

@@ -16,12 +16,12 @@ unsupported_adapter | … cannot be published: … | no mode can express what th
 second_publisher | this model is already published as policy … | two trainers, callbacks or `attach()` on one model | keep one, or `close()` the other
 nonfinite_weights | tensor … holds NaN or infinity; training diverged | training diverged | a lower learning rate or clipped gradients; resume from an earlier checkpoint
 weight_out_of_range | tensor … holds …, allowed is a magnitude of … | the same: such values corrupt other requests on the server | the same
-probe_failed | the server does not serve the policy that is trained | no rounding explains the gap between trainer and server; the message has the figures | what the message says; `SyncConfig(probe_tolerance=...)` if the gap is expected
+probe_failed | the server does not serve the policy that is trained | no rounding explains the gap between trainer and server | what the message says; `SyncConfig(probe_tolerance=...)` if the gap is expected
 publish_failed | … could not be published: phase …, replica …: … | a publish failed twice; the message ends with the reason | mend the reason, then resume from the checkpoint that the message names
-rank_failed | rank … failed: … | another process of the run failed, or did not answer within `ddp_timeout` | look into that rank's log
+rank_failed | rank … failed: … | another process failed, or did not answer within `ddp_timeout` | look into that rank's log
 digest_mismatch | …: they changed on the way; publish again | bytes changed on the way, twice | check the network; `transport="http"` behind TLS
 truncated_packet | … bytes arrived, the header of …@… announced … | the transfer was cut | the same
-internal | the server answered HTTP …: … | something without a name of its own, or a code of a newer release | read the message and the server's log
+internal | the server answered HTTP …: … | whatever has no code of its own | read the message and the server's log
 ### Between trainer and server
 server_unreachable | The vLLM server can't be reached at … | nothing listens there, or the connection broke | `tink-rl serve MODEL`, or correct the URL
 tls_failed | the certificate of … is not trusted (…) | a private authority, another host's certificate, or TLS on one side only | `TINK_CA_FILE`, `--ca-file` or `SyncConfig(ca_file=...)`; else as it says
@@ -29,7 +29,7 @@ request_timeout | was not answered within … s; is the server paused or overloa
 plugin_missing | runs without the tink_rl plugin | a vLLM without our plugin | `tink-rl serve MODEL`, or `pip install tink-rl` in the server's Python
 bad_token | the bearer token of this request is missing or wrong | wrong or no token, or vLLM has an `--api-key` of its own | `--token-file` or `TINK_TOKEN_FILE`: the file that `tink-rl serve` named; for vLLM's key `TINK_VLLM_API_KEY_FILE`
 protocol_mismatch | protocol … was given, this side speaks … | different releases of tink-rl | install the same one on both sides
-bad_request | packet header is …, expected a JSON object | a request of another form: not from this client | use `WeightSync`, or the same release
+bad_request | …; install the same tink-rl release in the trainer and in the server | a request of another form: not from this client | use `WeightSync`, or the same release
 base_mismatch | the trainer's base is not the checkpoint that is served (…): … | two bases, other bytes, or a base that was changed in memory (merged, tokens added); or another run's full version in its place | serve the directory that the trainer loads; what was changed: `save_pretrained('NEW_DIR')` before the LoRA is added, serve and load that
 lease_held | policy … is published by writer … | another run publishes this name | stop it, or `SyncConfig(policy="other")`
 version_taken | was committed with other weights | a version number means one set of weights for the server's life | `WeightSync` counts by itself; by hand: a number above the one that is named
@@ -37,7 +37,7 @@ stale_epoch | was closed or replaced; join again | a newer channel of this write
 channel_lost | did not end within … s | the other end is gone, or slower than the deadline | `SyncConfig(stage_timeout_s=...)`; `transport="http"` where no port is open
 segment_unreachable | no shared memory on this machine | `transport="shm"` without one machine, user and container, or memory is short | `transport="auto"`
 unknown_version | does not serve …; it was dropped, replaced by a newer version, or the server was restarted | a name that is not served any more | ask for a current one: `tink-rl status URL`
-sampling_refused | vLLM refused the request: … | a field that is never sent, a token or length out of range, or vLLM's own refusal | as it says; [what may be asked](trainers.md#what-may-be-asked)
+sampling_refused | vLLM refused the request: … | a field that is never sent, a token or length out of range, or vLLM's own refusal | [what may be asked](trainers.md#what-may-be-asked)
 ### In the server
 mode_unavailable | mode …: this server was started for … | the server was started for another mode, or the mode is taken | `tink-rl serve --mode both`, or a second server
 golden_does_not_fit | the golden weights of merged mode need … GiB per worker | merged mode's base weights exceed their budget | `--golden-budget-gib`, `--golden-tier file` or `--mode adapter`; `tink-rl doctor --model DIR` plans it
@@ -47,9 +47,9 @@ shape_mismatch | was the adapter trained on this base? | the same | the same
 dtype_mismatch | tensor … is …, the server's slots take … | published in another dtype than the slots | `WeightSync` casts by itself; by hand: the dtype that the status names
 incomplete_group | which vLLM keeps in the same module | full mode: q without k and v, one expert without the others | send every tensor of the group that is named, unchanged ones too
 drain_timeout | requests still run after … s; nothing was written | requests ran longer than the deadline | `SyncConfig(drain_timeout_s=...)` or `on_running="abort"`
-commit_failed | the commit of … failed midway | an error while weights were written | publish again in merged or full mode (done once by itself), drop the version, or restart the server
+commit_failed | the commit of … failed midway | an error while weights were written | publish again (done once by itself), drop the version, or restart the server
 not_ready | this server is NOT READY: … | its weights are in no defined state | publish again, or restart the server
-workers_differ | a worker holds digest …, expected … | tensor parallel workers were given different packets; nothing was served | publish again
+workers_differ | a worker holds digest …, expected … | tensor parallel workers were given different packets | publish again
 ### Starting a server
 launch_failed | vLLM ended while starting | the message has the first exception of its log, or the signal that ended it | as it says; `tink-rl doctor`
 port_taken | port … on … is in use | another process listens there | stop it, or `--port N`

@@ -51,7 +51,7 @@ def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
     [block] = [
         b
         for b in blocks()
-        if b.page == "service.md"
+        if b.page == "sampling_service.md"
         and b.mark.endswith("::test_recipe_starts_and_stops_a_server_of_its_own")
     ]
     words = shlex.split(block.commands[0])

@@ -258,7 +258,7 @@ def test_updating_weights_from_a_transformers_model(run, servers, model_dir):
 
 
 def test_page_for_users_of_the_seed_leads_to_a_sample(run, adapters):
-    page = (ROOT / "docs/service.md").read_text()
+    page = (ROOT / "docs/sampling_service.md").read_text()
     [code] = [
         c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "register_" in c
     ]
@@ -267,7 +267,9 @@ def test_page_for_users_of_the_seed_leads_to_a_sample(run, adapters):
     answer = run(code.replace("runs/grpo-digits", trained))["answer"]
     assert answer["version"] == 1 and len(answer["token_ids"]) <= 6
     [block] = [
-        b for b in blocks() if b.page == "service.md" and b.commands[0].startswith("tink-rl worker")
+        b
+        for b in blocks()
+        if b.page == "sampling_service.md" and b.commands[0].startswith("tink-rl worker")
     ]
     [curl] = [shlex.split(command) for command in block.commands if command.startswith("curl")]
     path = curl[2].removeprefix("localhost:8001")

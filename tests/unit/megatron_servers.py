@@ -2,7 +2,8 @@
 
 `python -m tests.unit.megatron_servers` serves the real classes of `megatron-core` (their Flask
 resources, validation and response building) over a stub engine on the CPU, and prints both URLs as JSON.
-`ContractServer` is written from docs/megatron.md for what the installed release does not show.
+`ContractServer` is written from `worker/backends/megatron/contract.py` for what the installed release
+does not show.
 """
 
 from __future__ import annotations

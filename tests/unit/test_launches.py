@@ -32,7 +32,7 @@ MACHINES = {
     "two_cards": ("Two cards of 24 GB", [card(24 * GIB, index=i, name=L4) for i in range(2)]),
     "eight_cards": ("Eight cards of 80 GB", [card(80 * GIB, index=i, name=H100) for i in range(8)]),
 }
-README = {"two_cards": ("gpu.md", "--alone", 0), "eight_cards": ("gpu.md", "--alone", 1)}
+README = {"two_cards": ("scale.md", "--alone", 0), "eight_cards": ("scale.md", "--alone", 1)}
 """Where the README's two terminals are written for that machine: page, a word of it, which one."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import structure
 
 FILES = {
-    "README.md": "Two words.\n",
+    "README.md": "Two words.\n<!-- a mark -->\n```bash\na command\n```\n",
     "docs/index.md": "| a | table |\n|---|---|\n",
     "tink_rl/__init__.py": "",
     "tink_rl/errors.py": "class TinkError(Exception): ...\nclass A(TinkError): ...\n",

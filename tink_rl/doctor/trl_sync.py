@@ -57,7 +57,7 @@ def check_trl(model: str | Path, *, rank: int = 16, dtype: str | None = None) ->
     how = "trl's own iterator into vLLM's own packer, one sync in server mode, all-linear LoRA"
     findings = [note("trl", how)]
     if found.num_unmerged:
-        fix = "from tink_rl import GRPOTrainer (docs/from_trl.md): it sends the adapter"
+        fix = "from tink_rl import GRPOTrainer (docs/trainers.md): it sends the adapter"
         return [*findings, blocker("trl", text, fix)]
     return [*findings, ok("trl", text)]
 

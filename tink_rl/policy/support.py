@@ -77,11 +77,6 @@ def _type_of(facts: Mapping[str, Any]) -> str:
 _MERGING = ("LOHA", "LOKR", "IA3", "OFT", "VERA", "HRA")
 _KEEPING = ("default", "gaussian", "eva", "orthogonal", "mixture")
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_TO_DELTA = (
-    "the base that the initialisation changed is compared with the checkpoint once; the difference has "
-    "rank r, so the adapter travels as a delta of rank 2r against the original base (where it has not, "
-    "or the original is not known: `full`)"
-)
 
 
 def _row(
@@ -103,26 +98,28 @@ FEATURES: tuple[Feature, ...] = (
     _row("rsLoRA", "use_rslora=True", ALL, "its scaling is folded into B",
          _set("use_rslora"), "use_rslora"),
     _row("Rank per module", "rank_pattern={...}", ALL,
-         "each module travels with its own rank (vLLM itself ignores the pattern in silence)",
+         "each module has its own rank (vLLM itself ignores the pattern in silence)",
          _set("rank_pattern"), "rank_pattern"),
     _row("Alpha per module", "alpha_pattern={...}", ALL,
-         "each module's scaling is folded into its B (vLLM itself ignores the pattern in silence)",
+         "each module's scaling is folded into its B (vLLM itself ignores it)",
          _set("alpha_pattern"), "alpha_pattern"),
     _row("Some layers only", "layers_to_transform=[...]", ALL, "what it matched is what travels",
          lambda facts: facts.get("layers_to_transform") is not None or bool(facts.get("layers_pattern")),
          "layers_to_transform", "layers_pattern"),
     _row("Dropout", "lora_dropout=0.1", ALL,
-         "acts in training only; the start-up check warns that it makes the importance ratio noisy",
+         "acts in training only; it makes the importance ratio noisy",
          _set("lora_dropout"), "lora_dropout"),
     _row("Gaussian, orthogonal or EVA initialisation", 'init_lora_weights="gaussian"', ALL,
          "the base stays as it is", _init(*_KEEPING[1:]), "init_lora_weights", "eva_config"),
-    _row("PiSSA", 'init_lora_weights="pissa"', ALL, _TO_DELTA, _init("pissa")),
-    _row("OLoRA", 'init_lora_weights="olora"', ALL, _TO_DELTA, _init("olora")),
-    _row("CorDA", 'init_lora_weights="corda"', ALL, _TO_DELTA, _init("corda"), "corda_config"),
-    _row("LoRA-GA", 'init_lora_weights="lora_ga"', ALL, _TO_DELTA, _init("lora_ga"),
+    _row("PiSSA", 'init_lora_weights="pissa"', ALL,
+         "as a delta of rank 2r against the checkpoint's base; `full` if the change is not of rank r, or "
+         "that base is not known", _init("pissa")),
+    _row("OLoRA", 'init_lora_weights="olora"', ALL, "as PiSSA", _init("olora")),
+    _row("CorDA", 'init_lora_weights="corda"', ALL, "as PiSSA", _init("corda"), "corda_config"),
+    _row("LoRA-GA", 'init_lora_weights="lora_ga"', ALL, "as PiSSA", _init("lora_ga"),
          "lora_ga_config"),
     _row("LoftQ", 'init_lora_weights="loftq"', WHOLE,
-         "the base is replaced by a quantised one, which is no low-rank change: whole tensors",
+         "the base is replaced by a quantised one, a change of full rank: whole tensors",
          _init("loftq"), "loftq_config"),
     _row("QLoRA", "load_in_4bit=True (the trainer's base)", ALL,
          "the adapter joins the server's own, unquantised base; the start-up probe shows the gap",

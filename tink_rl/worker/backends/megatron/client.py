@@ -1,10 +1,10 @@
-"""The one room that knows the URLs of Megatron-LM's text-generation servers.
+"""The one module that knows the URLs of Megatron-LM's text-generation servers.
 
 There are two kinds, told apart by a probe. The *static* one (`tools/run_text_generation_server.py`)
 answers `PUT /api`, one request at a time, text prompts only. The *dynamic* one
 (`tools/run_dynamic_text_generation_server.py`) answers `POST /v1/completions`. Neither selects an
 adapter, takes weights over HTTP or honours most sampling parameters: what a kind would drop in silence
-is refused here by name. The HTTP contract, as read from their sources, is in docs/megatron.md.
+is refused here by name. `contract.py` has the HTTP contract, as read from their sources.
 """
 
 from __future__ import annotations

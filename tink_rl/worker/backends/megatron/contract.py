@@ -1,6 +1,10 @@
 """What Megatron-LM's two text-generation servers read, ignore and answer; asks no server.
 
-The contract behind it, as read from their sources, is in docs/megatron.md.
+As read from Megatron-LM's sources, and tested against the resources of `megatron-core` 0.16.1. Two facts
+about the static server that are easy to get wrong: HTTP 200 with a JSON string is an error (most of its
+validation failures, and a `ValueError` of its engine, come that way); and its answers are prompt plus
+generation, and do not say where the prompt ends. Its tokenizer is not ours and the text may be the
+detokenized prompt, so it is asked once to score each new prompt (`tokens_to_generate: 0`).
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""What the recipes share: their arguments, the adapter, the server, and the run around a trainer."""
+"""What the recipes share: their arguments, the base, the adapter, and the server around a trainer."""
 
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import LoraConfig
-from transformers import AutoTokenizer
 
 import tink_rl
-from recipes.tasks import TASKS, Task, load_task
+from recipes.tasks import TASKS
 from recipes.tiny_base import ensure_tiny_base
 from tink_rl.cli import show_wait
 from tink_rl.gpus import exact_dtype
@@ -58,20 +58,8 @@ class RecipeArguments:
     token_file: str | None = field(default=None, metadata={"help": "Token of the control routes."})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a trainer is built from."""
-
-    model: str
-    tokenizer: Any
-    task: Task
-    lora: LoraConfig
-    server: str
-    sync: tink_rl.SyncConfig
-
-
-def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
-    """Base, task and server of a run; a managed server stops with `stack`."""
+def base_of(recipe: RecipeArguments, config: Any) -> str:
+    """The base's directory or hub id; `config` says from now on how TRL loads it."""
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tink_rl").setLevel(logging.INFO)
     model = recipe.model_name_or_path or _tiny_base(config)
@@ -82,32 +70,59 @@ def set_up(recipe: RecipeArguments, config: Any, stack: ExitStack) -> Setup:
         **(_in_4bit(dtype) if recipe.load_in_4bit else {}),
         **(config.model_init_kwargs or {}),
     }
-    server, token_file = _server(recipe, config, model, stack)
-    return Setup(
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        task=load_task(recipe.task, seed=config.seed, data_path=recipe.data_path),
-        lora=_lora(recipe),
-        server=server,
-        sync=tink_rl.SyncConfig(mode=recipe.sync_mode, policy=recipe.policy, token_file=token_file),
+    return model
+
+
+def lora_of(recipe: RecipeArguments) -> LoraConfig:
+    """The adapter that is trained."""
+    names = recipe.lora_target_modules
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=names if names == "all-linear" else names.split(","),
+        task_type="CAUSAL_LM",
     )
 
 
-def run_on_policy(trainer_class: Any, recipe: RecipeArguments, config: Any) -> None:
-    """Train with GRPO's or RLOO's arguments; prints where the run's files are."""
+@contextmanager
+def server_of(
+    recipe: RecipeArguments, config: Any, base: str
+) -> Iterator[tuple[str, tink_rl.SyncConfig]]:
+    """URL of the server, and how to publish to it: a running one, or one that rank 0 starts and stops.
+
+    Raises:
+        TinkError: it did not start; on every rank.
+    """
     with ExitStack() as stack:
-        setup = set_up(recipe, config, stack)
-        trainer = trainer_class(
-            model=setup.model,
-            reward_funcs=setup.task.reward,
-            args=config,
-            train_dataset=setup.task.train,
-            processing_class=setup.tokenizer,
-            peft_config=setup.lora,
-            servers=setup.server,
-            sync=setup.sync,
+        url, token_file = recipe.vllm_server, recipe.token_file
+        if url == "auto":
+            ranks = Ranks(
+                config.process_index, config.world_size, timeout_s=float(config.ddp_timeout)
+            )
+            with closing(ranks):
+                url, token_file = ranks.on_leader(lambda: _started(recipe, config, base, stack))
+        sync = tink_rl.SyncConfig(
+            mode=recipe.sync_mode, policy=recipe.policy, token_file=token_file
         )
-        train_and_save(trainer)
+        yield url, sync
+
+
+def _started(recipe: RecipeArguments, config: Any, base: str, stack: ExitStack) -> tuple[str, str]:
+    server = tink_rl.VLLMServer(
+        base,
+        mode=recipe.server_mode,
+        # Above the largest slot merged mode takes it, for which any will do.
+        max_lora_rank=slot_for(recipe.lora_r) or LORA_RANKS[-1],
+        dtype=_tiny_dtype(recipe) if recipe.model_name_or_path is None else "auto",
+        max_model_len=recipe.server_max_model_len or None,
+        token_file=recipe.token_file,
+        shared_with_trainer=True,
+        log_file=str(Path(config.output_dir) / "vllm.log"),
+        on_wait=show_wait,
+    )
+    stack.enter_context(server)
+    return server.url, str(server.token_file)
 
 
 def train_and_save(trainer: Any) -> None:
@@ -138,50 +153,6 @@ def _in_4bit(dtype: str) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": str(PartialState().device)}}
 
 
-def _lora(recipe: RecipeArguments) -> LoraConfig:
-    names = recipe.lora_target_modules
-    return LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=names if names == "all-linear" else names.split(","),
-        task_type="CAUSAL_LM",
-    )
-
-
 def _tiny_base(config: Any) -> str:
     with config.main_process_first(desc="training the tiny base"):
         return str(ensure_tiny_base())
-
-
-def _server(
-    recipe: RecipeArguments, config: Any, model: str, stack: ExitStack
-) -> tuple[str, str | None]:
-    """URL of the server and file of its token; rank 0 starts a managed one, which the stack stops.
-
-    Raises:
-        TinkError: it did not start; on every rank.
-    """
-    if recipe.vllm_server != "auto":
-        return recipe.vllm_server, recipe.token_file
-
-    def start() -> list[str]:
-        server = tink_rl.VLLMServer(
-            model,
-            mode=recipe.server_mode,
-            # Above the largest slot merged mode takes it, for which any will do.
-            max_lora_rank=slot_for(recipe.lora_r) or LORA_RANKS[-1],
-            dtype=_tiny_dtype(recipe) if recipe.model_name_or_path is None else "auto",
-            max_model_len=recipe.server_max_model_len or None,
-            token_file=recipe.token_file,
-            shared_with_trainer=True,
-            log_file=str(Path(config.output_dir) / "vllm.log"),
-            on_wait=show_wait,
-        )
-        stack.enter_context(server)
-        return [server.url, str(server.token_file)]
-
-    ranks = Ranks(config.process_index, config.world_size, timeout_s=float(config.ddp_timeout))
-    with closing(ranks):
-        url, token_file = ranks.on_leader(start)
-    return url, token_file

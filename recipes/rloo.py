@@ -27,16 +27,31 @@ from tink_rl import placement
 if __name__ == "__main__":
     placement.apply_to_trainer(placement.plan_here())  # before torch is imported
 
+from transformers import AutoTokenizer
 from trl import RLOOConfig, TrlParser
 
 import tink_rl
-from recipes.common import RecipeArguments, run_on_policy
+from recipes.common import RecipeArguments, base_of, lora_of, server_of, train_and_save
+from recipes.tasks import load_task
 
 
 def main() -> None:
     """Train; prints where the run's files are."""
     recipe, config = TrlParser((RecipeArguments, RLOOConfig)).parse_args_and_config()
-    run_on_policy(tink_rl.RLOOTrainer, recipe, config)
+    base = base_of(recipe, config)
+    task = load_task(recipe.task, seed=config.seed, data_path=recipe.data_path)
+    with server_of(recipe, config, base) as (url, sync):
+        trainer = tink_rl.RLOOTrainer(
+            model=base,
+            reward_funcs=task.reward,
+            args=config,
+            train_dataset=task.train,
+            processing_class=AutoTokenizer.from_pretrained(base),
+            peft_config=lora_of(recipe),
+            servers=url,
+            sync=sync,
+        )
+        train_and_save(trainer)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The same callback works for any Hugging Face `Trainer` with a LoRA: `PolicySyncC
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 # `accelerate launch recipes/sft_live.py` puts recipes/ on the path, not the folder that holds it.
@@ -25,10 +24,12 @@ if __name__ == "__main__":
     placement.apply_to_trainer(placement.plan_here())  # before torch is imported
 
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import tink_rl
-from recipes.common import RecipeArguments, set_up, train_and_save
+from recipes.common import RecipeArguments, base_of, lora_of, server_of, train_and_save
+from recipes.tasks import load_task
 
 PROMPTS = ("4173=", "9025=", "6688=")
 
@@ -42,20 +43,21 @@ def downwards(prompts: list[str]) -> Dataset:
 def main() -> None:
     """Train; prints samples on the way, and where the run's files are."""
     recipe, config = TrlParser((RecipeArguments, SFTConfig)).parse_args_and_config()
-    with ExitStack() as stack:
-        setup = set_up(recipe, config, stack)
+    base = base_of(recipe, config)
+    task = load_task(recipe.task, seed=config.seed, data_path=recipe.data_path)
+    with server_of(recipe, config, base) as (url, sync):
         trainer = SFTTrainer(
-            model=setup.model,
+            model=base,
             args=config,
-            train_dataset=downwards(setup.task.train["prompt"]),
-            processing_class=setup.tokenizer,
-            peft_config=setup.lora,
+            train_dataset=downwards(task.train["prompt"]),
+            processing_class=AutoTokenizer.from_pretrained(base),
+            peft_config=lora_of(recipe),
         )
         trainer.add_callback(
             tink_rl.PolicySyncCallback(
                 trainer,
-                setup.server,
-                sync=setup.sync,
+                url,
+                sync=sync,
                 sample_prompts=PROMPTS,
                 sample_every=20,
                 max_tokens=8,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from typing import Any
 
 from tink_rl import placement
@@ -11,10 +10,12 @@ from tink_rl import placement
 if __name__ == "__main__":
     placement.apply_to_trainer(placement.plan_here())
 
+from transformers import AutoTokenizer
 from trl import GRPOConfig, TrlParser
 
 import tink_rl
-from recipes.common import RecipeArguments, set_up, train_and_save
+from recipes.common import RecipeArguments, base_of, lora_of, server_of, train_and_save
+from recipes.tasks import digits
 from recipes.tasks.digits import exact_answer
 
 
@@ -30,18 +31,18 @@ def main(policy: str, *arguments: str) -> None:
     """Train the policy `right` or `wrong` with the reward of that name."""
     parser = TrlParser((RecipeArguments, GRPOConfig))
     recipe, config = parser.parse_args_and_config(list(arguments))
-    with ExitStack() as stack:
-        setup = set_up(recipe, config, stack)
+    base = base_of(recipe, config)
+    with server_of(recipe, config, base) as (url, sync):
         train_and_save(
             tink_rl.GRPOTrainer(
-                model=setup.model,
+                model=base,
                 reward_funcs=REWARDS[policy],
                 args=config,
-                train_dataset=setup.task.train,
-                processing_class=setup.tokenizer,
-                peft_config=setup.lora,
-                servers=setup.server,
-                sync=setup.sync,
+                train_dataset=digits.load(config.seed).train,
+                processing_class=AutoTokenizer.from_pretrained(base),
+                peft_config=lora_of(recipe),
+                servers=url,
+                sync=sync,
             )
         )
 

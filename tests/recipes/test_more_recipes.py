@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import loop
 from recipes.tiny_base import ensure_tiny_base
 from tests.policies import PeftTwin, assert_served
 from tests.trainers import left_clean
@@ -124,6 +125,18 @@ def test_qlora_run_learns_and_its_adapter_is_served_on_the_servers_own_base(tiny
     twin.model.set_adapter("trained")
     version = json.loads((output / "tink_policy.json").read_text())["version"]
     assert_served(tiny, f"q-{mode}@{version}", twin.clear_cases())
+
+
+@pytest.mark.timeout(300)
+def test_loop_without_a_trainer_learns_from_the_version_it_just_published(tiny):
+    given = ["--vllm_server", tiny.url, "--token_file", str(tiny.token_file)]
+    history = loop.main([*given, "--max_steps", "12"])
+    rewards = [row["reward"] for row in history]
+    assert statistics.mean(rewards[-4:]) > statistics.mean(rewards[:4])
+    first = history[0]["version"]
+    assert [row["version"] for row in history] == list(range(first, first + 12))
+    with tiny.client() as client:
+        assert f"loop@{first + 12}" in client.status().served
 
 
 @pytest.mark.timeout(300)

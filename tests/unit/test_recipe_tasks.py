@@ -8,7 +8,7 @@ import shlex
 import pytest
 from transformers import HfArgumentParser
 
-from recipes.common import RecipeArguments, _lora
+from recipes.common import RecipeArguments, lora_of
 from recipes.tasks import digits, gsm8k, load_task
 from recipes.tiny_base import make_tokenizer
 from tests.docs.commands import ROOT, blocks
@@ -112,6 +112,6 @@ def test_lora_flags_of_the_quickstart_are_the_adapters():
     words = _commands("test_lora_flags_of_the_quickstart_are_the_adapters")
     given = words[words.index("--lora_r") : words.index("--output_dir")]
     [recipe] = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(given)
-    found = _lora(recipe)
+    found = lora_of(recipe)
     assert (found.r, found.lora_alpha) == (8, 16)
     assert found.target_modules == {"q_proj", "v_proj"}

@@ -94,7 +94,7 @@ def _bar(report: Report) -> type[Any]:
     """A class of progress bars that report what is on the disk instead of drawing."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         knows_bytes = False
 
         def __init__(self, *args: Any, **settings: Any) -> None:

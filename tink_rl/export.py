@@ -228,7 +228,7 @@ def _write_merged(folds: Mapping[str, Fold], base: Path, target: Path) -> None:
 
     index = checkpoint_index(base)
     for file in sorted({entry.file for entry in index.values()}):
-        with safe_open(file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as handle:
             tensors = {
                 name: _folded(folds.get(name), handle.get_tensor(name))
                 for name, entry in index.items()

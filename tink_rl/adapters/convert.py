@@ -157,7 +157,7 @@ def _verify(written: Path, expected: dict[str, list[Any]]) -> None:
     from blake3 import blake3
 
     with written.open("rb", buffering=0) as file:
-        tensors = TensorFile(file, str(written))  # type: ignore[arg-type]
+        tensors = TensorFile(file, str(written))
         found = {
             entry.name: [
                 _DTYPES.get(entry.dtype, entry.dtype),

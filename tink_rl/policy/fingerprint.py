@@ -188,7 +188,7 @@ def read_checkpoint_tensor(entry: CheckpointTensor) -> torch.Tensor:
     """The tensor of `entry`, on the CPU, in its stored dtype, mapped from the file."""
     from safetensors import safe_open
 
-    with safe_open(entry.file, framework="pt") as handle:  # type: ignore[no-untyped-call]
+    with safe_open(entry.file, framework="pt") as handle:
         tensor: torch.Tensor = handle.get_tensor(entry.name)
     return tensor
 
@@ -204,7 +204,7 @@ class MappedCheckpoint:
         from safetensors import safe_open
 
         if entry.file not in self._handles:
-            self._handles[entry.file] = safe_open(entry.file, framework="pt")  # type: ignore[no-untyped-call]
+            self._handles[entry.file] = safe_open(entry.file, framework="pt")
         tensor: torch.Tensor = self._handles[entry.file].get_tensor(entry.name)
         return tensor
 

@@ -117,7 +117,7 @@ class SourceDir:
             handle = blob
         try:
             self._check(name, os.fstat(handle), max_bytes, remedy)
-            return os.fdopen(handle, "rb", buffering=0)  # type: ignore[return-value]
+            return os.fdopen(handle, "rb", buffering=0)
         except BaseException:
             os.close(handle)
             raise

@@ -25,7 +25,7 @@ def ask_for_tiles() -> None:
     if not torch.cpu._is_amx_tile_supported():
         return
     # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-    if not torch.cpu._init_amx():  # type: ignore[no-untyped-call]
+    if not torch.cpu._init_amx():
         logger.warning(
             "tink_rl: this CPU has AMX, but the kernel does not let this process use its tile registers "
             "(Linux before 5.16, or a sandbox): bf16 would end vLLM's worker with an illegal "

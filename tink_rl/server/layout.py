@@ -147,7 +147,7 @@ class _Trace:
                 if name not in module._parameters:
                     continue  # a buffer that the reload leaves alone, such as an expert map
                 tensor = to_meta_tensor(tensor)
-                module._parameters[name] = tensor  # type: ignore[assignment]
+                module._parameters[name] = tensor
             self._loaders.append((tensor, getattr(tensor, "weight_loader", None)))
             tensor.weight_loader = self._note(module_name)  # type: ignore[attr-defined]
 

@@ -71,7 +71,7 @@ def _wait_asleep() -> None:
 def _with_tink_paths(base: Any) -> Any:
     from tink_rl.server import host_store
 
-    class TinkLoRAManager(base):  # type: ignore[misc]
+    class TinkLoRAManager(base):
         """vLLM's manager; only where the tensors of a `tink://` path come from differs, and the head."""
 
         resolves_tink_paths = True

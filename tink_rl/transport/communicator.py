@@ -161,7 +161,7 @@ class Channel:
 
     def close(self) -> None:
         """End the channel; idempotent, never raises."""
-        group, self._group, self._store = self._group, None, None  # type: ignore[assignment]
+        group, self._group, self._store = self._group, None, None
         if group is not None:
             with contextlib.suppress(RuntimeError):
                 group.abort()

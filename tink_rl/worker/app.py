@@ -227,7 +227,7 @@ def _streamed(service: WorkerService, ticket: Ticket, headers: dict[str, str]) -
     except BaseException:
         ticket.leave()
         raise
-    response = Response(events, content_type="text/event-stream", headers=headers)  # type: ignore[arg-type]
+    response = Response(events, content_type="text/event-stream", headers=headers)
     response.headers["X-Accel-Buffering"] = "no"
     return _secured(response)
 

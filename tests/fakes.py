@@ -9,7 +9,7 @@ from typing import Any
 
 from tink_rl.errors import UnknownAdapter
 from tink_rl.transport.payloads import NO_LIMITS, Limits
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.types import PROTOCOL_VERSION, Completion, SamplingParams, ServerStatus
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
 VOCAB_SIZE = 64
@@ -187,3 +187,20 @@ def hub_error(kind: type[Exception]) -> Exception:
 
     request = httpx.Request("GET", "https://huggingface.co/api/models/org/model")
     return kind("401 Client Error", response=httpx.Response(401, request=request))  # type: ignore[call-arg]
+
+
+def status(modes=("adapter", "merged"), **changes):
+    """What a server says of itself that offers `modes`."""
+    base = {
+        **{
+            "protocol": PROTOCOL_VERSION,
+            "incarnation": "i",
+            "state": "ready",
+            "modes": modes,
+            "world_size": 1,
+        },
+        **{"base_model": "b", "base_fingerprint": "f", "dtype": "float32"},
+        **{"adapter_dtype": "float32", "max_lora_rank": 16, "max_loras": 2, "max_model_len": 256},
+        **{"logprobs_mode": "processed_logprobs", "device": "cpu", "served": {}},
+    }
+    return ServerStatus.from_json({**base, "a_field_of_a_newer_server": 1, **changes})

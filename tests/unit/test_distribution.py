@@ -12,7 +12,7 @@ import trl
 
 from benchmarks import step
 from tests.fake_vllm import FakeVLLM
-from tests.unit.test_sync_rules import status
+from tests.fakes import status
 from tink_rl import SyncConfig, VLLMClient, errors
 from tink_rl.training import checks
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings

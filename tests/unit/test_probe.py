@@ -10,7 +10,7 @@ import torch
 
 from tests.probe_rig import Rig, under_autocast
 from tink_rl import errors
-from tink_rl.publish.probe_rules import limits, share_applied
+from tink_rl.publish.probe_rules import largest_gap, limits, share_applied
 from tink_rl.publish.probes import NUM_DECODED
 from tink_rl.training import precision
 from tink_rl.types import SyncMode
@@ -257,6 +257,11 @@ def test_tolerance_of_the_user_is_the_limit(rig, caplog):
     rig.serve(WRONG["1.1 times"](rig))
     object.__setattr__(rig.sync.config, "probe_tolerance", 1.0)
     assert 0.01 < rig.check() < 1.0 and caplog.text == ""
+
+
+def test_nan_never_passes_as_a_small_gap():
+    assert math.isnan(largest_gap([0.0, math.nan, 0.0], [0.0, 0.0, 0.5]))
+    assert largest_gap([0.0, 1.0], [0.25, 1.0]) == 0.25
 
 
 def test_nan_of_either_side_fails(rig):

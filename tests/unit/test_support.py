@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.unit.test_sync_rules import status
+from tests.fakes import status
 from tink_rl import errors
 from tink_rl.policy.adapter import AdapterCollector
 from tink_rl.policy.collect import WholeCollector, collector_for

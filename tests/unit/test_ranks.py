@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 
 from tink_rl import errors
 from tink_rl.policy.sharded import refuse_flat_parameters
-from tink_rl.training import ranks as room
-from tink_rl.training.link import _tell_if_fsdp_was_left_out
+from tink_rl.training import ranks as module
+from tink_rl.training.policy_publisher import _warn_if_fsdp_was_left_out
 from tink_rl.training.ranks import Ranks
 
 
@@ -148,7 +148,7 @@ def test_failure_outside_of_a_turn_reaches_a_leader_that_waits(store):
 
 
 def test_rank_that_never_comes_is_named_after_the_deadline(store, monkeypatch):
-    monkeypatch.setattr(room, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(module, "_FAREWELL_S", 0.1)
 
     def turn(ranks):
         if ranks.index != 1:
@@ -164,7 +164,7 @@ def test_fsdp_config_that_accelerate_leaves_out_is_told(monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for kind in (DistributedType.FSDP, DistributedType.MULTI_CPU):
         caplog.clear()
-        _tell_if_fsdp_was_left_out(SimpleNamespace(distributed_type=kind))
+        _warn_if_fsdp_was_left_out(SimpleNamespace(distributed_type=kind))
         assert ("accelerate runs MULTI_CPU" in caplog.text) == (kind == DistributedType.MULTI_CPU)
 
 

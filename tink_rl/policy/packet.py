@@ -181,11 +181,11 @@ def pack(
     mode: SyncMode,
     base_fingerprint: str,
     rank: int,
-    room: Callable[[int], torch.Tensor] | None = None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> tuple[PacketHeader, torch.Tensor]:
     """Header (not sealed yet), and the buffer `[num_bytes] uint8` on the CPU, in order of tensor name.
 
-    `room(num_bytes)` gives the memory to pack into: used again, or shared with who reads it, because
+    `allocate(num_bytes)` gives the memory to pack into: used again, or shared with who reads it, because
     fresh pages and another copy cost more than the packing. None: fresh memory.
 
     Raises:
@@ -195,7 +195,7 @@ def pack(
 
     header = layout(tensors, mode=mode, base_fingerprint=base_fingerprint, rank=rank)
     num_bytes = header.num_bytes
-    buffer = room(num_bytes) if room else torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = allocate(num_bytes) if allocate else torch.empty(num_bytes, dtype=torch.uint8)
     fill(header, buffer, tensors)
     return header, buffer
 

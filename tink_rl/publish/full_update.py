@@ -60,7 +60,7 @@ class FullUpdate:
         self._ids: dict[str, str] = {}
         self._bucket: dict[str, torch.Tensor] = {}
         self._filled = 0
-        self._room: torch.Tensor | None = None
+        self._memory: torch.Tensor | None = None
         self._chain = packet.DigestChain()
         self.num_bytes = 0
         """Sent so far, to each replica."""
@@ -85,7 +85,7 @@ class FullUpdate:
 
         with self._ended_on_failure():
             # Before anything begins: a stream of tensors cannot be read again on another transport.
-            self._room = self._fleet.room(self._bucket_bytes)
+            self._memory = self._fleet.allocate_buffer(self._bucket_bytes)
             try:
                 self._fleet.each(begin)
             except errors.TinkError as error:
@@ -153,7 +153,7 @@ class FullUpdate:
                         f"{replica.url} holds {answer.digest}, sent was {digest}",
                         replica=replica.url,
                     )
-        self._drop_room()
+        self._free_memory()
         return answers
 
     def abort(self, reason: str) -> None:
@@ -163,13 +163,13 @@ class FullUpdate:
             if update_id is not None:
                 replica.abort_update(update_id, reason)
         self._bucket = {}
-        self._drop_room()
+        self._free_memory()
 
-    def _drop_room(self) -> None:
+    def _free_memory(self) -> None:
         # A bucket is far larger than an adapter; the next update makes its own.
-        if self._room is not None:
-            self._fleet.drop_room(self._room)
-        self._room = None
+        if self._memory is not None:
+            self._fleet.free_buffer(self._memory)
+        self._memory = None
 
     @contextlib.contextmanager
     def _ended_on_failure(self) -> Any:
@@ -187,7 +187,7 @@ class FullUpdate:
             mode=SyncMode.FULL,
             base_fingerprint=self._fingerprint,
             rank=0,
-            room=self._room_for,
+            allocate=self._allocate,
         )
         self._bucket, self._filled = {}, 0
         header = header.named(self._policy, self.version, 0)
@@ -196,8 +196,8 @@ class FullUpdate:
         self._chain.add(outgoing.digest())
         self.num_bytes += buffer.numel()
 
-    def _room_for(self, num_bytes: int) -> torch.Tensor:
-        old, self._room = self._room, self._fleet.room(num_bytes, self._room)
-        if old is not None and old is not self._room:
-            self._fleet.drop_room(old)
-        return self._room[:num_bytes]
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        old, self._memory = self._memory, self._fleet.allocate_buffer(num_bytes, self._memory)
+        if old is not None and old is not self._memory:
+            self._fleet.free_buffer(old)
+        return self._memory[:num_bytes]

@@ -30,7 +30,7 @@ class Packer:
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Memory for a packet, `[num_bytes] uint8`; the next call gives it again, until `reuse`."""
         # Kept at once: a publish that fails, or has nothing new, leaves it to the next one.
-        self._spare = self._fleet.room(num_bytes, self._spare)
+        self._spare = self._fleet.allocate_buffer(num_bytes, self._spare)
         return self._spare[:num_bytes]
 
     def reuse(self, buffer: torch.Tensor | None) -> None:

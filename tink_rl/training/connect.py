@@ -16,7 +16,7 @@ from tink_rl.loopback import http_url
 from tink_rl.policy.model_dir import loaded_from
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training import live
-from tink_rl.training.link import PolicyLink
+from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.probe import Prober
 from tink_rl.training.publishing import leaving_checkpoint
 from tink_rl.training.ranks import Ranks
@@ -71,7 +71,7 @@ def _url_of(args: Any) -> str:
     return given or http_url(host or "127.0.0.1", port or 8000)
 
 
-def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyLink:
+def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyPublisher:
     """The link of a trainer's model to `clients`, also kept as `trainer.policy_link`.
 
     When `trainer.train` fails, the link gives lease and model back, so that both can be used again; with
@@ -88,7 +88,7 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
         timeout_s=float(getattr(trainer.args, "ddp_timeout", 1800)),
     )
     vocab_size = model.config.get_text_config().vocab_size
-    link = PolicyLink(
+    link = PolicyPublisher(
         model,
         trainer.accelerator,
         clients=clients,
@@ -110,7 +110,7 @@ def _base_of(model: Any, args: Any) -> str:
     return loaded_from(model.get_base_model(), getattr(args, "model_init_kwargs", None))
 
 
-def _closing_on_error(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
+def _closing_on_error(trainer: Any, link: PolicyPublisher) -> Callable[..., Any]:
     train = trainer.train
 
     @functools.wraps(train)

@@ -199,13 +199,13 @@ class PolicyGeneration:
         TRL cuts a rollout at max_completion_length, its tools' answers included: the same tokens are left.
         """
         limit = self.clients[0].limits().max_model_len
-        room = None if limit is None else limit - len(ask.prompt_ids)
-        if room is None or room >= self.settings.fields()["max_tokens"]:
+        rest = None if limit is None else limit - len(ask.prompt_ids)
+        if rest is None or rest >= self.settings.fields()["max_tokens"]:
             return ask
         begin = batch.turns[ask.rows[0]][0].prompt_ids
         left = self.settings.max_completion_length - (len(ask.prompt_ids) - len(begin))
         # Where nothing is left the server's limit says so.
-        return replace(ask, max_tokens=min(left, room)) if min(left, room) > 0 else ask
+        return replace(ask, max_tokens=min(left, rest)) if min(left, rest) > 0 else ask
 
     def _sample_together(self, asks: list[Ask], batch: RolloutBatch) -> list[list[dict[str, Any]]]:
         if self._agree is None or batch is not self._batch or batch.num_turns > 0:

@@ -101,12 +101,12 @@ def _batches(dataset: Any, num_rows: int | None) -> Iterator[list[Any]]:
 
 
 def _check_row(where: str, ids: list[int], status: ServerStatus, max_tokens: int) -> None:
-    room = status.max_model_len - max_tokens
+    longest = status.max_model_len - max_tokens
     if not ids:
         raise ConfigError(f"{where}: its prompt has no tokens; leave that row out")
-    if len(ids) > room:
+    if len(ids) > longest:
         raise ConfigError(
-            f"{where}: its prompt has {len(ids)} tokens, and {room} fit: the server takes "
+            f"{where}: its prompt has {len(ids)} tokens, and {longest} fit: the server takes "
             f"{status.max_model_len}, of which max_completion_length={max_tokens} are the completion's; "
             "shorten or leave out such rows, lower max_completion_length, or restart the server with a "
             "larger --max-model-len"

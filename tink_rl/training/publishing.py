@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tink_rl.errors import NonFiniteWeights, RankFailed, SamplingRefused, TinkError
-from tink_rl.training.link import PolicyLink
+from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.types import PublishRecord
 
 _NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
@@ -18,7 +18,7 @@ _NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
 
 
 @contextmanager
-def leaving_checkpoint(trainer: Any, link: PolicyLink) -> Iterator[None]:
+def leaving_checkpoint(trainer: Any, link: PolicyPublisher) -> Iterator[None]:
     """What ends a training in its middle leaves a checkpoint of the steps done, and says where.
 
     Saving needs every rank: what ended one rank alone of several leaves none.
@@ -40,7 +40,7 @@ def leaving_checkpoint(trainer: Any, link: PolicyLink) -> Iterator[None]:
 
 
 def _with_checkpoint(
-    trainer: Any, link: PolicyLink, error: TinkError, *, published: bool
+    trainer: Any, link: PolicyPublisher, error: TinkError, *, published: bool
 ) -> TinkError:
     """Save the state of the last step, on every rank; `error`, and how to go on from there."""
     step = trainer.state.global_step
@@ -58,7 +58,7 @@ class PublishCallback(TrainerCallback):
     """Publishes on train begin and after every k-th optimizer step; closes the link at the end."""
 
     def __init__(
-        self, trainer: Any, link: PolicyLink, sync: Callable[[], None], *, every: int = 1
+        self, trainer: Any, link: PolicyPublisher, sync: Callable[[], None], *, every: int = 1
     ) -> None:
         """Store.
 
@@ -112,7 +112,7 @@ class PublishCallback(TrainerCallback):
         self._link.close()
 
 
-def metrics_of(record: PublishRecord, link: PolicyLink) -> dict[str, float]:
+def metrics_of(record: PublishRecord, link: PolicyPublisher) -> dict[str, float]:
     """The `sync/*` metrics of one publish through `link`; none if nothing had to be sent."""
     if not record.published:
         return {}

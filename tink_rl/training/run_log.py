@@ -36,7 +36,7 @@ class RunLog(TrainerCallback):
         """
         self._trainer = trainer
         self._under_way = False
-        trainer.train = self._telling_of_failure(trainer.train)
+        trainer.train = self._recording_failure(trainer.train)
         self._step_start = 0.0
         self._num_records = 0
         self._sampling_s = 0.0
@@ -72,9 +72,9 @@ class RunLog(TrainerCallback):
             _write(Path(args.output_dir) / METRICS_FILE, [row])
         self._under_way = False
 
-    def _telling_of_failure(self, train: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording_failure(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
-        def telling(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             try:
                 return train(*args, **kwargs)
             except BaseException as error:  # an interrupted run has ended too
@@ -83,7 +83,7 @@ class RunLog(TrainerCallback):
                     self._end(self._trainer.args, self._trainer.state, error=text)
                 raise
 
-        return telling
+        return recording
 
     # -- the time of a step -----------------------------------------------------------------------
 

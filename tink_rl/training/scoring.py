@@ -13,21 +13,21 @@ from accelerate.utils import gather_object
 
 from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
-from tink_rl.training.link import PolicyLink
+from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.rollouts import RolloutBatch, RolloutLog, scores_of
 
 _SHOWN = 8
 """Rollouts of a batch that are kept for the completions table."""
 
 
-class RolloutScope:
+class RolloutRecorder:
     """Stands in front of `_generate_and_score_completions` and `_calculate_rewards` of one trainer."""
 
     def __init__(
         self,
         trainer: Any,
         generation: PolicyGeneration,
-        link: PolicyLink,
+        link: PolicyPublisher,
         log: RolloutLog,
         *,
         every: int = 1,

@@ -24,13 +24,13 @@ from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
-from tink_rl.training.link import PolicyLink
+from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.prompts import check_prompts
 from tink_rl.training.publishing import PublishCallback, metrics_of
 from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
-from tink_rl.training.scoring import RolloutScope
+from tink_rl.training.scoring import RolloutRecorder
 from tink_rl.types import PolicyVersion, ServerStatus
 
 SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
@@ -40,14 +40,14 @@ SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 class _RolloutCallback(PublishCallback):
     """As its parent; also times the steps and keeps TRL from publishing again on its own."""
 
-    def __init__(self, trainer: Any, link: PolicyLink, scope: RolloutScope) -> None:
+    def __init__(self, trainer: Any, link: PolicyPublisher, recorder: RolloutRecorder) -> None:
         super().__init__(trainer, link, trainer.vllm_generation.sync_weights)
-        self._scope, self._ratio = scope, RatioWatch()
+        self._recorder, self._ratio = recorder, RatioWatch()
         self._last_step_end = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """See `PublishCallback`."""
-        self._scope.begin_log(state.global_step)
+        self._recorder.begin_log(state.global_step)
         super().on_train_begin(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         self._last_step_end = time.perf_counter()
@@ -72,9 +72,9 @@ class _RolloutCallback(PublishCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show a few of the last rollouts as a wandb table, where the run reports there."""
-        if self._scope.shown and state.is_world_process_zero:
-            live.log_table(args, state, "rollouts", self._scope.shown)
-            self._scope.shown = []
+        if self._recorder.shown and state.is_world_process_zero:
+            live.log_table(args, state, "rollouts", self._recorder.shown)
+            self._recorder.shown = []
 
 
 def _copy_logprob_gap(trainer: Any) -> None:
@@ -88,7 +88,7 @@ def attach(
     servers: Servers = None,
     *,
     sync: SyncConfig | None = None,
-) -> PolicyLink:
+) -> PolicyPublisher:
     """Let a trainer that was built with `use_vllm=False` sample from vLLM and publish after each step.
 
     Args:
@@ -118,20 +118,20 @@ def attach(
         rank=trainer.accelerator.process_index,
         sampling=generation.settings.as_request(),
     )
-    scope = RolloutScope(trainer, generation, link, log, every=sync.rollout_log_every)
-    scope.install()
-    trainer.add_callback(_RolloutCallback(trainer, link, scope))
+    recorder = RolloutRecorder(trainer, generation, link, log, every=sync.rollout_log_every)
+    recorder.install()
+    trainer.add_callback(_RolloutCallback(trainer, link, recorder))
     trainer.add_callback(RunLog(trainer))
-    trainer.evaluate = _giving_back(trainer, link)
+    trainer.evaluate = _releasing_lease(trainer, link)
     return link
 
 
-def _giving_back(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
+def _releasing_lease(trainer: Any, link: PolicyPublisher) -> Callable[..., Any]:
     """`trainer.evaluate`, which outside of training looks at the base first and gives the lease back."""
     evaluate = trainer.evaluate
 
     @wraps(evaluate)
-    def giving_back(*args: Any, **kwargs: Any) -> Any:
+    def releasing(*args: Any, **kwargs: Any) -> Any:
         if link.is_training:
             return evaluate(*args, **kwargs)
         link.expect_other_base()
@@ -141,10 +141,10 @@ def _giving_back(trainer: Any, link: PolicyLink) -> Callable[..., Any]:
         finally:
             link.sync.close()  # what a training watches over is not begun yet, or has ended
 
-    return giving_back
+    return releasing
 
 
-def _generation(trainer: Any, link: PolicyLink, clients: list[VLLMClient]) -> PolicyGeneration:
+def _generation(trainer: Any, link: PolicyPublisher, clients: list[VLLMClient]) -> PolicyGeneration:
     args = trainer.args
     settings = SamplingSettings.of(args)
 
@@ -203,7 +203,7 @@ class _MeasuredGeneration(PolicyGeneration):
 class PolicySyncMixin:
     """Builds a TRL trainer without its own vLLM object and attaches ours."""
 
-    policy_link: PolicyLink
+    policy_link: PolicyPublisher
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ def _find_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, in
     return None, None
 
 
-class GRPOTrainer(PolicySyncMixin, trl.GRPOTrainer):  # type: ignore[misc]
+class GRPOTrainer(PolicySyncMixin, trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose rollouts come from a vLLM server that always holds the current policy.
 
     Change one import. The arguments are TRL's; `use_vllm` may be True (`vllm_mode="server"`) or left
@@ -258,7 +258,7 @@ class GRPOTrainer(PolicySyncMixin, trl.GRPOTrainer):  # type: ignore[misc]
     """
 
 
-class RLOOTrainer(PolicySyncMixin, trl.RLOOTrainer):  # type: ignore[misc]
+class RLOOTrainer(PolicySyncMixin, trl.RLOOTrainer):
     """`trl.RLOOTrainer`, as `GRPOTrainer` here.
 
     TRL's RLOO takes no logprobs from the sampler, so there is no importance ratio to correct; the
@@ -269,7 +269,7 @@ class RLOOTrainer(PolicySyncMixin, trl.RLOOTrainer):  # type: ignore[misc]
     """
 
 
-class DistillationTrainer(PolicySyncMixin, trl.DistillationTrainer):  # type: ignore[misc]
+class DistillationTrainer(PolicySyncMixin, trl.DistillationTrainer):
     """`trl.DistillationTrainer`: the student samples from the vLLM server, the teacher scores here.
 
     Raises:

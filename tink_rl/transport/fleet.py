@@ -51,7 +51,7 @@ class Fleet:
                 raise failure
         return [future.result() for future in futures]
 
-    def room(self, num_bytes: int, spare: torch.Tensor | None = None) -> torch.Tensor:
+    def allocate_buffer(self, num_bytes: int, spare: torch.Tensor | None = None) -> torch.Tensor:
         """Memory for a packet, `[>= num_bytes] uint8`: `spare` where it still serves, else new memory.
 
         Shared with the servers on this machine, so that what is packed into it needs no further copy.
@@ -92,9 +92,9 @@ class Fleet:
         for replica in self.replicas:
             replica.withdraw(outgoing)
 
-    def drop_room(self, room: torch.Tensor) -> None:
-        """Let go of memory that `room` gave and that nobody packs into again."""
-        self._shelf.drop(room)
+    def free_buffer(self, buffer: torch.Tensor) -> None:
+        """Let go of memory that `allocate_buffer` gave and that nobody packs into again."""
+        self._shelf.drop(buffer)
 
     def statuses(self) -> list[ServerStatus]:
         """Status of every replica; raises if one is NOT READY only when it is published to."""

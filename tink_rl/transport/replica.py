@@ -141,7 +141,7 @@ class Replica(Connection):
         """The packet in shared memory: where it was packed, else copied to a segment of our own.
 
         Raises:
-            SegmentUnreachable: there is no room for it; gloo is taken from now on (`auto`).
+            SegmentUnreachable: there is no memory for it; gloo is taken from now on (`auto`).
         """
         packed_in = self.shelf.holding(buffer)
         if packed_in is not None:

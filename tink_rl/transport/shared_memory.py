@@ -134,7 +134,7 @@ class Shelf:
         """Memory `[num_bytes] uint8` of a new segment.
 
         Raises:
-            SegmentUnreachable: there is no room for it.
+            SegmentUnreachable: there is no memory for it.
         """
         segment = Segment.create(num_bytes)
         self._segments = [*self._segments, segment][-MAX_SEGMENTS:]

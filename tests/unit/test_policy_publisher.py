@@ -16,9 +16,9 @@ from tink_rl.policy.sharded import Sharding
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.connect import clients_of
-from tink_rl.training.link import PolicyLink
+from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.ranks import Ranks
-from tink_rl.training.trainer import _giving_back
+from tink_rl.training.trainer import _releasing_lease
 from tink_rl.types import SyncMode
 
 NO_TIME = {
@@ -85,7 +85,7 @@ def test_commit_of_a_slot_says_whose_whole_tensors_it_adds_to(model_dir):
 
 
 def follower(*replicas, **changes):
-    link = object.__new__(PolicyLink)
+    link = object.__new__(PolicyPublisher)
     link._accelerator = SimpleNamespace(is_main_process=False)
     link._config, link._current = SyncConfig(**changes), "policy@3"
     link.sync = SimpleNamespace(fleet=SimpleNamespace(replicas=replicas))
@@ -194,7 +194,7 @@ def test_evaluation_gives_the_lease_back_unless_a_training_holds_it(is_training,
     link.is_training, link._base_compared = is_training, True
     link.sync.close = lambda: calls.append("close")
     with suppress(errors.SamplingRefused):
-        _giving_back(trainer, link)()
+        _releasing_lease(trainer, link)()
     assert calls == (["evaluate"] if is_training else ["evaluate", "close"])
     assert (trainer._last_loaded_step, link._base_compared) == (
         (7, True) if is_training else (-1, False)

@@ -1,6 +1,6 @@
 """The link between one trainer and its servers: start, publish after each step, recover, stop.
 
-Every rank has a `PolicyLink` and runs the same lines: each collects and probes (collectives, where the
+Every rank has a `PolicyPublisher` and runs the same lines: each collects and probes (collectives, where the
 model is sharded), rank 0 publishes, and its record or its error is every rank's.
 """
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("tink_rl")
 _POLL_S = 0.2
 
 
-class PolicyLink:
+class PolicyPublisher:
     """Keeps the servers at the trainer's current policy."""
 
     def __init__(
@@ -112,7 +112,7 @@ class PolicyLink:
             self._compare_base_once()
             return
         refuse_flat_parameters(self._model)
-        _tell_if_fsdp_was_left_out(self._accelerator)
+        _warn_if_fsdp_was_left_out(self._accelerator)
 
         self.ranks.on_leader(lambda: check(self.sync.open()))
         self._compare_base_once()
@@ -304,7 +304,7 @@ class PolicyLink:
         self.sync.close()
 
 
-def _tell_if_fsdp_was_left_out(accelerator: Any) -> None:
+def _warn_if_fsdp_was_left_out(accelerator: Any) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and getattr(accelerator.distributed_type, "value", None) != "FSDP":
         logger.warning(

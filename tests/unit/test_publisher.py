@@ -19,7 +19,6 @@ from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode, Transport
 
-
 JOINED = JoinAnswer(epoch=1, incarnation="i", lease_s=15.0, last_version=0, transport=Transport.SHM)
 
 

@@ -118,7 +118,7 @@ def backend(stock, tmp_path):
         yield backend
         for item in backend.list():
             backend.unregister(item["adapter_id"])
-        backend._residency.settle()
+        backend._cache.settle()
 
 
 def test_adapters_by_store_path_answer_as_peft_does_patterns_included(backend, goldens):
@@ -129,7 +129,7 @@ def test_adapters_by_store_path_answer_as_peft_does_patterns_included(backend, g
             rows = backend.generate([list(prompt) for prompt in cases], name, **GREEDY)
             assert [row[0].token_ids for row in rows] == list(cases.values()), name
             assert {row[0].version for row in rows} == {1}
-    backend._residency.settle()
+    backend._cache.settle()
     served = [name for name in backend.client.models() if "@" in name]
     assert 1 <= len(served) <= 3
 

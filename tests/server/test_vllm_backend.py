@@ -61,7 +61,7 @@ def make_backend(server, store, **settings):
 def drop_everything(backend):
     for item in backend.list():
         backend.unregister(item["adapter_id"])
-    backend._residency.settle()
+    backend._cache.settle()
 
 
 def ask(backend, name, prompt):
@@ -109,8 +109,8 @@ def test_32_adapters_on_2_slots_from_64_threads_each_get_their_own_answer(
             if answer.token_ids != expected or answer.model_id != golden.name
         ]
         assert wrong == []
-        backend._residency.settle()
-        assert len(backend._residency.resident()) <= 12
+        backend._cache.settle()
+        assert len(backend._cache.resident()) <= 12
         assert len(server.client().status().served) <= 12
         drop_everything(backend)
     assert server.client().status().served == {}
@@ -132,7 +132,7 @@ def test_request_under_way_ends_on_the_bytes_that_it_began_with(backend, server,
     assert {row[0].version for row in answers} == {1}
     with pytest.raises(errors.UnknownAdapter, match="'math' is neither"):
         ask(backend, "math", prompt)
-    backend._residency.settle()
+    backend._cache.settle()
     assert server.client().status().served == {}
 
 
@@ -209,8 +209,8 @@ def test_adapter_that_another_process_dropped_is_loaded_again(backend, server, g
     backend.register("mine", golden.path)
     [prompt, *_] = golden.cases
     ask(backend, "mine", prompt)
-    [name] = backend._residency.resident()
-    backend._residency._loader.drop(name)
+    [name] = backend._cache.resident()
+    backend._cache._loader.drop(name)
     assert server.client().status().served == {}
     assert ask(backend, "mine", prompt).token_ids == golden.cases[prompt]
 

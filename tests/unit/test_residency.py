@@ -18,20 +18,32 @@ from tests.policies import PeftTwin
 from tests.refusals import refused
 from tests.tiny_models import make_model
 from tink_rl import errors, launch, serve_options, vllm_backend
+from tink_rl.adapters.registry import Registration
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.sampling import backend as sampling_backend
 from tink_rl.sampling import default, server_view
-from tink_rl.sampling.cache import AdapterVersion, Residency
-from tink_rl.sampling.resolver import MAX_TRIES, adapter_version
+from tink_rl.sampling.cache import AdapterCache
+from tink_rl.sampling.resolver import MAX_TRIES
 from tink_rl.vllm_backend import VLLMBackend
 
 # -- the table ----------------------------------------------------------------------------------------
 
 
-def version(name: str, number: int = 1) -> AdapterVersion:
-    return AdapterVersion(adapter_id=name, version=number, digest=f"{number:012x}" + "0" * 52)
+def version(name: str, number: int = 1) -> Registration:
+    return registration(name, number, f"{number:012x}" + "0" * 52)
+
+
+def registration(adapter_id: str, number: int, digest: str) -> Registration:
+    return Registration(
+        adapter_id=adapter_id,
+        version=number,
+        digest=digest,
+        lora_path="/adapters/x",
+        registered_at=0.0,
+        active=True,
+    )
 
 
 class CountingLoader:
@@ -52,16 +64,16 @@ class CountingLoader:
         self.drop_began = threading.Event()
         self.failures: list[errors.TinkError] = []
 
-    def load(self, wanted: AdapterVersion) -> None:
+    def load(self, wanted: Registration) -> None:
         self.load_began.set()
         assert self.load_may_go.wait(10)
         with self.lock:
-            self.loads.append(wanted.name)
+            self.loads.append(wanted.server_name)
             if self.failures:
                 raise self.failures.pop(0)
-            if wanted.name in self.there:
-                self.wrong.append(f"{wanted.name} was loaded twice")
-            self.there.add(wanted.name)
+            if wanted.server_name in self.there:
+                self.wrong.append(f"{wanted.server_name} was loaded twice")
+            self.there.add(wanted.server_name)
 
     def drop(self, name: str) -> None:
         self.drop_began.set()
@@ -85,180 +97,180 @@ def loader():
 
 
 def table(loader, capacity=4, **more):
-    return Residency(loader, capacity=capacity, **more)
+    return AdapterCache(loader, capacity=capacity, **more)
 
 
 def test_name_on_the_server_is_unique_per_bytes():
-    one = AdapterVersion(adapter_id="math", version=3, digest="0123456789abcdef" * 4)
-    assert one.name == "math.0123456789ab@3"
+    one = registration("math", 3, "0123456789abcdef" * 4)
+    assert one.server_name == "math.0123456789ab@3"
 
 
 def test_concurrent_acquires_of_one_name_load_it_once(loader):
-    residency = table(loader)
+    cache = table(loader)
     loader.load_may_go.clear()
     with ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(residency.acquire, version("a")) for _ in range(16)]
-        assert loader.load_began.wait(5) and residency.pin_if_resident(version("a")) is None
+        waiting = [pool.submit(cache.acquire, version("a")) for _ in range(16)]
+        assert loader.load_began.wait(5) and cache.pin_if_resident(version("a")) is None
         loader.load_may_go.set()
         entries = [future.result() for future in waiting]
-    assert loader.loads == [version("a").name] and len({id(e) for e in entries}) == 1
-    assert residency.resident() == {version("a").name: 16}
+    assert loader.loads == [version("a").server_name] and len({id(e) for e in entries}) == 1
+    assert cache.resident() == {version("a").server_name: 16}
 
 
 def test_failed_load_is_told_to_everybody_who_waited_and_tried_again_by_the_next(loader):
-    residency = table(loader)
+    cache = table(loader)
     loader.failures = [errors.RankExceeded("too large")]
     loader.load_may_go.clear()
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(residency.acquire, version("a")) for _ in range(8)]
+        waiting = [pool.submit(cache.acquire, version("a")) for _ in range(8)]
         assert loader.load_began.wait(5)
         loader.load_may_go.set()
         failures = [future.exception() for future in waiting]
     told = [failure for failure in failures if isinstance(failure, errors.RankExceeded)]
     assert len(told) >= 1 and len(told) == len([f for f in failures if f is not None])
-    residency.release(residency.acquire(version("a")))
-    assert version("a").name in residency.resident()
+    cache.release(cache.acquire(version("a")))
+    assert version("a").server_name in cache.resident()
 
 
 def test_least_recently_used_leaves_first(loader):
-    residency = table(loader, capacity=2)
+    cache = table(loader, capacity=2)
     for name in ("a", "b", "a", "c"):
-        residency.release(residency.acquire(version(name)))
-    residency.settle()
-    assert loader.drops == [version("b").name]
-    assert loader.there == {version("a").name, version("c").name}
+        cache.release(cache.acquire(version(name)))
+    cache.settle()
+    assert loader.drops == [version("b").server_name]
+    assert loader.there == {version("a").server_name, version("c").server_name}
 
 
 def test_pinned_ones_may_exceed_the_capacity_and_leave_when_released(loader):
-    residency = table(loader, capacity=1)
-    pinned = [residency.acquire(version(name)) for name in "abc"]
-    residency.settle()
-    assert loader.drops == [] and len(residency.resident()) == 3
+    cache = table(loader, capacity=1)
+    pinned = [cache.acquire(version(name)) for name in "abc"]
+    cache.settle()
+    assert loader.drops == [] and len(cache.resident()) == 3
     for entry in pinned:
-        residency.release(entry)
-    residency.settle()
-    assert loader.there == {version("c").name}
+        cache.release(entry)
+    cache.settle()
+    assert loader.there == {version("c").server_name}
 
 
 def test_replaced_version_is_dropped_only_after_its_last_request(loader):
-    residency = table(loader)
-    first, second = (residency.acquire(version("a", 1)) for _ in range(2))
-    residency.retire("a", keep=2)
-    residency.release(first)
-    residency.settle()
+    cache = table(loader)
+    first, second = (cache.acquire(version("a", 1)) for _ in range(2))
+    cache.retire("a", keep=2)
+    cache.release(first)
+    cache.settle()
     assert loader.drops == []
-    residency.release(second)
-    residency.settle()
-    assert loader.drops == [version("a", 1).name]
+    cache.release(second)
+    cache.settle()
+    assert loader.drops == [version("a", 1).server_name]
 
 
 def test_retiring_spares_other_ids_and_the_version_to_keep(loader):
-    residency = table(loader)
+    cache = table(loader)
     for wanted in (version("a", 1), version("a", 2), version("b", 1)):
-        residency.release(residency.acquire(wanted))
-    residency.retire("a", keep=2)
-    residency.settle()
-    assert loader.there == {version("a", 2).name, version("b", 1).name}
-    residency.retire("a")
-    residency.settle()
-    assert loader.there == {version("b", 1).name}
+        cache.release(cache.acquire(wanted))
+    cache.retire("a", keep=2)
+    cache.settle()
+    assert loader.there == {version("a", 2).server_name, version("b", 1).server_name}
+    cache.retire("a")
+    cache.settle()
+    assert loader.there == {version("b", 1).server_name}
 
 
 def test_acquire_while_it_is_being_dropped_waits_and_loads_again(loader):
-    residency = table(loader)
-    residency.release(residency.acquire(version("a")))
+    cache = table(loader)
+    cache.release(cache.acquire(version("a")))
     loader.drop_may_go.clear()
-    residency.retire("a")
-    assert loader.drop_began.wait(5) and residency.pin_if_resident(version("a")) is None
+    cache.retire("a")
+    assert loader.drop_began.wait(5) and cache.pin_if_resident(version("a")) is None
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(residency.acquire, version("a"))
+        waiting = pool.submit(cache.acquire, version("a"))
         assert not waiting.done()
         loader.drop_may_go.set()
-        residency.release(waiting.result(5))
-    assert loader.loads == [version("a").name] * 2 and loader.wrong == []
+        cache.release(waiting.result(5))
+    assert loader.loads == [version("a").server_name] * 2 and loader.wrong == []
 
 
 def test_drop_that_fails_is_logged_and_forgotten(loader, caplog):
-    residency = table(loader)
-    residency.release(residency.acquire(version("a")))
+    cache = table(loader)
+    cache.release(cache.acquire(version("a")))
 
     def fail(name):
         raise errors.ServerUnreachable("gone")
 
     loader.drop = fail
-    residency.retire("a")
-    residency.settle()
-    assert residency.resident() == {} and "was not dropped: gone" in caplog.text
+    cache.retire("a")
+    cache.settle()
+    assert cache.resident() == {} and "was not dropped: gone" in caplog.text
 
 
 def test_load_and_drop_that_never_end_are_errors_within_the_deadline(loader):
-    residency = table(loader, wait_s=0.05)
+    cache = table(loader, wait_s=0.05)
     loader.load_may_go.clear()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(residency.acquire, version("a"))
+        first = pool.submit(cache.acquire, version("a"))
         assert loader.load_began.wait(5)
         with pytest.raises(errors.DeadlineExceeded, match="its load did not end within"):
-            residency.acquire(version("a"))
+            cache.acquire(version("a"))
         loader.load_may_go.set()
-        residency.release(first.result(5))
+        cache.release(first.result(5))
     loader.drop_may_go.clear()
-    residency.retire("a")
+    cache.retire("a")
     with pytest.raises(errors.DeadlineExceeded, match="its drop did not end within"):
-        residency.acquire(version("a"))
+        cache.acquire(version("a"))
     loader.drop_may_go.set()
 
 
 def test_forgotten_entry_is_loaded_again_and_its_pins_harm_nobody(loader):
-    residency = table(loader)
-    old = residency.acquire(version("a"))
+    cache = table(loader)
+    old = cache.acquire(version("a"))
     loader.there.clear()  # the server was restarted
-    residency.forget(old)
-    new = residency.acquire(version("a"))
-    residency.forget(old)  # a second request that failed on the old life
-    residency.release(old)
-    assert new is not old and residency.resident() == {version("a").name: 1}
-    residency.forget_all()
-    assert residency.resident() == {}
+    cache.discard(old)
+    new = cache.acquire(version("a"))
+    cache.discard(old)  # a second request that failed on the old life
+    cache.release(old)
+    assert new is not old and cache.resident() == {version("a").server_name: 1}
+    cache.discard_all()
+    assert cache.resident() == {}
 
 
 def test_releases_after_the_table_was_closed_harm_nobody_and_leave_nothing_half_dropped(loader):
-    residency = table(loader, capacity=1)
+    cache = table(loader, capacity=1)
     for name in ("a", "b"):
-        residency.release(residency.acquire(version(name)))  # "a" is dropped
+        cache.release(cache.acquire(version(name)))  # "a" is dropped
     loader.drop_may_go.clear()
-    held = residency.acquire(version("c"))  # so "b" is being dropped
-    residency.release(residency.acquire(version("d")))  # its drop waits behind that of "b"
-    residency.close()
-    residency.retire("c")
-    residency.release(held)
-    assert version("c").name not in residency.resident()
+    held = cache.acquire(version("c"))  # so "b" is being dropped
+    cache.release(cache.acquire(version("d")))  # its drop waits behind that of "b"
+    cache.close()
+    cache.retire("c")
+    cache.release(held)
+    assert version("c").server_name not in cache.resident()
     loader.drop_may_go.set()
     for name in "bcd":
-        residency.release(residency.acquire(version(name)))
+        cache.release(cache.acquire(version(name)))
 
 
 def test_pinned_versions_are_never_dropped_under_random_use(loader):
-    residency = table(loader, capacity=3)
+    cache = table(loader, capacity=3)
     names = [f"a{i}" for i in range(8)]
 
     def work(seed):
         draw = random.Random(seed)
         for _ in range(150):
             wanted = version(draw.choice(names), draw.choice((1, 1, 2)))
-            entry = residency.acquire(wanted)
-            loader.use(wanted.name, 1)
+            entry = cache.acquire(wanted)
+            loader.use(wanted.server_name, 1)
             if draw.random() < 0.05:
-                residency.retire(wanted.adapter_id, keep=draw.choice((1, 2)))
+                cache.retire(wanted.adapter_id, keep=draw.choice((1, 2)))
             if draw.random() < 0.1:
                 time.sleep(0.0005)
-            loader.use(wanted.name, -1)
-            residency.release(entry)
+            loader.use(wanted.server_name, -1)
+            cache.release(entry)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(work, range(16)))
-    residency.settle()
+    cache.settle()
     assert loader.wrong == [] and len(loader.drops) > 20
-    assert len(residency.resident()) <= 3 and set(residency.resident()) == loader.there
+    assert len(cache.resident()) <= 3 and set(cache.resident()) == loader.there
 
 
 # -- a backend over a server that misbehaves ------------------------------------------------------------
@@ -359,7 +371,7 @@ def test_restarted_server_gets_its_adapters_again_and_nothing_is_sampled_twice(
     fake.generated.clear()
     assert sample(backend, "a1").text in fake.served
     if plugin:  # the new incarnation says that the others are gone too
-        assert list(backend._residency.resident()) == [sample(backend, "a1").text]
+        assert list(backend._cache.resident()) == [sample(backend, "a1").text]
     assert sample(backend, "a2").version == sample(backend, "a0").version == 1
     assert len(fake.generated) == len(set(fake.generated)) + (1 if plugin else 0)
 
@@ -391,7 +403,7 @@ def test_another_process_that_loads_the_same_version_is_waited_for(make, model_d
         from tink_rl.sampling.loaders import PluginLoader
 
         header, _ = PluginLoader(backend.client, backend.store)._pack(
-            adapter_version(backend.registry.current("math")), backend.client.status()
+            backend.registry.current("math"), backend.client.status()
         )
         digest.append(header.digest)
 
@@ -429,12 +441,12 @@ def test_what_another_process_registers_and_unregisters_counts_at_once(make, mod
     assert sample(two, "math").version == 1
     one.register("math", adapters[1])
     assert sample(two, "math").version == 2
-    two._residency.settle()
+    two._cache.settle()
     assert len(fake.served) == 1  # the replaced version left, although `one` replaced it
     one.unregister("math")
     with pytest.raises(errors.UnknownAdapter):
         sample(two, "math")
-    two._residency.settle()
+    two._cache.settle()
     assert fake.served == {}
 
 
@@ -472,10 +484,10 @@ def test_replaced_version_that_was_stored_long_ago_is_sampled_while_its_id_is_re
 ):
     backend = make(fake_server(model_dir, plugin=False))
     first = backend.register("math", adapters[0])
-    admitted = backend.names.find("math")
+    admitted = backend.resolver.find("math")
     _make_old(backend)
     backend.register("math", adapters[1])
-    assert backend.names.with_target(admitted, lambda target: target.digest) == first.digest
+    assert backend.resolver.with_target(admitted, lambda target: target.digest) == first.digest
     monkeypatch.setattr(sampling_backend, "KEPT_DAYS", -1)  # a week later
     backend.register("math", adapters[2])
     assert [sample(backend, f"math@{n}").version for n in (1, 2, 3)] == [1, 2, 3]
@@ -547,7 +559,7 @@ def test_base_that_changes_after_the_look_is_left_to_the_server_to_refuse(
     from tink_rl.sampling.loaders import PluginLoader
 
     backend = make(fake_server(model_dir))
-    wanted = adapter_version(backend.register("math", adapters[0]))
+    wanted = backend.register("math", adapters[0])
     later = replace(backend.client.status(), base_fingerprint="e" * 32)
     header, _ = PluginLoader(backend.client, backend.store)._pack(wanted, later)
     assert header.base_fingerprint == wanted.base_fingerprint != "e" * 32
@@ -642,7 +654,7 @@ def test_adapter_that_took_the_name_of_the_base_while_the_server_was_away_is_ref
             with pytest.raises(errors.AdapterConflict, match=f"unregister_lora_adapter.'{name}'"):
                 sample(process, name)
         with pytest.raises(errors.AdapterConflict):
-            process.names.resolve("base")
+            process.resolver.resolve("base")
     for name in ("base", "static"):
         with pytest.raises(errors.AdapterConflict):
             make(fake).generate("text, so that nothing was known", name, max_tokens=1)
@@ -679,7 +691,7 @@ def test_restart_with_other_limits_under_the_same_names_is_noticed(
     sample(backend)
     until(lambda: backend.server.limits().max_model_len == 512)
     if plugin:  # by its incarnation
-        until(lambda: backend._residency.resident() == {})
+        until(lambda: backend._cache.resident() == {})
 
 
 def test_requests_wait_for_no_look_and_one_look_is_in_flight(make, model_dir, monkeypatch):
@@ -1051,11 +1063,11 @@ def test_look_that_is_doubted_while_it_is_taken_is_taken_again(monkeypatch):
     ]
     looks = iter(views)
 
-    def look(client):
+    def fetch_view(client):
         view = next(looks)
         if view is views[0]:
-            known.doubt()  # another request was refused a name meanwhile
+            known.invalidate()  # another request was refused a name meanwhile
         return view
 
-    monkeypatch.setattr(server_view, "look", look)
-    assert known.view() is views[1] and known.known is views[1]
+    monkeypatch.setattr(server_view, "fetch_view", fetch_view)
+    assert known.view() is views[1] and known.cached() is views[1]

@@ -68,13 +68,13 @@ def test_unknown_models_are_refused_before_the_queue_and_cost_one_look(service, 
         error = response.json["error"]
         assert error["code"] == "unknown_adapter" and f"nobody-{i}" in error["message"]
     assert fake.calls == ["/v1/models", "/tink/v1/status"]
-    assert service.accounts.num_admitted == 0
+    assert service.ledger.num_admitted == 0
 
 
 def test_the_server_is_looked_at_again_once_the_news_is_old(service, fake, monkeypatch):
     monkeypatch.setattr(vllm, "_NEWS_S", 0.0)
     assert [_ask(service, "nobody").status_code for _ in range(3)] == [404] * 3
-    assert fake.count("/v1/models") == 3 and service.accounts.num_admitted == 0
+    assert fake.count("/v1/models") == 3 and service.ledger.num_admitted == 0
 
 
 def test_unknown_models_at_once_share_a_look(service, fake, monkeypatch):
@@ -107,7 +107,7 @@ def test_what_a_trainer_has_just_published_is_looked_for(sampler, fake, monkeypa
 def test_an_unreachable_server_is_said_by_the_request_itself(service, fake):
     fake.lose = [("/v1/models", False)] * 9
     response = _ask(service, "nobody")
-    assert response.status_code >= 503 and service.accounts.num_admitted == 1
+    assert response.status_code >= 503 and service.ledger.num_admitted == 1
 
 
 # -- readiness ------------------------------------------------------------------------------------
@@ -176,5 +176,5 @@ def test_the_worker_notes_the_pieces_that_it_passes_on(monkeypatch):
         body = {"prompts": ["x"], "stream": True}
         response = found.http.post("/api/v1/sample", json=body, buffered=False)
         wait_until(lambda: found.http.get("/readyz").status_code == 200)
-        assert found.service.accounts.num_admitted == 1 and not found.service.accounts.ends
+        assert found.service.ledger.num_admitted == 1 and not found.service.ledger.ends
         response.close()

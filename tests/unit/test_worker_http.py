@@ -13,9 +13,9 @@ from tests.bad_requests import PARAMS, PROMPTS, bad_request
 from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl import errors
-from tink_rl.worker.accounts import State
 from tink_rl.worker.app import blueprint
 from tink_rl.worker.auth import Scope, Tokens
+from tink_rl.worker.ledger import State
 from tink_rl.worker.readiness import Readiness
 from tink_rl.worker.routes import ROUTES
 from tink_rl.worker.schemas import MAX_BODY_BYTES, MODEL_ID
@@ -168,7 +168,7 @@ def test_overload_is_429_with_retry_after_and_everybody_else_is_answered():
         for response in refused:
             _assert_problem(response, 429, "overloaded")
             assert int(response.headers["Retry-After"]) >= 1
-        assert backend.num_calls == len(answered) == small.service.accounts.num_admitted
+        assert backend.num_calls == len(answered) == small.service.ledger.num_admitted
         assert small.sample().status_code == 200
 
 
@@ -182,7 +182,7 @@ _ENDS_EARLY = errors.RequestCancelled
 @pytest.mark.parametrize("kind", _kinds(), ids=lambda kind: kind.__name__)
 def test_the_workers_trouble_with_its_server_is_no_4xx_of_a_sampling_client(rig, kind):
     rig.backend.fails_with = kind("why it is so")
-    before = rig.service.accounts.ends[State.FAILED], rig.service.accounts.ends[State.REJECTED]
+    before = rig.service.ledger.ends[State.FAILED], rig.service.ledger.ends[State.REJECTED]
     try:
         response = rig.sample()
     finally:
@@ -190,7 +190,7 @@ def test_the_workers_trouble_with_its_server_is_no_4xx_of_a_sampling_client(rig,
     error = _assert_problem(response, response.status_code)
     assert error["message"] == "why it is so"
     assert response.status_code in ROUTES[0].statuses()
-    ends = rig.service.accounts.ends
+    ends = rig.service.ledger.ends
     if issubclass(
         kind, (errors.UnknownAdapter, errors.SamplingRefused, errors.NotSupportedByBackend)
     ):

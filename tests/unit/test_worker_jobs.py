@@ -13,10 +13,10 @@ from tests.worker_rig import in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.types import SamplingParams
 from tink_rl.worker import replay
-from tink_rl.worker.accounts import ENDS, Accounts, State
 from tink_rl.worker.backends import Admitted
 from tink_rl.worker.fair_queue import FairQueue
 from tink_rl.worker.jobs import JobQueue
+from tink_rl.worker.ledger import ENDS, RequestLedger, State
 from tink_rl.worker.work import Work
 
 
@@ -33,12 +33,12 @@ def queue():
 
     def make(backend=None, **limits):
         backend = backend or FakeBackend(["a", "b"])
-        accounts = Accounts()
+        ledger = RequestLedger()
         settings = {"max_running": 4, "max_queued": 8, "max_waiting": 100, "replay_s": 60.0}
-        jobs = JobQueue(backend, accounts, **{**settings, **limits})
+        jobs = JobQueue(backend, ledger, **{**settings, **limits})
         jobs.start()
         made.append(jobs)
-        return jobs, backend, accounts
+        return jobs, backend, ledger
 
     yield make
     for jobs in made:
@@ -114,21 +114,21 @@ def test_models_take_turns_at_the_backend(queue):
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(queue):
     backend = FakeBackend(latency_s=0.2)
-    jobs, _, accounts = queue(backend, max_running=2, max_queued=3)
+    jobs, _, ledger = queue(backend, max_running=2, max_queued=3)
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(5)]
     with pytest.raises(errors.QueueFull, match="3 requests are queued") as caught:
         jobs.submit(_work(request_id="r5"))
     assert caught.value.details["retry_after_s"] >= 1
     assert [len(t.result()) for t in tickets] == [1] * 5
-    assert accounts.num_admitted == 5 and accounts.ends[State.DONE] == 5
+    assert ledger.num_admitted == 5 and ledger.ends[State.DONE] == 5
     assert backend.most_running == 2
 
 
 def test_every_free_place_is_used_before_anyone_is_refused(queue):
-    jobs, _, accounts = queue(FakeBackend(latency_s=0.1), max_running=64, max_queued=1)
+    jobs, _, ledger = queue(FakeBackend(latency_s=0.1), max_running=64, max_queued=1)
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(65)]
     assert all(t.result() for t in tickets)
-    assert accounts.ends[State.DONE] == 65
+    assert ledger.ends[State.DONE] == 65
 
 
 def test_sequences_not_requests_are_limited_and_a_large_request_runs_alone(queue):
@@ -163,40 +163,40 @@ def test_waiting_clients_are_bounded_too(queue):
 def test_what_the_backend_raises_is_one_end_and_the_clients_error(queue, raised, state, seen):
     backend = FakeBackend()
     backend.fails_with = raised
-    jobs, _, accounts = queue(backend)
+    jobs, _, ledger = queue(backend)
     with pytest.raises(seen) as caught:
         jobs.submit(_work()).result()
     assert "secret" not in str(caught.value)
-    assert dict(accounts.ends) == {state: 1}
+    assert dict(ledger.ends) == {state: 1}
 
 
 @pytest.mark.parametrize("change", [lambda f: f[:-1], lambda f: f[::-1], lambda f: f + f])
 def test_missing_doubled_or_shuffled_completions_are_no_answer(queue, change):
     backend = FakeBackend()
     backend.changes = change
-    jobs, _, accounts = queue(backend)
+    jobs, _, ledger = queue(backend)
     with pytest.raises(errors.BackendError, match="2 x 2"):
         jobs.submit(_work(prompts=["x", "y"], params={"n": 2})).result()
-    assert accounts.ends[State.FAILED] == 1
+    assert ledger.ends[State.FAILED] == 1
 
 
 def test_a_deadline_ends_running_and_queued_requests(queue):
     backend = FakeBackend(latency_s=5.0)
-    jobs, _, accounts = queue(backend, max_running=1)
+    jobs, _, ledger = queue(backend, max_running=1)
     tickets = [jobs.submit(_work(request_id=f"r{i}", timeout_s=0.3)) for i in range(3)]
     for ticket in tickets:
         with pytest.raises(errors.DeadlineExceeded, match=r"0\.3 s"):
             ticket.result()
-    assert accounts.ends[State.EXPIRED] == 3
+    assert ledger.ends[State.EXPIRED] == 3
     wait_until(lambda: backend.running == 0)
     assert backend.num_cancelled == backend.num_calls
 
 
 def test_a_deadline_that_is_over_in_the_queue_does_not_wait_for_a_turn(queue):
-    jobs, backend, accounts = queue(FakeBackend(latency_s=5.0), max_running=1)
+    jobs, backend, ledger = queue(FakeBackend(latency_s=5.0), max_running=1)
     running = jobs.submit(_work(request_id="long"))
     waiting = jobs.submit(_work(request_id="short", timeout_s=0.3))
-    wait_until(lambda: accounts.ends[State.EXPIRED] == 1, 3.0)
+    wait_until(lambda: ledger.ends[State.EXPIRED] == 1, 3.0)
     with pytest.raises(errors.DeadlineExceeded):
         waiting.result()
     assert backend.num_calls == 1 and not running.job.is_over
@@ -205,19 +205,19 @@ def test_a_deadline_that_is_over_in_the_queue_does_not_wait_for_a_turn(queue):
 
 def test_a_client_that_leaves_cancels_its_request_wherever_it_is(queue):
     backend = FakeBackend(latency_s=5.0)
-    jobs, _, accounts = queue(backend, max_running=1)
+    jobs, _, ledger = queue(backend, max_running=1)
     running, queued = jobs.submit(_work(request_id="r0")), jobs.submit(_work(request_id="r1"))
     wait_until(lambda: backend.running == 1)
     queued.leave()
     running.leave()
-    wait_until(lambda: accounts.ends[State.CANCELLED] == 2)
+    wait_until(lambda: ledger.ends[State.CANCELLED] == 2)
     assert (backend.num_calls, backend.num_cancelled) == (1, 1)
 
 
 @pytest.mark.parametrize("end", ["leaves", "expires"])
 def test_a_queued_request_that_ends_lets_a_smaller_one_behind_it_start(queue, end):
     backend = FakeBackend(latency_s=5.0)
-    jobs, _, accounts = queue(backend, max_running=4)
+    jobs, _, ledger = queue(backend, max_running=4)
     jobs.submit(_work(request_id="running", prompts=["x"] * 3))
     seconds = 0.3 if end == "expires" else 20.0
     large = jobs.submit(_work(request_id="large", prompts=["x"] * 4, timeout_s=seconds))
@@ -227,24 +227,24 @@ def test_a_queued_request_that_ends_lets_a_smaller_one_behind_it_start(queue, en
         large.leave()
     wait_until(lambda: backend.running == 2, 3.0)
     assert small.job.state is State.RUNNING
-    assert accounts.ends == {State.EXPIRED if end == "expires" else State.CANCELLED: 1}
+    assert ledger.ends == {State.EXPIRED if end == "expires" else State.CANCELLED: 1}
 
 
 def test_a_client_that_vanishes_is_noticed_and_its_place_given_on(queue):
     backend = FakeBackend(latency_s=5.0)
-    jobs, _, accounts = queue(backend, max_running=1)
+    jobs, _, ledger = queue(backend, max_running=1)
     gone = threading.Event()
     with pytest.raises(errors.RequestCancelled), jobs.submit(_work(), gone.is_set) as ticket:
         gone.set()
         ticket.result()
-    wait_until(lambda: accounts.ends[State.CANCELLED] == 1 and backend.running == 0)
+    wait_until(lambda: ledger.ends[State.CANCELLED] == 1 and backend.running == 0)
 
 
 def test_a_request_cancelled_before_its_task_ran_still_ends(queue):
-    jobs, _, accounts = queue()
+    jobs, _, ledger = queue()
     for i in range(200):
         jobs.submit(_work(request_id=f"r{i}")).leave()
-    wait_until(lambda: sum(accounts.ends.values()) == 200)
+    wait_until(lambda: sum(ledger.ends.values()) == 200)
     assert jobs.depth() == {"queued": 0, "running": 0, "running_sequences": 0, "connections": 0}
 
 
@@ -253,13 +253,13 @@ def test_a_request_cancelled_before_its_task_ran_still_ends(queue):
 
 def test_a_retry_joins_the_running_request_and_gets_the_finished_one(queue):
     backend = FakeBackend(latency_s=0.2)
-    jobs, _, accounts = queue(backend)
+    jobs, _, ledger = queue(backend)
     both = [jobs.submit(_work(fingerprint="f")) for _ in range(2)]
     first, second = (t.result() for t in both)
     late = jobs.submit(_work(fingerprint="f"))
     assert first is second and late.result() is first
     assert [t.is_joined for t in (*both, late)] == [False, True, True]
-    assert backend.num_calls == 1 and accounts.num_admitted == 1
+    assert backend.num_calls == 1 and ledger.num_admitted == 1
 
 
 def test_another_body_under_the_same_id_is_refused_running_or_finished(queue):
@@ -284,13 +284,13 @@ def test_a_client_that_leaves_lets_a_request_with_an_id_run_for_its_retry(queue)
 def test_a_failed_request_runs_again_on_retry(queue):
     backend = FakeBackend()
     backend.fails_with = errors.EngineUnavailable("gone")
-    jobs, _, accounts = queue(backend)
+    jobs, _, ledger = queue(backend)
     with pytest.raises(errors.EngineUnavailable):
         jobs.submit(_work(fingerprint="f")).result()
     backend.fails_with = None
     retry = jobs.submit(_work(fingerprint="f"))
     assert retry.result() and not retry.is_joined
-    assert accounts.ends == {State.FAILED: 1, State.DONE: 1}
+    assert ledger.ends == {State.FAILED: 1, State.DONE: 1}
 
 
 def test_answers_are_kept_only_for_a_while(queue):
@@ -327,24 +327,24 @@ def test_a_joined_stream_gets_every_piece_from_the_first_on(queue):
 
 def test_draining_lets_requests_finish_and_refuses_new_ones(queue):
     backend = FakeBackend(latency_s=0.3)
-    jobs, _, accounts = queue(backend, max_running=2)
+    jobs, _, ledger = queue(backend, max_running=2)
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(6)]
     threading.Timer(0.05, jobs.begin_shutdown).start()
     wait_until(lambda: jobs.is_closing)
     with refused("shutting_down"):
         jobs.submit(_work(request_id="late"))
     assert jobs.drain(10.0) == 0
-    assert all(t.result() for t in tickets) and accounts.ends[State.DONE] == 6
+    assert all(t.result() for t in tickets) and ledger.ends[State.DONE] == 6
 
 
 def test_draining_cuts_off_what_takes_too_long(queue):
-    jobs, _, accounts = queue(FakeBackend(latency_s=60.0), max_running=1)
+    jobs, _, ledger = queue(FakeBackend(latency_s=60.0), max_running=1)
     tickets = [jobs.submit(_work(request_id=f"r{i}")) for i in range(3)]
     assert jobs.drain(0.1) == 3
     for ticket in tickets:
         with refused("shutting_down"):
             ticket.result()
-    assert accounts.ends[State.CANCELLED] == 3
+    assert ledger.ends[State.CANCELLED] == 3
 
 
 def test_the_backend_is_closed_with_the_queue():
@@ -354,33 +354,33 @@ def test_the_backend_is_closed_with_the_queue():
     assert backend.is_closed
 
 
-# -- accounts -------------------------------------------------------------------------------------
+# -- ledger -------------------------------------------------------------------------------------
 
 
 def test_the_ledger_has_each_request_once_admitted_and_once_ended(tmp_path):
-    ledger = tmp_path / "ledger.jsonl"
+    path = tmp_path / "ledger.jsonl"
     backend = FakeBackend(["a"], latency_s=0.01)
-    with worker(backend=backend, ledger=str(ledger), max_queued=4, max_running=2) as rig:
+    with worker(backend=backend, ledger=str(path), max_queued=4, max_running=2) as rig:
         statuses = in_threads(30, lambda i: rig.sample(request_id=f"r{i}").status_code)
         backend.fails_with = errors.EngineUnavailable("gone")
         assert rig.sample(request_id="broken").status_code == 503
-        accounts = rig.service.accounts
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+        ledger = rig.service.ledger
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     admitted = [line["job"] for line in lines if line["event"] == "admitted"]
     ended = {line["job"]: line["event"] for line in lines if line["event"] in ENDS}
-    assert sorted(admitted) == sorted(ended) and len(admitted) == accounts.num_admitted
+    assert sorted(admitted) == sorted(ended) and len(admitted) == ledger.num_admitted
     assert len(lines) == 2 * len(admitted)
     assert set(statuses) <= {200, 429}
-    assert list(ended.values()).count("done") == statuses.count(200) == accounts.ends[State.DONE]
+    assert list(ended.values()).count("done") == statuses.count(200) == ledger.ends[State.DONE]
     assert [line["request_id"] for line in lines if line["event"] == "failed"] == ["broken"]
 
 
 def test_a_ledger_whose_disk_is_full_stops_no_answer():
     with worker(ledger="/dev/full") as rig:
         assert [rig.sample().status_code for _ in range(3)] == [200] * 3
-        assert rig.service.accounts.ends[State.DONE] == 3
+        assert rig.service.ledger.ends[State.DONE] == 3
 
 
 def test_a_ledger_that_cannot_be_written_is_said_at_start(tmp_path):
     with pytest.raises(errors.ConfigError, match="--ledger"):
-        Accounts(tmp_path / "missing" / "ledger")
+        RequestLedger(tmp_path / "missing" / "ledger")

@@ -15,7 +15,7 @@ import pytest
 from tests.fakes import FakeBackend, answer_of
 from tests.worker_rig import ADMIN, SAMPLE, in_threads, wait_until, worker
 from tink_rl.worker import http_server
-from tink_rl.worker.accounts import State
+from tink_rl.worker.ledger import State
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 
 BODY = b'{"prompts": ["x"]}'
@@ -248,8 +248,8 @@ def test_five_hundred_arrivals_are_answered_or_refused_and_nothing_else():
         statuses = [r.status_code for r in responses]
         assert statuses.count(200) + statuses.count(429) == 500
         assert all("Retry-After" in r.headers for r in responses if r.status_code == 429)
-        ends = found.service.accounts.ends
-        assert statuses.count(200) == ends[State.DONE] == found.service.accounts.num_admitted
+        ends = found.service.ledger.ends
+        assert statuses.count(200) == ends[State.DONE] == found.service.ledger.num_admitted
         assert httpx.get(f"{found.url}/livez").status_code == 200
 
 
@@ -272,8 +272,8 @@ def test_a_client_that_closes_its_connection_cancels_its_generation():
         in_threads(
             20, lambda i: _ask_and_leave(found, {"prompts": [f"p{i}"], "stream": i % 2 == 1})
         )
-        ends = found.service.accounts.ends
-        wait_until(lambda: ends[State.CANCELLED] == found.service.accounts.num_admitted > 0, 5.0)
+        ends = found.service.ledger.ends
+        wait_until(lambda: ends[State.CANCELLED] == found.service.ledger.num_admitted > 0, 5.0)
         assert backend.running == 0 and backend.num_cancelled == backend.num_calls
         assert found.service.queue.depth()["connections"] == 0
 
@@ -288,7 +288,7 @@ def test_a_stream_that_is_left_in_the_middle_is_cancelled():
             ) as answer,
         ):
             assert next(answer.iter_lines()) == "event: delta"
-        wait_until(lambda: found.service.accounts.ends[State.CANCELLED] == 1, 5.0)
+        wait_until(lambda: found.service.ledger.ends[State.CANCELLED] == 1, 5.0)
         assert backend.running == 0
 
 
@@ -298,7 +298,7 @@ def test_a_client_that_reads_nothing_is_dropped(monkeypatch):
     backend.changes = lambda found: [replace(c, text="x" * 2**25) for c in found]
     with worker(backend=backend, socket=True) as found, _connect(found) as connection:
         connection.sendall(b"POST /api/v1/sample HTTP/1.1\r\n" + GOOD + b"\r\n" + BODY)
-        wait_until(lambda: found.service.accounts.ends[State.DONE] == 1)
+        wait_until(lambda: found.service.ledger.ends[State.DONE] == 1)
         wait_until(lambda: found.server.num_connections == 0, 60.0)
         received = 0
         with suppress(ConnectionError):
@@ -315,7 +315,7 @@ def test_a_request_with_an_id_outlives_its_client_and_answers_its_retry():
         retry = httpx.post(f"{found.url}/api/v1/sample", json=body)
         assert retry.status_code == 200 and retry.headers["Tink-Replayed"] == "true"
         assert backend.num_calls == 1 and backend.num_cancelled == 0
-        assert found.service.accounts.ends[State.DONE] == 1
+        assert found.service.ledger.ends[State.DONE] == 1
 
 
 def test_a_request_with_an_id_whose_client_never_returns_ends_at_its_deadline():
@@ -323,7 +323,7 @@ def test_a_request_with_an_id_whose_client_never_returns_ends_at_its_deadline():
     with worker(backend=backend, socket=True) as found:
         _ask_and_leave(found, {"prompts": ["x"], "request_id": "mine", "timeout_s": 0.8})
         assert backend.running == 1
-        wait_until(lambda: found.service.accounts.ends[State.EXPIRED] == 1, 5.0)
+        wait_until(lambda: found.service.ledger.ends[State.EXPIRED] == 1, 5.0)
         assert backend.running == 0
 
 

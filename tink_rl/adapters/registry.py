@@ -84,6 +84,11 @@ class Registration:
     base_fingerprint: str | None = None
     """The base that was served when it was registered; None: nobody knew."""
 
+    @property
+    def server_name(self) -> str:
+        """What a server calls it: unique per bytes, so that two registries never mix."""
+        return f"{self.adapter_id}.{self.digest[:12]}@{self.version}"
+
 
 def check_adapter_id(adapter_id: Any) -> str:
     """`adapter_id`, if it can be one.

@@ -15,10 +15,10 @@ from tink_rl.config import SyncConfig
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.sampling import completions
 from tink_rl.sampling.base_weights import BaseWeights
-from tink_rl.sampling.cache import Residency
+from tink_rl.sampling.cache import AdapterCache
 from tink_rl.sampling.calls import Calls, counted
 from tink_rl.sampling.loaders import LoaderByServer
-from tink_rl.sampling.resolver import Names, Target, adapter_version
+from tink_rl.sampling.resolver import ModelResolver, Target
 from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
@@ -58,15 +58,15 @@ class VLLMBackend:
         self._secrets = read_secrets(self.settings)
         self.client = client or _client(self.settings, *self._secrets)
         self.server = KnownServer(
-            self.client, self.settings.tink_base_model, lambda: self._residency.forget_all()
+            self.client, self.settings.tink_base_model, lambda: self._cache.discard_all()
         )
-        self._residency = Residency(
+        self._cache = AdapterCache(
             LoaderByServer(self.server, self.store),
             capacity=self.settings.tink_max_resident_adapters,
         )
-        self.names = Names(
+        self.resolver = ModelResolver(
             self.registry,
-            self._residency,
+            self._cache,
             self.server,
             adapters_on=self.settings.vllm_enable_lora,
         )
@@ -84,7 +84,7 @@ class VLLMBackend:
         """End connections; what is registered, and what lies on the server, stays. Idempotent."""
         self._closed = True
         self.close_communicator()
-        self._residency.close()
+        self._cache.close()
         self.client.close()
         self.registry.close()
 
@@ -128,13 +128,13 @@ class VLLMBackend:
                 what is wrong with it.
             AdapterConflict: another one was registered under this id at the same time.
         """
-        self.names.check_on()
+        self.resolver.check_on()
         check_adapter_id(adapter_id)
         before = self.registry.current(adapter_id)
         allowed = roots if roots is not None else (self.settings.adapter_roots or None)
         base = self.server.base()
         shapes = self._shapes(base)
-        self.names.check_free(adapter_id)
+        self.resolver.check_free(adapter_id)
         stored = self.store.add(lora_path, roots=allowed, base=shapes, max_rank=self._max_rank())
         found = self.registry.register(
             adapter_id,
@@ -143,7 +143,7 @@ class VLLMBackend:
             expected_version=before.version if before is not None else 0,
             base_fingerprint=base.fingerprint,
         )
-        self.names.registered(found)
+        self.resolver.registered(found)
         self._tidy()
         return found
 
@@ -176,7 +176,7 @@ class VLLMBackend:
 
     def _max_rank(self) -> int:
         """What the server's slots take, or less if the user says so."""
-        view = self.server.known
+        view = self.server.cached()
         slots = view.status.max_lora_rank if view is not None and view.status is not None else 0
         asked = self.settings.vllm_max_lora_rank
         if self.settings.set_value("vllm_max_lora_rank") is None:
@@ -191,7 +191,7 @@ class VLLMBackend:
             UnknownAdapter: it means nothing now.
         """
         self.registry.unregister(adapter_id)
-        self.names.unregistered(adapter_id)
+        self.resolver.unregistered(adapter_id)
 
     @counted
     def list(self, *, details: bool = False) -> list[dict[str, Any]]:
@@ -201,11 +201,11 @@ class VLLMBackend:
         server, as far as this process knows) and `running` (requests of this process on it).
         """
         found = []
-        pins = self._residency.resident()
+        pins = self._cache.resident()
         for item in self.registry.list():
             row: dict[str, Any] = {"adapter_id": item.adapter_id, "lora_path": item.lora_path}
             if details:
-                name = adapter_version(item).name
+                name = item.server_name
                 row |= {
                     "version": item.version,
                     "digest": item.digest,
@@ -250,9 +250,9 @@ class VLLMBackend:
         asked = payloads.as_prompts(prompts)
         checked = completions.as_params(params)
         needed = completions.names_ids(asked, checked)
-        self.check(asked, checked, self.server.view() if needed else self.server.known)
+        self.check(asked, checked, self.server.view() if needed else self.server.cached())
         deadline = time.monotonic() + (timeout or self.settings.tink_request_timeout)
-        model = self.names.find(adapter_id)
+        model = self.resolver.find(adapter_id)
 
         def send(target: Target) -> list[Completion]:
             answer = self.client.complete(
@@ -263,7 +263,7 @@ class VLLMBackend:
             )
             return completions.as_completions(answer["choices"], checked, **target.origin())
 
-        flat = self.names.with_target(model, send)
+        flat = self.resolver.with_target(model, send)
         return [flat[i : i + checked.n] for i in range(0, len(flat), checked.n)]
 
     def check(

@@ -40,7 +40,7 @@ class BaseWeights:
         """See `VLLMBackend.update_model_weights`."""
         with self._lock:
             record = self._open(getattr(model, "device", "cpu")).publish_full(model)
-            self._server.doubt()
+            self._server.invalidate()
         return record
 
     def close(self) -> None:

@@ -13,36 +13,20 @@ import itertools
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
 from tink_rl import errors
+from tink_rl.adapters.registry import Registration
 
 logger = logging.getLogger("tink_rl")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterVersion:
-    """One registered version: `AdapterVersion(adapter_id="math", version=3, digest="9f..")`"""
-
-    adapter_id: str
-    version: int
-    digest: str
-    base_fingerprint: str | None = None
-    """The base that it was registered for; None: nobody knew."""
-
-    @property
-    def name(self) -> str:
-        """What the server calls it: unique per bytes, so that two registries never mix."""
-        return f"{self.adapter_id}.{self.digest[:12]}@{self.version}"
 
 
 class Loader(Protocol):
     """Brings a version onto a server, and takes it away. Called from several threads at once."""
 
-    def load(self, wanted: AdapterVersion) -> None:
-        """Return once the server serves `wanted.name`; fine if it does already.
+    def load(self, wanted: Registration) -> None:
+        """Return once the server serves `wanted.server_name`; fine if it does already.
 
         Raises:
             TinkError: why it does not.
@@ -62,10 +46,10 @@ class _State(Enum):
 
 
 class Entry:
-    """One version's place in the table; who holds it gives it back to `Residency.release`."""
+    """One version's place in the table; who holds it gives it back to `AdapterCache.release`."""
 
-    def __init__(self, version: AdapterVersion) -> None:
-        self.version = version
+    def __init__(self, registered: Registration) -> None:
+        self.registered = registered
         self.state = _State.LOADING
         self.pins = 0
         self.used = 0
@@ -75,7 +59,7 @@ class Entry:
         self.dropped = threading.Event()
 
 
-class Residency:
+class AdapterCache:
     """The versions on one server, for any number of threads."""
 
     def __init__(self, loader: Loader, *, capacity: int, wait_s: float = 120.0) -> None:
@@ -94,15 +78,15 @@ class Residency:
 
     # -- use --------------------------------------------------------------------------------------
 
-    def pin_if_resident(self, wanted: AdapterVersion) -> Entry | None:
+    def pin_if_resident(self, wanted: Registration) -> Entry | None:
         """The pinned entry of a version that is there already, at once; None if it is not."""
         with self._lock:
-            entry = self._entries.get(wanted.name)
+            entry = self._entries.get(wanted.server_name)
             if entry is None or entry.state is not _State.RESIDENT:
                 return None
             return self._pin(entry)
 
-    def acquire(self, wanted: AdapterVersion) -> Entry:
+    def acquire(self, wanted: Registration) -> Entry:
         """The pinned entry of `wanted`, loaded if it was not there. Waits; never call it in a loop.
 
         Raises:
@@ -111,17 +95,17 @@ class Residency:
         """
         while True:
             with self._lock:
-                entry = self._entries.get(wanted.name)
+                entry = self._entries.get(wanted.server_name)
                 fresh = entry is None
                 if entry is None:
-                    entry = self._entries[wanted.name] = Entry(wanted)
+                    entry = self._entries[wanted.server_name] = Entry(wanted)
                 leaving = entry.state is _State.DROPPING
                 if not leaving:
                     self._pin(entry)
             if not leaving:
                 break
             if not entry.dropped.wait(self._wait_s):
-                raise self._too_long(wanted.name, "drop")
+                raise self._too_long(wanted.server_name, "drop")
         if fresh:
             self._load(entry)
         else:
@@ -139,7 +123,7 @@ class Residency:
         except BaseException as error:
             self.release(entry)
             if isinstance(error, TimeoutError) and not isinstance(error, errors.TinkError):
-                raise self._too_long(entry.version.name, "load") from error
+                raise self._too_long(entry.registered.server_name, "load") from error
             raise
 
     def _too_long(self, name: str, what: str) -> errors.DeadlineExceeded:
@@ -150,7 +134,7 @@ class Residency:
 
     def _load(self, entry: Entry) -> None:
         try:
-            self._loader.load(entry.version)
+            self._loader.load(entry.registered)
         except BaseException as error:
             with self._lock:
                 entry.pins -= 1
@@ -197,10 +181,10 @@ class Residency:
 
     def _drop(self, entry: Entry) -> None:
         try:
-            self._loader.drop(entry.version.name)
+            self._loader.drop(entry.registered.server_name)
         except errors.TinkError as error:
             # The server keeps it for longer than needed; a later load finds it there.
-            logger.warning("adapter %s was not dropped: %s", entry.version.name, error)
+            logger.warning("adapter %s was not dropped: %s", entry.registered.server_name, error)
 
     def _left(self, entry: Entry, _: Future[None] | None = None) -> None:
         with self._lock:
@@ -208,26 +192,26 @@ class Residency:
         entry.dropped.set()
 
     def _take_out(self, entry: Entry) -> None:
-        if self._entries.get(entry.version.name) is entry:
-            del self._entries[entry.version.name]
+        if self._entries.get(entry.registered.server_name) is entry:
+            del self._entries[entry.registered.server_name]
         entry.state = _State.GONE
 
     def retire(self, adapter_id: str, *, keep: int | None = None) -> None:
         """Let every version of `adapter_id` but `keep` leave once its last request has ended."""
         with self._lock:
             for entry in self._entries.values():
-                if entry.version.adapter_id == adapter_id:
-                    entry.retired = entry.version.version != keep
+                if entry.registered.adapter_id == adapter_id:
+                    entry.retired = entry.registered.version != keep
             victims = self._victims()
         self._drop_later(victims)
 
-    def forget(self, entry: Entry) -> None:
+    def discard(self, entry: Entry) -> None:
         """The server turned out not to serve this entry any more; the next `acquire` loads it again."""
         with self._lock:
             if entry.state is _State.RESIDENT:
                 self._take_out(entry)
 
-    def forget_all(self) -> None:
+    def discard_all(self) -> None:
         """The server was restarted and holds nothing; loads that are under way go on."""
         with self._lock:
             for entry in [e for e in self._entries.values() if e.state is _State.RESIDENT]:

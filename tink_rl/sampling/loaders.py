@@ -7,12 +7,12 @@ import uuid
 from typing import TYPE_CHECKING
 
 from tink_rl import errors
+from tink_rl.adapters.registry import Registration
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.shapes import BaseShapes
-from tink_rl.sampling.cache import AdapterVersion
 from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.transport.outgoing import Outgoing
 from tink_rl.transport.replica import Replica
@@ -49,7 +49,7 @@ class PluginLoader:
         self._client, self._store = client, store
         self._deadline_s, self._attempts = deadline_s, attempts
 
-    def load(self, wanted: AdapterVersion) -> None:
+    def load(self, wanted: Registration) -> None:
         """See `Loader.load`. The digest that every worker reports is compared.
 
         Raises:
@@ -60,9 +60,9 @@ class PluginLoader:
         status = self._client.status()
         header, buffer = self._pack(wanted, status)
         deadline, left = time.monotonic() + self._deadline_s, self._attempts
-        while not self._is_there(wanted.name, header.digest, status):
+        while not self._is_there(wanted.server_name, header.digest, status):
             try:
-                self._publish(wanted.name, header, buffer)
+                self._publish(wanted.server_name, header, buffer)
                 return
             except errors.LeaseHeld:
                 if time.monotonic() > deadline:
@@ -76,7 +76,7 @@ class PluginLoader:
             status = self._client.status()
 
     def _pack(
-        self, wanted: AdapterVersion, status: ServerStatus
+        self, wanted: Registration, status: ServerStatus
     ) -> tuple[packet.PacketHeader, torch.Tensor]:
         import torch
 
@@ -87,7 +87,7 @@ class PluginLoader:
             base_fingerprint=wanted.base_fingerprint or status.base_fingerprint,
             rank=adapter.rank,
         )
-        name = PolicyVersion.parse(wanted.name)
+        name = PolicyVersion.parse(wanted.server_name)
         return packet.seal(header.named(name.policy, name.version, 0), buffer), buffer
 
     def _is_there(self, name: str, digest: str, status: ServerStatus) -> bool:
@@ -141,7 +141,7 @@ class PathLoader:
         self._client, self._store, self._base = client, store, base
         self._attempts = attempts
 
-    def load(self, wanted: AdapterVersion) -> None:
+    def load(self, wanted: Registration) -> None:
         """See `Loader.load`. After a lost reply the server's own list decides.
 
         Raises:
@@ -155,20 +155,20 @@ class PathLoader:
         path = str(self._store.open(wanted.digest))
         last: TinkError | None = None
         for _ in range(self._attempts):
-            if self._is_there(wanted.name, path):
+            if self._is_there(wanted.server_name, path):
                 return
             try:
-                self._client.load_lora(wanted.name, path)
+                self._client.load_lora(wanted.server_name, path)
             except errors.TinkError as error:
                 if error.retry is errors.Retry.NO:
                     raise
                 last = error
             else:
                 return
-        if not self._is_there(wanted.name, path):
-            raise last or errors.BackendError(f"adapter {wanted.name} could not be loaded")
+        if not self._is_there(wanted.server_name, path):
+            raise last or errors.BackendError(f"adapter {wanted.server_name} could not be loaded")
 
-    def _check_shapes(self, wanted: AdapterVersion, adapter: Adapter) -> None:
+    def _check_shapes(self, wanted: Registration, adapter: Adapter) -> None:
         """For an adapter that was registered unchecked; no other check tells a smaller base apart."""
         if self._base.directory is None or self._base.fingerprint is None:
             return
@@ -202,7 +202,7 @@ class LoaderByServer:
     def __init__(self, server: KnownServer, store: AdapterStore) -> None:
         self._server, self._store = server, store
 
-    def load(self, wanted: AdapterVersion) -> None:
+    def load(self, wanted: Registration) -> None:
         """See `Loader.load`.
 
         Raises:
@@ -226,7 +226,7 @@ class LoaderByServer:
         return PluginLoader(client, store) if view.plugin else PathLoader(client, store, base)
 
 
-def _check_registered_for(wanted: AdapterVersion, served: str | None, url: str) -> None:
+def _check_registered_for(wanted: Registration, served: str | None, url: str) -> None:
     given = wanted.base_fingerprint
     if given is not None and served is not None and given != served:
         raise errors.BaseMismatch(

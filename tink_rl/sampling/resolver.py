@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tink_rl import errors
 from tink_rl.adapters.registry import AdapterRegistry, Registration
-from tink_rl.sampling.cache import AdapterVersion, Entry, Residency
+from tink_rl.sampling.cache import AdapterCache, Entry
 from tink_rl.sampling.server_view import KnownServer, ServerView
 from tink_rl.types import PolicyVersion
 
@@ -21,18 +21,18 @@ MAX_TRIES = 4
 class Model:
     """What a `model_id` means at one moment; a request that waits keeps the meaning it was admitted with.
 
-    Example: `Model(model_id="math", adapter=AdapterVersion(adapter_id="math", version=3, ...))`
+    Example: `Model(model_id="math", adapter=Registration(adapter_id="math", version=3, ...))`
     """
 
     model_id: str | None
     """What was asked for; None is the base."""
-    adapter: AdapterVersion | None = None
+    adapter: Registration | None = None
     """The registered version; None for the base and for names that the server itself serves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a request goes. Give it back with `Names.release`."""
+    """Where a request goes. Give it back with `ModelResolver.release`."""
 
     name: str
     """The server's name for it."""
@@ -56,19 +56,19 @@ def version_of(name: str) -> int | None:
     return found.version if found is not None else None
 
 
-class Names:
+class ModelResolver:
     """Model ids of one server: registered adapters, their versions, and what the server itself serves."""
 
     def __init__(
         self,
         registry: AdapterRegistry,
-        residency: Residency,
+        cache: AdapterCache,
         server: KnownServer,
         *,
         adapters_on: bool = True,
     ) -> None:
         """Store; without `adapters_on` every registered adapter is refused."""
-        self._registry, self._residency, self._server = registry, residency, server
+        self._registry, self._cache, self._server = registry, cache, server
         self._adapters_on = adapters_on
         self._current: dict[str, int] = {}
 
@@ -83,9 +83,9 @@ class Names:
             return Model(model_id=None)
         found = self._registered(model_id)
         if found is not None and self._adapters_on:
-            self._check_own_name(model_id, self._server.known)
-            return Model(model_id=model_id, adapter=adapter_version(found))
-        if _serves(self._server.known, model_id):
+            self._check_own_name(model_id, self._server.cached())
+            return Model(model_id=model_id, adapter=found)
+        if _serves(self._server.cached(), model_id):
             return Model(model_id=model_id)
         if found is not None:
             self.check_on()
@@ -126,7 +126,7 @@ class Names:
         """Retire what `current` replaced, be it by another process."""
         if current.version > self._current.get(current.adapter_id, 0):  # never back to an older one
             self._current[current.adapter_id] = current.version
-            self._residency.retire(current.adapter_id, keep=current.version)
+            self._cache.retire(current.adapter_id, keep=current.version)
 
     def registered(self, current: Registration) -> None:
         """Let what `current` replaced leave the server."""
@@ -134,7 +134,7 @@ class Names:
 
     def _unknown(self, model_id: str) -> errors.UnknownAdapter:
         ids = [item.adapter_id for item in self._registry.list()]
-        view = self._server.known
+        view = self._server.cached()
         names = list(view.names) if view is not None else []
         known = ", ".join((ids + names)[:10]) or "none"
         return errors.UnknownAdapter(
@@ -155,16 +155,16 @@ class Names:
             model = self.resolve(model_id)
         if model is None:
             assert model_id is not None
-            self._residency.retire(model_id)  # if another process unregistered it
+            self._cache.retire(model_id)  # if another process unregistered it
             raise self._unknown(model_id)
         return model
 
     def acquire_now(self, model: Model) -> Target | None:
         """As `acquire`, if that needs no waiting; else None."""
         if model.adapter is not None:
-            entry = self._residency.pin_if_resident(model.adapter)
+            entry = self._cache.pin_if_resident(model.adapter)
             return None if entry is None else _adapter_target(model, entry)
-        view = self._server.known
+        view = self._server.cached()
         return None if view is None else self._server_target(model, view)
 
     def acquire(self, model: Model) -> Target:
@@ -179,7 +179,7 @@ class Names:
         if model.adapter is not None:
             assert model.model_id is not None
             self._check_own_name(model.model_id, self._server.view())
-            entry = self._residency.acquire(model.adapter)
+            entry = self._cache.acquire(model.adapter)
             self._retire_unless_current(model)
             return _adapter_target(model, entry)
         return self._server_target(model, self._server.view())
@@ -191,7 +191,7 @@ class Names:
         current = self._registry.current(model.adapter.adapter_id)
         if current is None or current.version != model.adapter.version:
             keep = current.version if current is not None else None
-            self._residency.retire(model.adapter.adapter_id, keep=keep)
+            self._cache.retire(model.adapter.adapter_id, keep=keep)
 
     def _server_target(self, model: Model, view: ServerView) -> Target:
         name = model.model_id
@@ -215,13 +215,13 @@ class Names:
     def release(self, target: Target) -> None:
         """The request on `target` has ended; returns at once."""
         if target.entry is not None:
-            self._residency.release(target.entry)
+            self._cache.release(target.entry)
 
     def refused(self, target: Target) -> None:
         """The server does not serve `target` after all: dropped by another process, or a restart."""
         if target.entry is not None:
-            self._residency.forget(target.entry)
-        self._server.doubt()
+            self._cache.discard(target.entry)
+        self._server.invalidate()
 
     def check_free(self, adapter_id: str) -> None:
         """Raise unless `adapter_id` can be registered beside what the server itself serves.
@@ -229,7 +229,7 @@ class Names:
         Raises:
             BadRequest: it is one of those names.
         """
-        if _serves(self._server.known, adapter_id):
+        if _serves(self._server.cached(), adapter_id):
             raise errors.BadRequest(
                 f"adapter_id {adapter_id!r} is a name that {self._server.client.base_url} itself "
                 "serves; take another one"
@@ -237,7 +237,7 @@ class Names:
 
     def unregistered(self, adapter_id: str) -> None:
         """Let every version of `adapter_id` leave the server once its last request has ended."""
-        self._residency.retire(adapter_id)
+        self._cache.retire(adapter_id)
 
     def with_target(self, model: Model, send: Callable[[Target], T]) -> T:
         """`send(target)`, again if the server turned out not to serve it (it generated nothing).
@@ -268,18 +268,8 @@ def _serves(view: ServerView | None, name: str) -> bool:
     return view is not None and (name == view.base or name in view.names)
 
 
-def adapter_version(item: Registration) -> AdapterVersion:
-    """The version that a registration names."""
-    return AdapterVersion(
-        adapter_id=item.adapter_id,
-        version=item.version,
-        digest=item.digest,
-        base_fingerprint=item.base_fingerprint,
-    )
-
-
 def _adapter_target(model: Model, entry: Entry) -> Target:
-    found = entry.version
+    found = entry.registered
     return Target(
-        name=found.name, model=model, version=found.version, digest=found.digest, entry=entry
+        name=found.server_name, model=model, version=found.version, digest=found.digest, entry=entry
     )

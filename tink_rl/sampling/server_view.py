@@ -1,4 +1,4 @@
-"""What is known of a vLLM server: plugin or stock, its base, what it serves. Read once, again on doubt."""
+"""What is known of a vLLM server: plugin or stock, its base, what it serves. Read once, until invalidated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
 _OURS = re.compile(r"\.[0-9a-f]{12}@\d+$")
-"""Names that a `Residency` gave; they are reached by adapter id only."""
+"""ModelResolver that a `AdapterCache` gave; they are reached by adapter id only."""
 _MAX_LOOKS = 3
 STALE_S = 5.0
 """Age from which a look at the server is taken again, in the background, by the next request."""
@@ -69,7 +69,7 @@ class ServerView:
         ]
 
 
-def look(client: SamplingClient) -> ServerView:
+def fetch_view(client: SamplingClient) -> ServerView:
     """Ask the server.
 
     Raises:
@@ -156,9 +156,8 @@ class KnownServer:
         self._vocab: dict[str, int | None] = {}
         self._lock = threading.Lock()
 
-    @property
-    def known(self) -> ServerView | None:
-        """The last look, or None if there was none or it was doubted; waits for nothing.
+    def cached(self) -> ServerView | None:
+        """The last look, or None if there was none or it was invalidated; waits for nothing.
 
         From an age of `STALE_S` on the next look is under way, so that a restart is noticed.
         """
@@ -190,17 +189,17 @@ class KnownServer:
         Raises:
             ServerUnreachable, RequestTimeout, NotReady.
         """
-        view = None if fresh else self.known
+        view = None if fresh else self.cached()
         if view is not None:
             return view
         for _ in range(_MAX_LOOKS):
             with self._lock:
                 number = next(self._looks)
-            view = look(self.client)
+            view = fetch_view(self.client)
             if self._take(view, number):
                 logger.warning("the vLLM server at %s was restarted", self.client.base_url)
                 self._on_restart()
-            if self._seen is not None:  # else doubted meanwhile
+            if self._seen is not None:  # else invalidated meanwhile
                 break
         assert view is not None
         return view
@@ -218,7 +217,7 @@ class KnownServer:
                 self._vocab = {}
         return restarted
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Something is not as it was seen; look again before the next answer."""
         with self._lock:
             self._newest, self._seen = next(self._looks), None
@@ -262,4 +261,4 @@ class KnownServer:
 
     def limits(self) -> Limits:
         """What a request may hold, as far as it is known; asks no server."""
-        return self.limits_of(self.known)
+        return self.limits_of(self.cached())

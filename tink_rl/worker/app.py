@@ -18,8 +18,8 @@ from werkzeug.exceptions import HTTPException
 from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.worker import answers, json_body, openapi, schemas
+from tink_rl.worker.error_body import body_of, code_of, new_request_id, printable
 from tink_rl.worker.metrics import CONTENT_TYPE
-from tink_rl.worker.problems import body_of, code_of, new_request_id, printable
 from tink_rl.worker.routes import ROUTES, Route
 from tink_rl.worker.schemas import validate
 from tink_rl.worker.service import WorkerService

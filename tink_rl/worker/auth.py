@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from tink_rl.errors import BadToken
 from tink_rl.loopback import is_loopback
 from tink_rl.tokens import ensure_token_file
+from tink_rl.worker.error_body import printable
 from tink_rl.worker.options import WorkerOptions
-from tink_rl.worker.problems import printable
 
 
 class Scope(IntEnum):

@@ -26,7 +26,7 @@ from waitress.wasyncore import close_all
 from tink_rl.errors import ConfigError, LaunchFailed
 from tink_rl.loopback import http_url
 from tink_rl.serve_options import port_holder
-from tink_rl.worker.problems import body_of, code_of, new_request_id
+from tink_rl.worker.error_body import body_of, code_of, new_request_id
 from tink_rl.worker.schemas import MAX_BODY_BYTES
 
 MAX_HEADER_BYTES = 16 * 2**10

@@ -18,10 +18,10 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.types import Completion
-from tink_rl.worker.accounts import Accounts, State
 from tink_rl.worker.backends import Backend, Delta
 from tink_rl.worker.fair_queue import FairQueue
 from tink_rl.worker.faults import for_client
+from tink_rl.worker.ledger import RequestLedger, State
 from tink_rl.worker.replay import KeptAnswers
 from tink_rl.worker.work import GONE, GRACE_S, OVER, Job, Ticket, Work, too_late
 
@@ -35,7 +35,7 @@ class JobQueue:
     def __init__(
         self,
         backend: Backend,
-        accounts: Accounts,
+        ledger: RequestLedger,
         *,
         max_running: int,
         max_queued: int,
@@ -46,13 +46,13 @@ class JobQueue:
 
         Args:
             backend: Samples.
-            accounts: Is told of every admission and end.
+            ledger: Writes down every admission and end.
             max_running: Sequences at the backend at once; a larger request runs alone.
             max_queued: Requests that wait for their turn.
             max_waiting: Tickets out at once (each holds a thread of the HTTP server).
             replay_s: How long the answer of a request with a client's id is kept.
         """
-        self._backend, self._accounts = backend, accounts
+        self._backend, self._ledger = backend, ledger
         self._max_running, self._max_queued = max_running, max_queued
         self._max_waiting = max_waiting
         self._lock = threading.Lock()
@@ -213,7 +213,7 @@ class JobQueue:
     def _admit(self, work: Work) -> Job:
         job = Job(number=next(self._numbers), work=work, deadline=time.monotonic() + work.timeout_s)
         job.started = time.monotonic()
-        self._accounts.admitted(job.number, work.request_id)
+        self._ledger.admitted(job.number, work.request_id)
         if work.fingerprint is not None:
             self._by_id[work.request_id] = job
         self._queue.push(job.key, job, work.request.num_sequences * work.request.params.max_tokens)
@@ -309,7 +309,7 @@ class JobQueue:
         """Write down the end of a job that neither waits nor runs any more. Under the lock."""
         job.state, job.error, job.ended = state, error, time.monotonic()
         job.task = None
-        self._accounts.ended(job.number, job.work.request_id, state)
+        self._ledger.ended(job.number, job.work.request_id, state)
         if job.work.fingerprint is not None:
             self._by_id.pop(job.work.request_id, None)
             if state is State.DONE:
@@ -348,7 +348,7 @@ class JobQueue:
             for ticket in job.tickets:
                 if ticket.is_gone():
                     ticket.inbox.put(GONE)
-        self._kept.forget_old(now)
+        self._kept.discard_old(now)
 
 
 def _judge(job: Job, error: BaseException | None) -> tuple[State, Exception | None]:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tink_rl.worker.accounts import ENDS, Accounts
+from tink_rl.worker.ledger import ENDS, RequestLedger
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -19,11 +19,11 @@ class Metrics:
 
     def __init__(
         self,
-        accounts: Accounts,
+        ledger: RequestLedger,
         depth: Callable[[], dict[str, int]],
         is_ready: Callable[[], bool],
     ) -> None:
-        """Make the registry; `accounts` and `depth` are read when the figures are asked for."""
+        """Make the registry; `ledger` and `depth` are read when the figures are asked for."""
         self.registry = CollectorRegistry()
         self.answers = Counter(
             "tink_worker_http_answers",
@@ -51,7 +51,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_State(accounts, depth, is_ready))
+        self.registry.register(_State(ledger, depth, is_ready))
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -63,11 +63,11 @@ class _State(Collector):
 
     def __init__(
         self,
-        accounts: Accounts,
+        ledger: RequestLedger,
         depth: Callable[[], dict[str, int]],
         is_ready: Callable[[], bool],
     ) -> None:
-        self._accounts, self._depth, self._is_ready = accounts, depth, is_ready
+        self._ledger, self._depth, self._is_ready = ledger, depth, is_ready
 
     def collect(self) -> Iterator[Metric]:
         admitted = CounterMetricFamily("tink_worker_admitted", "Sampling requests admitted.")
@@ -76,8 +76,8 @@ class _State(Collector):
         )
         # ends first: an admission in between then shows as a request under way, never as one lost
         for state in ENDS:
-            ended.add_metric([state], self._accounts.ends[state])
-        admitted.add_metric([], self._accounts.num_admitted)
+            ended.add_metric([state], self._ledger.ends[state])
+        admitted.add_metric([], self._ledger.num_admitted)
         yield admitted
         yield ended
         depth = GaugeMetricFamily("tink_worker_now", "What is under way.", labels=["what"])

@@ -33,14 +33,14 @@ class KeptAnswers:
         self._jobs[job.work.request_id] = job
         self._weight += _weight(job)
         while len(self._jobs) > _MAX_JOBS or self._weight > _MAX_WEIGHT:
-            self._forget_oldest()
+            self._discard_oldest()
 
-    def forget_old(self, now: float) -> None:
+    def discard_old(self, now: float) -> None:
         """Drop what ended more than `keep_s` before `now` (monotonic)."""
         while self._jobs and now - next(iter(self._jobs.values())).ended > self._keep_s:
-            self._forget_oldest()
+            self._discard_oldest()
 
-    def _forget_oldest(self) -> None:
+    def _discard_oldest(self) -> None:
         _, job = self._jobs.popitem(last=False)
         self._weight -= _weight(job)
 

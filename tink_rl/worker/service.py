@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from tink_rl import errors
 from tink_rl.errors import Blame
 from tink_rl.sampling.completions import check_fits
-from tink_rl.worker.accounts import Accounts
 from tink_rl.worker.auth import Tokens
 from tink_rl.worker.backends import Admitted, Backend, ModelInfo
 from tink_rl.worker.faults import translated
 from tink_rl.worker.jobs import JobQueue
+from tink_rl.worker.ledger import RequestLedger
 from tink_rl.worker.metrics import Metrics
 from tink_rl.worker.options import WorkerOptions, load_options
 from tink_rl.worker.readiness import Readiness
@@ -75,10 +75,10 @@ class WorkerService:
         self.tokens = tokens or Tokens.from_options(self.options)
         self.admin_token_file = self.tokens.admin_file
         self.backend, self._adapters = backend, adapters
-        self.accounts = Accounts(self.options.ledger)
+        self.ledger = RequestLedger(self.options.ledger)
         self.queue = JobQueue(
             backend,
-            self.accounts,
+            self.ledger,
             max_running=self.options.max_running,
             max_queued=self.options.max_queued,
             max_waiting=self.options.max_waiting,
@@ -87,9 +87,7 @@ class WorkerService:
         self.readiness = readiness or Readiness(backend)
         self.queue.on_success = self.readiness.note_success
         self.queue.on_delta = self.readiness.note_delta
-        self.metrics = Metrics(
-            self.accounts, self.queue.depth, lambda: self.readiness.reason is None
-        )
+        self.metrics = Metrics(self.ledger, self.queue.depth, lambda: self.readiness.reason is None)
         self._registering = threading.BoundedSemaphore(_MAX_REGISTRATIONS)
         self._listing = threading.BoundedSemaphore(_MAX_LISTINGS)
         self._start_lock = threading.Lock()
@@ -128,7 +126,7 @@ class WorkerService:
             self.queue.close()
         finally:  # also if the backend's own end took too long
             self._close_owned()
-        self.accounts.close()
+        self.ledger.close()
         return num_cut
 
     def _close_owned(self) -> None:

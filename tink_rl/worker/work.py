@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from tink_rl import errors
 from tink_rl.types import Completion
-from tink_rl.worker.accounts import State
 from tink_rl.worker.backends import Admitted, Delta
+from tink_rl.worker.ledger import State
 
 GRACE_S = 2.0
 """A backend has this long to let go of a request whose deadline is over."""

@@ -39,7 +39,7 @@ class VLLMSampler:
     def __init__(self, backend: VLLMBackend) -> None:
         """Store; connections open on first use, in the loop that samples."""
         self.backend = backend
-        self._names, self._server = backend.names, backend.server
+        self._resolver, self._server = backend.resolver, backend.server
         self._sampler = AsyncSampler(
             backend.client.base_url,
             api_key=backend.settings.api_key(),
@@ -75,7 +75,7 @@ class VLLMSampler:
         looks. Ids are checked by `sample` if the server was never looked at.
         """
         is_checked = limits.vocab_size is not None or not completions.names_ids(prompts, params)
-        if not is_checked and (view := self._server.known) is not None:
+        if not is_checked and (view := self._server.cached()) is not None:
             self.backend.check(prompts, params, view)
             is_checked = True
         return Admitted(
@@ -87,9 +87,9 @@ class VLLMSampler:
         )
 
     def _resolve(self, model_id: str | None) -> Model | None:
-        model = self._names.resolve(model_id)
+        model = self._resolver.resolve(model_id)
         if model is None and model_id is not None and self._has_looked(model_id):
-            model = self._names.resolve(model_id)
+            model = self._resolver.resolve(model_id)
             if model is None:
                 raise self._unknown(model_id)
         return model
@@ -123,15 +123,15 @@ class VLLMSampler:
             ) from error
 
     async def _find(self, model_id: str | None) -> Model:
-        model = self._names.resolve(model_id)
+        model = self._resolver.resolve(model_id)
         if model is None:
             look, is_new = self._ask()
             await asyncio.shield(asyncio.wrap_future(look))
-            model = self._names.resolve(model_id)
+            model = self._resolver.resolve(model_id)
             published = model_id is not None and PolicyVersion.find(model_id) is not None
             if model is None and published and not is_new:  # the look may have begun before that
                 await asyncio.shield(asyncio.wrap_future(self._ask()[0]))
-                model = self._names.resolve(model_id)
+                model = self._resolver.resolve(model_id)
         if model is None:
             assert model_id is not None
             raise self._unknown(model_id)
@@ -160,7 +160,7 @@ class VLLMSampler:
         """
         if self._seen is not None and PolicyVersion.find(model_id) is None:
             view, began = self._seen
-            if view is self._server.known and time.monotonic() - began <= _NEWS_S:
+            if view is self._server.cached() and time.monotonic() - began <= _NEWS_S:
                 return True
         look, is_new = self._ask()
         if not is_new:  # one thread of the HTTP server waits, not all of them
@@ -172,7 +172,7 @@ class VLLMSampler:
         return True
 
     def _unknown(self, model_id: str) -> errors.UnknownAdapter:
-        self._names.unregistered(model_id)  # maybe by another process
+        self._resolver.unregistered(model_id)  # maybe by another process
         return errors.UnknownAdapter(
             f"model_id {model_id!r} is neither a registered adapter nor served by "
             f"{self._sampler.base_url}; GET /api/v1/models lists what is, POST /api/v1/adapters "
@@ -182,20 +182,20 @@ class VLLMSampler:
     async def _with_target(
         self, model: Model, send: Callable[[Target], Awaitable[list[Completion]]]
     ) -> list[Completion]:
-        """`Names.with_target`, in the loop."""
+        """`ModelResolver.with_target`, in the loop."""
         for _ in range(MAX_TRIES):
-            target = self._names.acquire_now(model) or await self._acquire(model)
+            target = self._resolver.acquire_now(model) or await self._acquire(model)
             try:
                 return await send(target)
             except errors.UnknownVersion:
-                self._names.refused(target)
+                self._resolver.refused(target)
             finally:
-                self._names.release(target)
-        raise self._names.gave_up(model)
+                self._resolver.release(target)
+        raise self._resolver.gave_up(model)
 
     async def _acquire(self, model: Model) -> Target:
         """A target; if the task is cancelled meanwhile, the pin that the thread takes is given back."""
-        future = asyncio.ensure_future(self._in_thread(self._names.acquire, model))
+        future = asyncio.ensure_future(self._in_thread(self._resolver.acquire, model))
         try:
             target: Target = await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -205,7 +205,7 @@ class VLLMSampler:
 
     def _give_back(self, future: asyncio.Future[Any]) -> None:
         if not future.cancelled() and future.exception() is None:
-            self._names.release(future.result())
+            self._resolver.release(future.result())
 
     async def _send(
         self,
@@ -260,7 +260,7 @@ class VLLMSampler:
         """See `Backend.canary`; a policy that is folded into the base answers for it."""
         try:
             async with asyncio.timeout(timeout_s):
-                view = self._server.known or await self._in_thread(self._server.view, fresh=True)
+                view = self._server.cached() or await self._in_thread(self._server.view, fresh=True)
                 payload = completions.completion_payload(
                     [[0]], view.base, SamplingParams(max_tokens=1, temperature=0.0)
                 )

@@ -36,7 +36,7 @@ class State(StrEnum):
 ENDS = (State.DONE, State.REJECTED, State.FAILED, State.CANCELLED, State.EXPIRED)
 
 
-class Accounts:
+class RequestLedger:
     """Counts admissions and ends, and writes both to the ledger. Thread-safe."""
 
     def __init__(self, ledger: str | Path | None = None) -> None:

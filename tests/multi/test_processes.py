@@ -17,8 +17,8 @@ KINDS = {
     "fsdp2": "tests/multi/cpu_fsdp2.yaml",
     "zero3": "accelerate_configs/cpu_zero3.yaml",
 }
-# DeepSpeed starts for minutes on two cores.
-_BY_KIND = [pytest.param(k, marks=pytest.mark.long if k == "zero3" else ()) for k in KINDS]
+# A run of two processes takes a minute or two of both cores.
+_BY_KIND = [pytest.param(k, marks=() if k == "ddp" else pytest.mark.long) for k in KINDS]
 
 
 class Runs:
@@ -150,7 +150,15 @@ def test_last_version_answers_as_the_collected_adapter(runs, model_dir, kind):
     ("kind", "fail", "error", "words"),
     [
         ("ddp", "reward on rank 1", "RankFailed", "rank 1 failed: ValueError: no reward for this"),
-        ("fsdp2", "collect on rank 1", "RankFailed", "rank 1 failed: MemoryError: no memory to"),
+        pytest.param(
+            *(
+                "fsdp2",
+                "collect on rank 1",
+                "RankFailed",
+                "rank 1 failed: MemoryError: no memory to",
+            ),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *("zero3", "publish on rank 0", "PublishFailed", "could not be published"),
             marks=pytest.mark.long,

@@ -20,7 +20,8 @@ from tests.warm_server import make_server
 from tink_rl.gpus import exact_dtype
 from tink_rl.training.rollouts import read_rollouts
 
-pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.home]
+# They train for minutes, and on a fresh checkout the tiny base before that.
+pytestmark = [pytest.mark.recipe, pytest.mark.server, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 12
 

@@ -27,7 +27,8 @@ KEYS = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.long
+@pytest.mark.timeout(1200)  # it may have to train the tiny base first
 def test_demo_trains_publishes_and_writes_its_files(tmp_path):
     command = [sys.executable, "-m", "recipes.demo", "--max_steps", "12", "--output", str(tmp_path)]
     environment = {**as_users_have_it(os.environ), "TINK_TOKEN_FILE": str(tmp_path / "token")}
@@ -47,7 +48,7 @@ def test_demo_trains_publishes_and_writes_its_files(tmp_path):
 
 
 @pytest.mark.timeout(400)
-def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
+def test_recipe_starts_and_stops_a_server_of_its_own(model_dir, tmp_path):
     [block] = [
         b
         for b in blocks()
@@ -57,6 +58,10 @@ def test_recipe_starts_and_stops_a_server_of_its_own(tmp_path):
     words = shlex.split(block.commands[0])
     # Slots for a rank above the default, and a token of another server in the environment.
     words += ["--max_steps", "2", "--lora_r", "48", "--sync_mode", "adapter"]
+    words += [
+        "--model_name_or_path",
+        str(model_dir("qwen2")),
+    ]  # training the tiny base takes minutes
     environment = {
         **os.environ,
         "TINK_TOKEN": "of-another-server",

@@ -8,9 +8,41 @@ import re
 import pytest
 import trl
 
+from tink_rl.training import trl_names
 from tink_rl.training.trainer import SUPPORTED
 
 SCORED = (trl.GRPOTrainer, trl.RLOOTrainer)
+OURS = {"policy_link"}
+OF_REWARDS = {"_calculate_rewards", "reward_func_names", "reward_weights", "num_generations_eval"}
+OF_THE_RATIO = {"vllm_importance_sampling_correction", "vllm_importance_sampling_mode"}
+
+
+def names_of(*protocols):
+    return {name for protocol in protocols for name in protocol.__annotations__}
+
+
+@pytest.mark.parametrize("trainer", SUPPORTED)
+def test_names_that_are_read_of_a_trainer_are_its_own(trainer):
+    source = "".join(
+        inspect.getsource(cls)
+        for cls in trainer.__mro__
+        if cls.__module__.startswith(("trl.", "transformers."))
+    )
+    read = names_of(trl_names.Trainer, trl_names.RolloutTrainer) - OURS
+    for name in read - (set() if trainer in SCORED else OF_REWARDS | {"num_generations"}):
+        assert hasattr(trainer, name) or f"self.{name}" in source, name
+
+
+@pytest.mark.parametrize("config", [trl.GRPOConfig, trl.RLOOConfig, trl.DistillationConfig])
+def test_names_that_are_read_of_its_arguments_are_its_own(config, tmp_path):
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    read = names_of(trl_names.Arguments, trl_names.SamplingArguments)
+    for name in read - (set() if config is trl.GRPOConfig else OF_THE_RATIO):
+        assert hasattr(args, name), name
+
+
+def test_installed_release_is_the_tested_one():
+    assert trl.__version__.startswith(f"{trl_names.TESTED_TRL}.")
 
 
 @pytest.mark.parametrize("trainer", SUPPORTED)

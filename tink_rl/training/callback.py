@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
+
 from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError, UnknownVersion
 from tink_rl.training import live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.publishing import PublishCallback, metrics_of
+from tink_rl.training.trl_names import Arguments, State
 from tink_rl.types import PolicyVersion, ServerStatus
 
 Prompt = str | list[dict[str, Any]]
@@ -31,7 +34,7 @@ class PolicySyncCallback(PublishCallback):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: transformers.Trainer,
         servers: Servers = None,
         *,
         sync: SyncConfig | None = None,
@@ -92,7 +95,7 @@ class PolicySyncCallback(PublishCallback):
                 "prompt and completion; restart it with a larger --max-model-len"
             )
 
-    def _log_with_metrics(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def _log_with_metrics(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """`trainer.log` with what the publishes since the last row of training took."""
         if "loss" in logs:
             logs.update({key: sum(found) / len(found) for key, found in self._pending.items()})
@@ -101,18 +104,18 @@ class PolicySyncCallback(PublishCallback):
 
     # -- events -----------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Prove the servers, publish what was loaded, show samples of it."""
         super().on_train_begin(args, state, control)
         self._show(args, state)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Publish; show samples when it is time."""
         super().on_step_end(args, state, control)
         if state.global_step % self._sample_every == 0:
             self._show(args, state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Publish what training ended with, show it, give the lease back; it stays served."""
         self._sync()
         self._show(args, state)
@@ -120,7 +123,7 @@ class PolicySyncCallback(PublishCallback):
 
     # -- look -------------------------------------------------------------------------------------
 
-    def _show(self, args: Any, state: Any) -> None:
+    def _show(self, args: Arguments, state: State) -> None:
         shown_already = self.samples and self.samples[-1]["step"] == state.global_step
         if not self._prompts or shown_already or not state.is_world_process_zero:
             return

@@ -12,12 +12,12 @@ from transformers import ProcessorMixin
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import SamplingSettings
+from tink_rl.training.trl_names import TESTED_TRL, SamplingArguments
 from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload, given_kwargs
 from tink_rl.transport.request_fields import check_fields
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
-_TESTED_TRL = "1.16"
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises what is lower, but not 0, to this."""
 
@@ -28,14 +28,14 @@ def check_trl_version(version: str) -> None:
     Raises:
         ConfigError: another one is installed.
     """
-    if not version.startswith(f"{_TESTED_TRL}."):
+    if not version.startswith(f"{TESTED_TRL}."):
         raise ConfigError(
-            f"trl {version} is installed; the generation seam was tested on {_TESTED_TRL}: "
-            f"pip install 'trl~={_TESTED_TRL}.0'"
+            f"trl {version} is installed; the generation seam was tested on {TESTED_TRL}: "
+            f"pip install 'trl~={TESTED_TRL}.0'"
         )
 
 
-def check_trainer(trainer: Any, supported: tuple[type, ...]) -> None:
+def check_trainer(trainer: object, supported: tuple[type, ...]) -> None:
     """Check that a built trainer can read its rollouts through the seam.
 
     Raises:
@@ -69,7 +69,7 @@ def check_trainer(trainer: Any, supported: tuple[type, ...]) -> None:
         )
 
 
-def check_generation_kwargs(args: Any) -> None:
+def check_generation_kwargs(args: SamplingArguments) -> None:
     """Check what a trainer's arguments add to its requests, as far as no server is needed for it.
 
     Raises:
@@ -103,7 +103,7 @@ def check_generation_kwargs(args: Any) -> None:
     _check_request(args, NO_LIMITS)
 
 
-def _kwargs_of(args: Any) -> dict[str, Any]:
+def _kwargs_of(args: SamplingArguments) -> dict[str, Any]:
     """What `generation_kwargs` sets, each value of its field's type.
 
     Raises:
@@ -117,7 +117,7 @@ def _kwargs_of(args: Any) -> dict[str, Any]:
     return given
 
 
-def _check_request(args: Any, limits: Limits) -> None:
+def _check_request(args: SamplingArguments, limits: Limits) -> None:
     """The door that every request passes, before the first one is made.
 
     Raises:
@@ -130,7 +130,7 @@ def _check_request(args: Any, limits: Limits) -> None:
         raise ConfigError(error.message) from error
 
 
-def check_arguments(args: Any) -> None:
+def check_arguments(args: SamplingArguments) -> None:
     """Check a trainer's arguments, before it is built.
 
     Raises:
@@ -155,7 +155,11 @@ def check_arguments(args: Any) -> None:
 
 
 def check_sampling(
-    args: Any, status: ServerStatus, *, dropout: float, clients: Sequence[VLLMClient] = ()
+    args: SamplingArguments,
+    status: ServerStatus,
+    *,
+    dropout: float,
+    clients: Sequence[VLLMClient] = (),
 ) -> None:
     """Check that the sampler's logprobs mean what the importance ratio takes them for.
 
@@ -219,7 +223,7 @@ def prove_full_logprobs(client: VLLMClient) -> None:
         )
 
 
-def _check_full_logprobs(args: Any, status: ServerStatus, names: str) -> None:
+def _check_full_logprobs(args: SamplingArguments, status: ServerStatus, names: str) -> None:
     """Check that a sampler which `names` narrow can tell logprobs that mean what the trainer's do."""
     if status.no_full_logprobs is None:
         logger.info(

@@ -14,19 +14,21 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url
 from tink_rl.policy.model_dir import loaded_from
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training import live
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.probe import Prober
 from tink_rl.training.publishing import leaving_checkpoint
 from tink_rl.training.ranks import Ranks
+from tink_rl.training.trl_names import Arguments, Trainer
 
 logger = logging.getLogger("tink_rl")
 Servers = str | VLLMClient | list[str | VLLMClient] | None
 """URL(s) or client(s); None: `SyncConfig.servers`, else TRL's `vllm_server_*` arguments."""
 
 
-def clients_of(servers: Servers, sync: SyncConfig, args: Any) -> list[VLLMClient]:
+def clients_of(servers: Servers, sync: SyncConfig, args: Arguments) -> list[VLLMClient]:
     """A client per server; waits `args.vllm_server_timeout` (where the trainer has that) for each.
 
     Raises:
@@ -61,7 +63,7 @@ def _be_heard() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _url_of(args: Any) -> str:
+def _url_of(args: Arguments) -> str:
     given = getattr(args, "vllm_server_base_url", None)
     host, port = (getattr(args, f"vllm_server_{name}", None) for name in ("host", "port"))
     if not given and host and ("/" in host or (re.search(r":\d+$", host) and host.count(":") == 1)):
@@ -71,7 +73,7 @@ def _url_of(args: Any) -> str:
     return given or http_url(host or "127.0.0.1", port or 8000)
 
 
-def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> PolicyPublisher:
+def link_to(trainer: Trainer, clients: list[VLLMClient], sync: SyncConfig) -> PolicyPublisher:
     """The link of a trainer's model to `clients`, also kept as `trainer.policy_link`.
 
     When `trainer.train` fails, the link gives lease and model back, so that both can be used again; with
@@ -104,17 +106,17 @@ def link_to(trainer: Any, clients: list[VLLMClient], sync: SyncConfig) -> Policy
     return link
 
 
-def _base_of(model: Any, args: Any) -> str:
+def _base_of(model: PeftModel, args: Arguments) -> str:
     if not hasattr(model, "get_base_model"):
         return ""
     return loaded_from(model.get_base_model(), getattr(args, "model_init_kwargs", None))
 
 
-def _closing_on_error(trainer: Any, link: PolicyPublisher) -> Callable[..., Any]:
+def _closing_on_error(trainer: Trainer, link: PolicyPublisher) -> Callable[..., Any]:
     train = trainer.train
 
     @functools.wraps(train)
-    def closing(*args: Any, **kwargs: Any) -> Any:
+    def closing(*args: object, **kwargs: object) -> Any:
         given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         link.resumed_from = Path(given) if isinstance(given, (str, os.PathLike)) else None
         link.is_training = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tink_rl.training.trl_names import Arguments
 
-def one_device(config: Any) -> dict[str, Any]:
+
+def one_device(config: Arguments) -> dict[str, Any]:
     """`model_init_kwargs` that keep the base of a single process on its own GPU; {} elsewhere.
 
     TRL's "auto" spreads it over every GPU that is visible, the vLLM server's included; and the Trainer

@@ -18,6 +18,7 @@ from typing import Any
 from tink_rl.errors import ConfigError, TinkError, UnknownVersion
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.rollouts import Ask, RolloutBatch
+from tink_rl.training.trl_names import SamplingArguments
 from tink_rl.transport.payloads import given_kwargs, sampling_fields
 from tink_rl.transport.plain import plain
 from tink_rl.transport.request_fields import distribution_changes
@@ -78,7 +79,7 @@ class SamplingSettings:
         return sampling_fields(**self._arguments())
 
     @classmethod
-    def of(cls, args: Any) -> SamplingSettings:
+    def of(cls, args: SamplingArguments) -> SamplingSettings:
         """The settings of a trainer's arguments."""
         return cls(
             **{name: plain(getattr(args, name)) for name in _NUMBERS},

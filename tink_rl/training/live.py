@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from tink_rl.training.trl_names import Arguments, State
+
 logger = logging.getLogger("tink_rl")
 COLUMNS = ("step", "policy", "prompt", "completion", "reward")
 
 
-def keep_offline_without_login(args: Any) -> None:
+def keep_offline_without_login(args: Arguments) -> None:
     """Let wandb keep the run on disk if the trainer reports there and nobody is logged in.
 
     A WANDB_MODE or WANDB_API_KEY in the environment is left alone.
@@ -30,7 +32,7 @@ def keep_offline_without_login(args: Any) -> None:
         )
 
 
-def log_table(args: Any, state: Any, name: str, rows: Sequence[dict[str, Any]]) -> None:
+def log_table(args: Arguments, state: State, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Send `rows` to wandb as the table `name`, if the run reports there; else nothing.
 
     Args:

@@ -22,6 +22,7 @@ from tink_rl.policy.collect import LiveModel, collector_for
 from tink_rl.policy.live_check import check_frozen, check_live_base
 from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.peft_dir import POLICY_FILE
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
 from tink_rl.publish.modes import check_fits
 from tink_rl.publish.publisher import WeightSync
@@ -29,6 +30,7 @@ from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.probe import Prober
 from tink_rl.training.ranks import Ranks
+from tink_rl.training.trl_names import Accelerator
 from tink_rl.transport.replica import Replica
 from tink_rl.types import Phase, PublishRecord, ServerStatus, SyncMode
 
@@ -41,15 +43,15 @@ class PolicyPublisher:
 
     def __init__(
         self,
-        model: Any,
-        accelerator: Any,
+        model: PeftModel,
+        accelerator: Accelerator,
         *,
         clients: list[VLLMClient],
         config: SyncConfig,
         base_model: str,
         prober: Prober,
         ranks: Ranks,
-        tokenizer: Any = None,
+        tokenizer: object = None,
     ) -> None:
         """Find the adapter in `model`; speaks to no server yet.
 
@@ -304,7 +306,7 @@ class PolicyPublisher:
         self.sync.close()
 
 
-def _warn_if_fsdp_was_left_out(accelerator: Any) -> None:
+def _warn_if_fsdp_was_left_out(accelerator: Accelerator) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and getattr(accelerator.distributed_type, "value", None) != "FSDP":
         logger.warning(

@@ -5,17 +5,18 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.publish.probe_rules import coarser, unit_roundoff
 
 
 @contextmanager
-def full_precision(model: Any) -> Iterator[list[str]]:
+def full_precision(model: PeftModel) -> Iterator[list[str]]:
     """Inside, a forward of `model` runs without autocast and TF32; yields what autocast it stood under.
 
     A trainer's `forward` enters autocast by itself, so that it can be left only inside of it: where the
@@ -25,13 +26,13 @@ def full_precision(model: Any) -> Iterator[list[str]]:
     inner = model.get_base_model()
     stack = ExitStack()
 
-    def leave_autocast(module: Any, args: Any) -> None:
+    def leave_autocast(module: torch.nn.Module, args: object) -> None:
         device = next(module.parameters()).device.type
         if torch.is_autocast_enabled(device):
             found.append(str(torch.get_autocast_dtype(device)).removeprefix("torch."))
         stack.enter_context(torch.autocast(device, enabled=False))
 
-    def come_back(module: Any, args: Any, output: Any) -> None:
+    def come_back(module: torch.nn.Module, args: object, output: object) -> None:
         stack.close()
 
     before = inner.register_forward_pre_hook(leave_autocast)
@@ -59,11 +60,11 @@ def _without_tf32() -> Iterator[None]:
 
 
 @contextmanager
-def noting_dtype(model: Any) -> Iterator[list[str]]:
+def noting_dtype(model: PeftModel) -> Iterator[list[str]]:
     """The coarsest format in which a module of `model` answers, once a forward has run."""
     found: list[str] = []
 
-    def note(module: Any, args: Any, output: Any) -> None:
+    def note(module: torch.nn.Module, args: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             name = str(output.dtype).removeprefix("torch.")
             found[:] = [coarser(name, *found) if found else name]
@@ -73,7 +74,7 @@ def noting_dtype(model: Any) -> Iterator[list[str]]:
 
 
 @contextmanager
-def rounding(model: Any, dtype: str, seed: int = 0) -> Iterator[None]:
+def rounding(model: PeftModel, dtype: str, seed: int = 0) -> Iterator[None]:
     """Inside, what each module of `model` answers is moved at random as if it had been rounded to `dtype`.
 
     Monte Carlo arithmetic (Parker 1997): how far results scatter is what rounding does to them *at these
@@ -82,7 +83,7 @@ def rounding(model: Any, dtype: str, seed: int = 0) -> Iterator[None]:
     unit = unit_roundoff(dtype)
     generators: dict[torch.device, torch.Generator] = {}
 
-    def move(module: Any, args: Any, output: Any) -> Any:
+    def move(module: torch.nn.Module, args: object, output: object) -> Any:
         if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
             return None
         device = output.device
@@ -98,7 +99,7 @@ def rounding(model: Any, dtype: str, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _after_every_module(model: Any, hook: Any) -> Iterator[None]:
+def _after_every_module(model: PeftModel, hook: Callable[..., Any]) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module in model.modules()]
     try:
         yield

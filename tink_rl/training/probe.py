@@ -13,13 +13,13 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from tink_rl.errors import BaseMismatch, ProbeFailed
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.collect import Collector, LiveModel
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.publish.modes import fitting_modes
 from tink_rl.publish.probe_rules import AGREES, coarser, largest_base_gap, largest_gap
 from tink_rl.publish.probes import (
@@ -73,7 +73,7 @@ class Prober:
     is sharded), rank 0 asks the servers and decides.
     """
 
-    def __init__(self, model: Any, *, vocab_size: int, ranks: Ranks = _ALONE) -> None:
+    def __init__(self, model: PeftModel, *, vocab_size: int, ranks: Ranks = _ALONE) -> None:
         """Store; the prompt is a fixed pseudo-random sequence over the vocabulary."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocab_size, (_PROBE_TOKENS,), generator=generator)
@@ -141,7 +141,10 @@ class Prober:
     # -- one version ------------------------------------------------------------------------------
 
     def publish(
-        self, sync: WeightSync, policy: Any, watch: Stopwatch | None = None
+        self,
+        sync: WeightSync,
+        policy: Adapter | LiveModel | PeftModel,
+        watch: Stopwatch | None = None,
     ) -> PublishRecord:
         """Publish `policy`, which the model holds; it becomes current only if the servers compute it.
 

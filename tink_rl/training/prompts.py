@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tink_rl.errors import ConfigError
+from tink_rl.training.trl_names import RolloutTrainer
 from tink_rl.types import ServerStatus
 
 logger = logging.getLogger("tink_rl")
@@ -19,7 +20,7 @@ _LOOK_S = 60.0
 _SAY_EVERY_S = 10.0
 
 
-def check_prompts(trainer: Any, status: ServerStatus, max_tokens: int) -> None:
+def check_prompts(trainer: RolloutTrainer, status: ServerStatus, max_tokens: int) -> None:
     """Tokenize the prompts of `trainer`'s data sets as it does itself, and see whether they fit.
 
     A data set is looked at whole, for a minute at most; of a stream the first rows. One whose prompts
@@ -34,7 +35,7 @@ def check_prompts(trainer: Any, status: ServerStatus, max_tokens: int) -> None:
         _check_dataset(trainer, name, dataset, status, max_tokens)
 
 
-def _datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
+def _datasets(trainer: RolloutTrainer) -> Iterator[tuple[str, Any]]:
     """The data of training, and of evaluation if training evaluates."""
     yield "train_dataset", trainer.train_dataset
     args, found = trainer.args, trainer.eval_dataset
@@ -48,7 +49,7 @@ def _datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_dataset(
-    trainer: Any, name: str, dataset: Any, status: ServerStatus, max_tokens: int
+    trainer: RolloutTrainer, name: str, dataset: Any, status: ServerStatus, max_tokens: int
 ) -> None:
     start = said = time.monotonic()
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback
 
 from tink_rl.errors import NonFiniteWeights, RankFailed, SamplingRefused, TinkError
 from tink_rl.training.policy_publisher import PolicyPublisher
+from tink_rl.training.trl_names import Arguments, State, Trainer
 from tink_rl.types import PublishRecord
 
 _NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
@@ -18,7 +18,7 @@ _NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
 
 
 @contextmanager
-def leaving_checkpoint(trainer: Any, link: PolicyPublisher) -> Iterator[None]:
+def leaving_checkpoint(trainer: Trainer, link: PolicyPublisher) -> Iterator[None]:
     """What ends a training in its middle leaves a checkpoint of the steps done, and says where.
 
     Saving needs every rank: what ended one rank alone of several leaves none.
@@ -40,7 +40,7 @@ def leaving_checkpoint(trainer: Any, link: PolicyPublisher) -> Iterator[None]:
 
 
 def _with_checkpoint(
-    trainer: Any, link: PolicyPublisher, error: TinkError, *, published: bool
+    trainer: Trainer, link: PolicyPublisher, error: TinkError, *, published: bool
 ) -> TinkError:
     """Save the state of the last step, on every rank; `error`, and how to go on from there."""
     step = trainer.state.global_step
@@ -58,7 +58,7 @@ class PublishCallback(TrainerCallback):
     """Publishes on train begin and after every k-th optimizer step; closes the link at the end."""
 
     def __init__(
-        self, trainer: Any, link: PolicyPublisher, sync: Callable[[], None], *, every: int = 1
+        self, trainer: Trainer, link: PolicyPublisher, sync: Callable[[], None], *, every: int = 1
     ) -> None:
         """Store.
 
@@ -70,7 +70,7 @@ class PublishCallback(TrainerCallback):
         """
         self._trainer, self._link, self._sync, self._every = trainer, link, sync, every
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Prove the servers, restore the version number, publish what was loaded."""
         if state.global_step:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -79,7 +79,7 @@ class PublishCallback(TrainerCallback):
         self._link.expect_other_base()
         self._sync()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Publish the policy that this optimizer step made.
 
         Raises:
@@ -97,7 +97,7 @@ class PublishCallback(TrainerCallback):
         except TinkError as error:
             raise _with_checkpoint(self._trainer, self._link, error, published=False) from error
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Write version and digest beside the checkpoint, published first if this step was not."""
         if state.global_step % self._every:
             self._sync()
@@ -105,7 +105,7 @@ class PublishCallback(TrainerCallback):
         if checkpoint.is_dir():
             self._link.save(checkpoint)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Write which version the run ended with; give the lease back, it stays served."""
         if Path(args.output_dir).is_dir():
             self._link.save(args.output_dir)

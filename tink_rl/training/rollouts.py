@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tink_rl.errors import TinkError
+from tink_rl.training.trl_names import Tokenizer
 from tink_rl.types import PolicyVersion
 
 ROLLOUT_FILE = "rollouts.jsonl"
@@ -190,7 +191,7 @@ class RolloutLog:
     """Appends rollouts to `rollouts.jsonl` of a run (`rollouts-rank1.jsonl` on rank 1, ...)."""
 
     def __init__(
-        self, directory: str | Path, tokenizer: Any, *, rank: int, sampling: dict[str, Any]
+        self, directory: str | Path, tokenizer: Tokenizer, *, rank: int, sampling: dict[str, Any]
     ):
         """Store; nothing is written.
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tink_rl.training import metrics
+from tink_rl.training.trl_names import Arguments, RolloutTrainer, State
 from tink_rl.types import PolicyVersion
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,7 +30,7 @@ class RunLog(TrainerCallback):
     Add it after the callback that publishes: a step ends when its policy is served.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: RolloutTrainer) -> None:
         """Store, and have `trainer.train` say how it failed; no callback is told that.
 
         `trainer` has `policy_link` and `vllm_generation`.
@@ -44,7 +45,7 @@ class RunLog(TrainerCallback):
 
     # -- the rows ---------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Start the file; a resumed run keeps the rows up to its checkpoint."""
         self._mark_step()
         if not state.is_world_process_zero:
@@ -56,17 +57,24 @@ class RunLog(TrainerCallback):
         _write(path, [*kept, begin | {"time": time.time()}], append=False)
         self._under_way = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: Arguments,
+        state: State,
+        control: object,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
         """One line per logged row."""
         if state.is_world_process_zero and logs:
             row = {**logs, "step": state.global_step, "time": time.time()}
             _write(Path(args.output_dir) / METRICS_FILE, [row])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Say that the run is over."""
         self._end(args, state)
 
-    def _end(self, args: Any, state: Any, **more: str) -> None:
+    def _end(self, args: Arguments, state: State, **more: str) -> None:
         if self._under_way:
             row = {"event": "end", "step": state.global_step, **more, "time": time.time()}
             _write(Path(args.output_dir) / METRICS_FILE, [row])
@@ -74,7 +82,7 @@ class RunLog(TrainerCallback):
 
     def _recording_failure(self, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
-        def recording(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: object, **kwargs: object) -> Any:
             try:
                 return train(*args, **kwargs)
             except BaseException as error:  # an interrupted run has ended too
@@ -87,12 +95,12 @@ class RunLog(TrainerCallback):
 
     # -- the time of a step -----------------------------------------------------------------------
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Remember which version the step trains on top of."""
         current = self._trainer.policy_link.sync.current
         self._version = current.version if current is not None else 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Add `share/*` (of the step's seconds) and `rollout/staleness` (in versions)."""
         if not state.is_world_process_zero:
             return

@@ -15,6 +15,7 @@ from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.rollouts import RolloutBatch, RolloutLog, scores_of
+from tink_rl.training.trl_names import RolloutTrainer
 
 _SHOWN = 8
 """Rollouts of a batch that are kept for the completions table."""
@@ -25,7 +26,7 @@ class RolloutRecorder:
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: RolloutTrainer,
         generation: PolicyGeneration,
         link: PolicyPublisher,
         log: RolloutLog,
@@ -82,7 +83,7 @@ class RolloutRecorder:
             gather=gather_object if trainer.accelerator.num_processes > 1 else list,
         )
 
-    def _remember_rewards(self, *args: Any, **kwargs: Any) -> Any:
+    def _remember_rewards(self, *args: object, **kwargs: object) -> Any:
         assert self._score is not None, "only installed where the trainer has rewards"
         self._rewards_BF = self._score(*args, **kwargs)
         return self._rewards_BF
@@ -100,7 +101,9 @@ class RolloutRecorder:
         return [{**s, "advantage": a} for s, a in zip(scores, advantages_B, strict=True)]
 
 
-def _note_sequence_gap(trainer: Any, batch: RolloutBatch, output: dict[str, Any]) -> None:
+def _note_sequence_gap(
+    trainer: RolloutTrainer, batch: RolloutBatch, output: dict[str, Any]
+) -> None:
     """RLOO compares whole sequences only: the largest |trainer - sampler| of their logprobs, on any rank."""
     if "old_logps" not in output:
         return

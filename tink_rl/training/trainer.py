@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
+import transformers
 import trl
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
@@ -31,6 +33,7 @@ from tink_rl.training.ratio import RatioWatch
 from tink_rl.training.rollouts import RolloutLog
 from tink_rl.training.run_log import RunLog
 from tink_rl.training.scoring import RolloutRecorder
+from tink_rl.training.trl_names import Accelerator, Arguments, RolloutTrainer, State
 from tink_rl.types import PolicyVersion, ServerStatus
 
 SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
@@ -40,19 +43,23 @@ SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 class _RolloutCallback(PublishCallback):
     """As its parent; also times the steps and keeps TRL from publishing again on its own."""
 
-    def __init__(self, trainer: Any, link: PolicyPublisher, recorder: RolloutRecorder) -> None:
+    _trainer: RolloutTrainer
+
+    def __init__(
+        self, trainer: RolloutTrainer, link: PolicyPublisher, recorder: RolloutRecorder
+    ) -> None:
         super().__init__(trainer, link, trainer.vllm_generation.sync_weights)
         self._recorder, self._ratio = recorder, RatioWatch()
         self._last_step_end = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """See `PublishCallback`."""
         self._recorder.begin_log(state.global_step)
         super().on_train_begin(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         self._last_step_end = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """See `PublishCallback`."""
         _copy_logprob_gap(self._trainer)
         if state.is_world_process_zero:
@@ -63,28 +70,28 @@ class _RolloutCallback(PublishCallback):
         metrics.add(self._trainer._metrics["train"], {"step_seconds": now - self._last_step_end})
         self._last_step_end = now
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """See `PublishCallback`; `load_best_model_at_end` has put other weights there after the last step."""
         self._sync()
         super().on_train_end(args, state, control)
         # The next evaluation compares first: more may be loaded until then.
         self._trainer._last_loaded_step = -1
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Show a few of the last rollouts as a wandb table, where the run reports there."""
         if self._recorder.shown and state.is_world_process_zero:
             live.log_table(args, state, "rollouts", self._recorder.shown)
             self._recorder.shown = []
 
 
-def _copy_logprob_gap(trainer: Any) -> None:
+def _copy_logprob_gap(trainer: RolloutTrainer) -> None:
     found = trainer._metrics["train"].get("sampling/sampling_logp_difference/max")
     for value in found or ():
         metrics.add(trainer._metrics["train"], {"rollout/logprob_gap": value})
 
 
 def attach(
-    trainer: Any,
+    trainer: transformers.Trainer,
     servers: Servers = None,
     *,
     sync: SyncConfig | None = None,
@@ -126,12 +133,12 @@ def attach(
     return link
 
 
-def _releasing_lease(trainer: Any, link: PolicyPublisher) -> Callable[..., Any]:
+def _releasing_lease(trainer: RolloutTrainer, link: PolicyPublisher) -> Callable[..., Any]:
     """`trainer.evaluate`, which outside of training looks at the base first and gives the lease back."""
     evaluate = trainer.evaluate
 
     @wraps(evaluate)
-    def releasing(*args: Any, **kwargs: Any) -> Any:
+    def releasing(*args: object, **kwargs: object) -> Any:
         if link.is_training:
             return evaluate(*args, **kwargs)
         link.expect_other_base()
@@ -144,7 +151,9 @@ def _releasing_lease(trainer: Any, link: PolicyPublisher) -> Callable[..., Any]:
     return releasing
 
 
-def _generation(trainer: Any, link: PolicyPublisher, clients: list[VLLMClient]) -> PolicyGeneration:
+def _generation(
+    trainer: RolloutTrainer, link: PolicyPublisher, clients: list[VLLMClient]
+) -> PolicyGeneration:
     args = trainer.args
     settings = SamplingSettings.of(args)
 
@@ -159,16 +168,16 @@ def _generation(trainer: Any, link: PolicyPublisher, clients: list[VLLMClient]) 
     return _MeasuredGeneration(
         clients,
         settings,
+        trainer,
         current=lambda: link.current,
         sync=sync,
         recover=link.recover,
         pin=link.pin,
         agree=partial(_agree, trainer.accelerator),
-        trainer=trainer,
     )
 
 
-def _agree(accelerator: Any, error: TinkError | None) -> None:
+def _agree(accelerator: Accelerator, error: TinkError | None) -> None:
     """Raise on every rank what any of them could not sample, so that all can leave a checkpoint."""
     if accelerator.num_processes > 1:
         found = gather_object([None if error is None else [error.to_wire(), error.status]])
@@ -183,13 +192,25 @@ def _agree(accelerator: Any, error: TinkError | None) -> None:
 class _MeasuredGeneration(PolicyGeneration):
     """Also appends tokens per second and the sampled version to TRL's metrics."""
 
-    def __init__(self, *args: Any, trainer: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        clients: list[VLLMClient],
+        settings: SamplingSettings,
+        trainer: RolloutTrainer,
+        **needed: Any,
+    ) -> None:
+        super().__init__(clients, settings, **needed)
         self._trainer = trainer
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[Any] | None,
+        num_generations: int,
+        profiler: AbstractContextManager[Any] | None = None,
+    ) -> Any:
         """See `PolicyGeneration.generate`."""
-        rows = super().generate(*args, **kwargs)
+        rows = super().generate(prompts, images, num_generations, profiler)
         found = {
             "rollout/tokens_per_second": self.last_num_tokens / self.last_seconds,
             "rollout/seconds": self.last_seconds,
@@ -227,7 +248,7 @@ class PolicySyncMixin:
         attach(self, servers, sync=sync)
 
 
-def _keep_together(config: Any, model: Any) -> None:
+def _keep_together(config: Arguments, model: object) -> None:
     """Let TRL load bases by name (the policy's, a teacher's) onto this process's GPU alone."""
     if isinstance(model, str) and (placed := one_device(config)):
         config.model_init_kwargs = {**placed, **(config.model_init_kwargs or {})}

@@ -1,0 +1,107 @@
+"""What is read, called and set of TRL's trainers (and of what they are made of), all of it, in one place.
+
+Checked on TRL 1.16.0. `tests/unit/test_trl_contract.py` fails loudly when one of these names moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+TESTED_TRL = "1.16"
+"""The minor release."""
+
+
+class Arguments(Protocol):
+    """Of any Hugging Face trainer."""
+
+    output_dir: str
+    seed: int
+    report_to: list[str]
+    eval_strategy: Any
+    eval_on_start: bool
+    model_init_kwargs: dict[str, Any] | None
+    """TRL's; transformers' own trainer has none."""
+    device: torch.device
+    distributed_state: Any
+    _n_gpu: int
+
+
+class SamplingArguments(Arguments, Protocol):
+    """Of a trainer that samples; beside what `SamplingSettings.of` reads by TRL's names."""
+
+    temperature: float
+    max_completion_length: int
+    generation_kwargs: dict[str, Any] | None
+    use_vllm: bool
+    vllm_mode: str
+    vllm_structured_outputs_regex: str | None
+    vllm_importance_sampling_correction: bool
+    vllm_importance_sampling_mode: str
+
+
+class State(Protocol):
+    """How far a training is."""
+
+    global_step: int
+    max_steps: int
+    is_world_process_zero: bool
+
+
+class Accelerator(Protocol):
+    """The processes of a run."""
+
+    process_index: int
+    num_processes: int
+    is_main_process: bool
+    distributed_type: Any
+    unwrap_model: Callable[..., Any]
+
+
+class Tokenizer(Protocol):
+    """Between ids and text."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> str:
+        """The text of some tokens."""
+
+
+class Trainer(Protocol):
+    """Any Hugging Face trainer with a PEFT model."""
+
+    args: Any
+    state: State
+    model: Any
+    accelerator: Accelerator
+    processing_class: Any
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    log: Callable[..., None]
+    add_callback: Callable[[Any], None]
+    _save_checkpoint: Callable[..., None]
+    policy_link: Any
+    """Ours, once it is connected."""
+
+
+class RolloutTrainer(Trainer, Protocol):
+    """GRPO's, RLOO's and distillation's: they read their rollouts through `vllm_generation`."""
+
+    train_dataset: Any
+    eval_dataset: Any
+    use_vllm: bool
+    vllm_mode: str
+    vllm_generation: Any
+    """Read by TRL for `sync_weights` and `generate` alone; ours, once it is attached."""
+    _last_loaded_step: int
+    """TRL publishes on its own where this is not the step."""
+    _metrics: MutableMapping[str, MutableMapping[str, list[float]]]
+    _tokenize_prompts: Callable[[list[Any]], tuple[list[list[int]], Any]]
+    _generate_and_score_completions: Callable[[Any], dict[str, Any]]
+    _calculate_rewards: Callable[..., torch.Tensor]
+    """GRPO's and RLOO's alone, as what follows: distillation has no rewards."""
+    reward_func_names: Sequence[str]
+    reward_weights: torch.Tensor
+    num_generations: int
+    num_generations_eval: int

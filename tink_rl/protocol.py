@@ -89,15 +89,19 @@ class SegmentSpec:
     num_bytes: NonNegativeInt
     """For a packet, without the head of the segment."""
 
+    def to_json(self) -> bytes:
+        """As it goes on to every worker."""
+        return _SEGMENT.dump_json(self)
+
     @classmethod
-    def from_json(cls, data: Any) -> SegmentSpec:
+    def from_json(cls, data: bytes | str) -> SegmentSpec:
         """Read and check what came over the wire.
 
         Raises:
             BadRequest: a field is missing or not of its form.
         """
         try:
-            return _SEGMENT.validate_python(data, strict=True)
+            return _SEGMENT.validate_json(data, strict=True)
         except ValidationError as error:
             raise malformed("shared memory segment", error) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -103,7 +104,12 @@ def test_what_is_no_sealed_segment_is_refused_at_once(segment, tmp_path, kind):
 )
 def test_malformed_spec_is_refused(data):
     with pytest.raises(BadRequest):
-        SegmentSpec.from_json(data)
+        SegmentSpec.from_json(json.dumps(data))
+
+
+def test_spec_that_was_sent_is_read_back():
+    spec = SegmentSpec(**SPEC)
+    assert SegmentSpec.from_json(spec.to_json()) == spec
 
 
 def test_segment_that_does_not_fit_is_refused_and_leaves_nothing(monkeypatch):

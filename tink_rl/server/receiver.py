@@ -179,7 +179,7 @@ class TinkWorkerExtension:
         return self._tink().channels.state(epoch)
 
     @_answers
-    def tink_attach(self, segment: dict[str, Any]) -> None:
+    def tink_attach(self, segment: bytes) -> None:
         """Show that this worker can map the trainer's shared memory.
 
         Raises:

@@ -64,7 +64,7 @@ class Stages:
             "src": self._state.world_size,
             "timeout_s": request.timeout_s,
             "update_id": request.update_id,
-            "segment": None if request.segment is None else vars(request.segment),
+            "segment": None if request.segment is None else request.segment.to_json(),
         }
         await self.all_or_none(
             staged, self._workers.ask("tink_stage", staged.stage_id, header.to_json(), options)

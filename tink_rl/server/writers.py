@@ -47,7 +47,8 @@ class Writers:
         """
         policy = request.policy
         if request.transport is Transport.SHM:  # before anything changes: can every worker map it?
-            await self._workers.ask("tink_attach", vars(request.segment))
+            assert request.segment is not None, "what was read holds a segment"
+            await self._workers.ask("tink_attach", request.segment.to_json())
         lease, old = self._leases.take(policy, request.writer)
         if old is not None:
             await self._workers.ask("tink_close", old.epoch)

@@ -22,8 +22,8 @@ from recipes.tiny_base import ensure_tiny_base
 from tink_rl import VLLMClient, VLLMServer
 from tink_rl.cli import Heartbeat, show_wait
 from tink_rl.gpus import exact_dtype, has_gpu
-from tink_rl.report import write_report
 from tink_rl.serve_options import ServerOptions
+from tink_rl.tools.report import write_report
 
 _ROOT = Path(__file__).resolve().parents[1]
 _POLICY = "digits"

@@ -13,10 +13,10 @@ import pytest
 
 from tests.browser import measure, screenshot
 from tink_rl.cli import main
-from tink_rl.report import write_report
-from tink_rl.report.figures import BLUE, draw
-from tink_rl.report.page import render
-from tink_rl.report.run import load_run
+from tink_rl.tools.report import write_report
+from tink_rl.tools.report.figures import BLUE, draw
+from tink_rl.tools.report.page import render
+from tink_rl.tools.report.run import load_run
 
 DEMO_RUN = Path(__file__).parent / "demo_run"
 FIGURES = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tink_rl.errors import ConfigError
-from tink_rl.report.findings import find
-from tink_rl.report.run import Run, load_run
+from tink_rl.tools.report.findings import find
+from tink_rl.tools.report.run import Run, load_run
 from tink_rl.training.ratio import RATIO
 
 DEMO_RUN = Path(__file__).parent / "demo_run"

@@ -7,10 +7,10 @@ import torch
 
 from tests.policies import PeftTwin, random_adapter, sync_to
 from tink_rl.cli import main
-from tink_rl.doctor.finding import Level
-from tink_rl.doctor.server import check_server
 from tink_rl.memory_plan import ServePlan, plan_memory, read_shape
 from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.tools.doctor.finding import Level
+from tink_rl.tools.doctor.server import check_server
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
 

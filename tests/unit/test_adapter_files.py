@@ -26,14 +26,14 @@ from tink_rl.adapters import store as store_module
 from tink_rl.adapters.convert import convert
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.cli import main
-from tink_rl.doctor.adapter import check_adapter
-from tink_rl.doctor.finding import Level
-from tink_rl.export import export
 from tink_rl.policy import tensor_file
 from tink_rl.policy.adapter import from_peft_dir
 from tink_rl.policy.patterns import Pattern
 from tink_rl.policy.peft_dir import open_peft_dir
 from tink_rl.policy.shapes import BaseShapes
+from tink_rl.tools.doctor.adapter import check_adapter
+from tink_rl.tools.doctor.finding import Level
+from tink_rl.tools.export import export
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

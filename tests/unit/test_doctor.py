@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.policies import PeftTwin
 from tink_rl.cli import main
-from tink_rl.doctor import environment
-from tink_rl.doctor.adapter import check_adapter
-from tink_rl.doctor.environment import check_cpu, check_import, check_versions
-from tink_rl.doctor.finding import Finding, Level
-from tink_rl.doctor.server import check_server, check_status
-from tink_rl.doctor.trl_sync import check_trl, send
 from tink_rl.policy.support import FEATURES
 from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.tools.doctor import environment
+from tink_rl.tools.doctor.adapter import check_adapter
+from tink_rl.tools.doctor.environment import check_cpu, check_import, check_versions
+from tink_rl.tools.doctor.finding import Finding, Level
+from tink_rl.tools.doctor.server import check_server, check_status
+from tink_rl.tools.doctor.trl_sync import check_trl, send
 from tink_rl.types import PROTOCOL_VERSION, ServerStatus
 
 REQUIREMENTS = [

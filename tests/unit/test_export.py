@@ -16,8 +16,8 @@ from tests.refusals import refused
 from tests.tiny_models import make_model, make_tokenizer
 from tink_rl import errors
 from tink_rl.cli import main
-from tink_rl.export import export, find_adapter
 from tink_rl.policy.adapter import from_peft_dir
+from tink_rl.tools.export import export, find_adapter
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

@@ -26,7 +26,7 @@ FLOORS = [
     {"launch", "training", "adapters"},
     {"sampling"},
     {"vllm_backend"},
-    {"worker", "report", "doctor", "export"},
+    {"worker", "tools"},
     {"cli"},
 ]
 TRAINING = {"policy", "transport", "publish", "server", "training"}

@@ -17,8 +17,8 @@ from tests.cards import GIB, MODELS, card
 from tests.docs.commands import ROOT, blocks
 from tink_rl import gpus, memory_plan, placement, serve_options
 from tink_rl.cli import serve
-from tink_rl.doctor.memory import describe
 from tink_rl.errors import ConfigError
+from tink_rl.tools.doctor.memory import describe
 
 PAGES = Path(__file__).parent / "launches"
 L4, H100 = "NVIDIA L4", "NVIDIA H100 80GB HBM3"

@@ -10,8 +10,6 @@ import pytest
 
 from tests.cards import GIB, MODELS, card
 from tink_rl import gpus
-from tink_rl.doctor.finding import Level
-from tink_rl.doctor.memory import check_memory, judge_cpu, judge_gpus
 from tink_rl.errors import ConfigError
 from tink_rl.memory_plan import (
     ServePlan,
@@ -21,6 +19,8 @@ from tink_rl.memory_plan import (
     shape_of,
     split_gpu,
 )
+from tink_rl.tools.doctor.finding import Level
+from tink_rl.tools.doctor.memory import check_memory, judge_cpu, judge_gpus
 
 GB = 10**9
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from tests.hub_cache import cache_snapshot
 from tests.policies import PeftTwin
 from tests.tiny_models import make_model
-from tink_rl.export import export
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import loaded_from, place_in_hub
 from tink_rl.sampling.server_view import ServerView, served_base
+from tink_rl.tools.export import export
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tink_rl.config import SyncConfig
 
 if TYPE_CHECKING:
-    from tink_rl.doctor.finding import Finding
+    from tink_rl.tools.doctor.finding import Finding
 
 _WIDTH_OF_A_PIPE = 140
 
@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print what was found; 1 if something blocks."""
-    from tink_rl.doctor.finding import Level
+    from tink_rl.tools.doctor.finding import Level
 
     findings = examine(arguments)
     show(findings)
@@ -69,18 +69,18 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def examine(arguments: argparse.Namespace) -> list[Finding]:
     """The findings that the arguments ask for; without any, of the environment."""
-    from tink_rl.doctor.adapter import check_adapter
-    from tink_rl.doctor.environment import check_environment
-    from tink_rl.doctor.memory import check_memory
-    from tink_rl.doctor.server import check_server
     from tink_rl.memory_plan import ServePlan
+    from tink_rl.tools.doctor.adapter import check_adapter
+    from tink_rl.tools.doctor.environment import check_environment
+    from tink_rl.tools.doctor.memory import check_memory
+    from tink_rl.tools.doctor.server import check_server
     from tink_rl.transport.sampling_client import SamplingClient
 
     findings: list[Finding] = []
     status = None
     _resolve(arguments)
     if arguments.trl:
-        from tink_rl.doctor.trl_sync import check_trl
+        from tink_rl.tools.doctor.trl_sync import check_trl
 
         _quiet()
         dtype = None if arguments.dtype == "auto" else arguments.dtype
@@ -135,7 +135,7 @@ def show(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tink_rl.doctor.finding import Level
+    from tink_rl.tools.doctor.finding import Level
 
     marks = {
         Level.OK: Text("✓ ok", "green"),

@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Export, and say what was written."""
-    from tink_rl.export import export
+    from tink_rl.tools.export import export
 
     done = export(
         arguments.source,

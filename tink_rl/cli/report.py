@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Write the report; with `--watch` until the run ends (0) or has no news for too long (1)."""
-    from tink_rl.report import load_run, write_report
+    from tink_rl.tools.report import load_run, write_report
 
     while True:
         page = write_report(arguments.run_dir, arguments.output, refresh_s=arguments.watch)

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.policy.model_dir import local_model_dir
+from tink_rl.tools.doctor.finding import Finding, blocker, bytes_text, note, ok
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from tink_rl import __version__, errors
-from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.loopback import is_local
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.remedies import cure
+from tink_rl.tools.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import PROTOCOL_VERSION, ServerState, ServerStatus
 

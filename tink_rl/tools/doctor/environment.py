@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from tink_rl import __version__, gpus, placement
 from tink_rl.cpu_limit import affinity
-from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 from tink_rl.tokens import default_token_file
+from tink_rl.tools.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 
 _IMPORT_TIMEOUT_S = 180.0
 _PYTHON = (3, 11)

@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from tink_rl.report.run import Run
+from tink_rl.tools.report.run import Run
 from tink_rl.training.ratio import LOWEST_RATIO, RATIO, consequence
 
 _GAP_WARNING = 0.2

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from tink_rl import errors
-from tink_rl.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.policy.adapter import Adapter, check_values, from_peft_dir
 from tink_rl.policy.adapter_folder import find_adapter
 from tink_rl.policy.model_dir import local_model_dir
@@ -25,6 +24,7 @@ from tink_rl.policy.support import (
     unsupported_reasons,
 )
 from tink_rl.settings import LORA_RANKS, slot_for
+from tink_rl.tools.doctor.finding import Finding, blocker, note, ok, warning
 from tink_rl.types import ServerStatus, SyncMode
 
 _WITHOUT = "train without that feature"

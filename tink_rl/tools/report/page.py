@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from tink_rl import __version__
-from tink_rl.report.figures import Figure, missing
-from tink_rl.report.findings import find, first_and_last
-from tink_rl.report.run import Run, Sample
+from tink_rl.tools.report.figures import Figure, missing
+from tink_rl.tools.report.findings import find, first_and_last
+from tink_rl.tools.report.run import Run, Sample
 
 _MAX_VERSIONS = 8
 _MAX_TEXT = 400
@@ -53,7 +53,7 @@ def render(run: Run, figures: list[Figure], *, refresh_s: int = 0, now: float | 
         raise ImportError(
             "jinja2 is not available: the report is a template; pip install 'tink-rl[train]'"
         ) from error
-    source = (files("tink_rl.report") / "page.html.j2").read_text()
+    source = (files("tink_rl.tools.report") / "page.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tink_rl.report.figures import draw
-from tink_rl.report.page import render
-from tink_rl.report.run import Run, load_run
+from tink_rl.tools.report.figures import draw
+from tink_rl.tools.report.page import render
+from tink_rl.tools.report.run import Run, load_run
 
 __all__ = ["Run", "load_run", "write_report"]
 

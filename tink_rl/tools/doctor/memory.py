@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from tink_rl import gpus
-from tink_rl.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 from tink_rl.gpus import Gpu
 from tink_rl.memory_plan import (
     HOST_SHARE,
@@ -18,6 +17,7 @@ from tink_rl.memory_plan import (
     read_shape,
     split_gpu,
 )
+from tink_rl.tools.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 
 _GIB = 2**30
 _AREA = "memory plan"

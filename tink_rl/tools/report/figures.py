@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tink_rl.report.run import Run
+from tink_rl.tools.report.run import Run
 from tink_rl.types import Phase
 
 BLUE, AMBER, GREEN, INK, FAINT = "#2f6fdf", "#e08a1e", "#1f9d74", "#1d2733", "#8a97a6"

@@ -1,4 +1,4 @@
-"""An adapter store, and an adapter to put into it."""
+"""An adapter store and adapters to put into it; a backend over a fake server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 
 from tests.adapters import write_adapter
 from tink_rl.adapters.store import AdapterStore
+from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.vllm_backend import VLLMBackend
 
 
 @pytest.fixture
@@ -29,3 +31,33 @@ def stock_vllm(monkeypatch):
         (names.shm_broadcast, "sched_yield"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.fixture(scope="session")
+def adapters(model_dir, tmp_path_factory):
+    """Three PEFT directories of the tiny base."""
+    from tests.policies import PeftTwin  # loads PEFT, which few of these tests need
+
+    twin, root = PeftTwin(model_dir("qwen3")), tmp_path_factory.mktemp("adapters")
+    for seed in range(3):
+        twin.randomise(seed)
+        twin.model.save_pretrained(root / str(seed))
+    return [root / str(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def make_backend(model_dir, tmp_path):
+    """`make_backend(fake, **settings)`: a backend of the fake server; all of them share one store."""
+    opened = []
+
+    def make_backend(fake, **settings):
+        backend = VLLMBackend(
+            {"tink_store_dir": str(tmp_path / "store"), **settings},
+            client=VLLMClient("http://fake:1", token="t" * 20, transport=fake.transport()),
+        )
+        opened.append(backend)
+        return backend
+
+    yield make_backend
+    for backend in opened:
+        backend.close()

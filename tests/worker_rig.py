@@ -99,6 +99,23 @@ def worker(
             thread.join(10)
 
 
+def admin_header(token: str = ADMIN) -> dict[str, str]:
+    """With the admin token, or another one."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def assert_problem(response: Any, status: int, code: str | None = None) -> dict[str, Any]:
+    """The error that `response` must be, in the one form of all errors."""
+    assert response.status_code == status, response.text
+    assert response.mimetype == "application/json"
+    error = response.json["error"]
+    assert set(response.json) == {"error"} and set(error) == {"code", "message", "request_id"}
+    assert error["request_id"] and "Traceback" not in error["message"]
+    if code is not None:
+        assert error["code"] == code, error
+    return error
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Return once `condition()` holds; fails the test if it does not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s

@@ -17,7 +17,7 @@ from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.types import PROTOCOL_VERSION
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
@@ -45,7 +45,7 @@ def _packet(sync, adapter):
 
 
 def _stage(replica, header, buffer):
-    return replica.stage(Outgoing(header, buffer))
+    return replica.stage(OutgoingPacket(header, buffer))
 
 
 def _rename(adapter, old, new):

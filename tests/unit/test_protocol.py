@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tink_rl import errors, protocol
-from tink_rl.server import endpoints
+from tink_rl.server import routes
 from tink_rl.types import PROTOCOL_VERSION
 
 TOKEN = "t" * 20
@@ -98,7 +98,7 @@ def server():
 @pytest.fixture
 def http(server):
     app = FastAPI()
-    app.include_router(endpoints.router)
+    app.include_router(routes.router)
     app.state.tink_token, app.state.tink = TOKEN, server
     headers = {"authorization": f"Bearer {TOKEN}"}
     return TestClient(app, headers=headers, raise_server_exceptions=False)
@@ -139,7 +139,7 @@ def _check_refused(response, path):
 
 def test_every_route_has_an_example_here():
     assert {route.action for route in protocol.ROUTES} == set(MESSAGES)
-    assert {route.path for route in endpoints.router.routes} == {
+    assert {route.path for route in routes.router.routes} == {
         *(f"/tink/v1/{action}" for action in MESSAGES),
         *("/tink/v1/status", "/tink/v1/layout", "/tink/v1/stage/{stage_id:path}/chunk"),
     }

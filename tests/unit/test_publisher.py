@@ -15,7 +15,7 @@ from tink_rl.publish.packets import PacketTransfer
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.transport.fleet import Fleet
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode, Transport
 
@@ -33,13 +33,13 @@ def sharing():
 
 
 def test_memory_of_a_publish_that_came_to_nothing_is_packed_into_again(sharing):
-    allocate, shelf = sharing._preparation._packer.allocate, sharing.fleet._shelf
+    allocate, pool = sharing._preparation._packer.allocate, sharing.fleet._segments
     buffer = allocate(1000)
     assert {allocate(size).data_ptr() for size in (1000, 500, 1000)} == {buffer.data_ptr()}
     sharing._preparation._packer.reuse(None)  # a version is in it now
     other = allocate(1000)
-    assert other.data_ptr() != buffer.data_ptr() and len(shelf._segments) == 2
-    assert shelf.holding(buffer) is not None
+    assert other.data_ptr() != buffer.data_ptr() and len(pool._segments) == 2
+    assert pool.holding(buffer) is not None
 
 
 def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monkeypatch):
@@ -50,7 +50,7 @@ def test_broken_weights_are_named_whatever_else_ends_their_publish(sharing, monk
     for value, error in ((0.5, errors.PublishFailed), (float("nan"), errors.NonFiniteWeights)):
         tensors = {"m.lora_A.weight": torch.full((1, 16), value)}
         settings = {"mode": SyncMode.ADAPTER, "base_fingerprint": "", "rank": 1}
-        outgoing = Outgoing(*packet.pack(tensors, **settings))
+        outgoing = OutgoingPacket(*packet.pack(tensors, **settings))
         with pytest.raises(error):  # only what is not broken is a checkpoint to resume from
             sharing._deliver(PacketTransfer(sharing.fleet, outgoing), Stopwatch())
 
@@ -61,9 +61,9 @@ def test_memory_of_a_full_update_is_given_back_at_its_end(sharing):
         update = FullUpdate(sharing.fleet, bucket_bytes=1000, **settings)
         update._memory = sharing.fleet.allocate_buffer(1000)
         update._allocate(2000)
-        assert len(sharing.fleet._shelf._segments) == 1
+        assert len(sharing.fleet._segments._segments) == 1
         update.abort("enough")
-        assert sharing.fleet._shelf._segments == []
+        assert sharing.fleet._segments._segments == []
 
 
 def test_memory_that_cannot_be_shared_gives_way_to_gloo_or_is_an_error(sharing, monkeypatch):

@@ -17,7 +17,7 @@ from tink_rl.errors import BadRequest, ChannelLost, SegmentUnreachable
 from tink_rl.protocol import SegmentSpec
 from tink_rl.server import inbox
 from tink_rl.transport import shared_memory
-from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, Shelf
+from tink_rl.transport.shared_memory import MAX_SEGMENTS, Segment, SegmentPool
 
 SPEC = {"pid": 1, "handle": 3, "nonce": "0" * 64, "num_bytes": 1}
 
@@ -159,14 +159,16 @@ def test_copy_of_what_nobody_packs_ends_at_its_deadline(segment):
         next(inbox._copied(segment, 0.05, torch.empty(1000, dtype=torch.uint8)))
 
 
-def test_shelf_finds_the_segment_that_a_packet_was_packed_into():
-    shelf = Shelf()
-    first, second = shelf.new(128), shelf.new(128)
-    assert shelf.holding(second[:64]).buffer is second and shelf.holding(first).buffer is first
-    assert shelf.holding(torch.empty(128, dtype=torch.uint8)) is None
+def test_pool_finds_the_segment_that_a_packet_was_packed_into():
+    pool = SegmentPool()
+    first, second = pool.new(128), pool.new(128)
+    assert pool.holding(second[:64]).buffer is second and pool.holding(first).buffer is first
+    assert pool.holding(torch.empty(128, dtype=torch.uint8)) is None
 
 
-def test_shelf_holds_a_few_segments_only():
-    shelf = Shelf()
-    rooms = [shelf.new(64) for _ in range(MAX_SEGMENTS + 1)]
-    assert [shelf.holding(room) is not None for room in rooms] == [False] + [True] * MAX_SEGMENTS
+def test_pool_holds_a_few_segments_only():
+    pool = SegmentPool()
+    buffers = [pool.new(64) for _ in range(MAX_SEGMENTS + 1)]
+    assert [pool.holding(buffer) is not None for buffer in buffers] == [False] + [
+        True
+    ] * MAX_SEGMENTS

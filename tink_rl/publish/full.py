@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tink_rl.config import SyncConfig
     from tink_rl.publish.base import TrainedBase
     from tink_rl.transport.fleet import Fleet
-    from tink_rl.transport.outgoing import Outgoing
+    from tink_rl.transport.outgoing import OutgoingPacket
 
 
 class FullPath:
@@ -64,7 +64,7 @@ class FullTransfer:
         version: int,
         dtype: str,
         expected: str | None = None,
-        packed: Outgoing | None = None,
+        packed: OutgoingPacket | None = None,
         live_digest: str | None = None,
         holding: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tink_rl import errors
 from tink_rl.policy import packet
 from tink_rl.protocol import CommitAnswer
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.types import SyncMode
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class FullUpdate:
         )
         self._bucket, self._filled = {}, 0
         header = header.named(self._policy, self.version, 0)
-        outgoing = Outgoing(header, buffer)
+        outgoing = OutgoingPacket(header, buffer)
         self._fleet.each(lambda replica: replica.send_bucket(self._ids[replica.url], outgoing))
         self._chain.add(outgoing.digest())
         self.num_bytes += buffer.numel()

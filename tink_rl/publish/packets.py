@@ -10,7 +10,7 @@ from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter
 from tink_rl.protocol import CommitAnswer
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.types import SyncMode
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class Packer:
         """Pack into `buffer` from now on, which holds no version any more; what was given is kept."""
         self._spare = buffer
 
-    def pack(self, header: packet.PacketHeader, adapter: Adapter) -> Outgoing:
+    def pack(self, header: packet.PacketHeader, adapter: Adapter) -> OutgoingPacket:
         """The adapter as a packet; its header may be on its way already (a full update has its own)."""
-        outgoing = Outgoing(header, self.allocate(header.num_bytes))
+        outgoing = OutgoingPacket(header, self.allocate(header.num_bytes))
         try:
             progress = None if header.mode is SyncMode.FULL else self._fleet.announce(outgoing)
             packet.fill(header, outgoing.buffer, adapter.tensors, progress)
@@ -49,7 +49,7 @@ class Packer:
         return outgoing
 
 
-def holds(packed: Outgoing | None, header: packet.PacketHeader, adapter: Adapter) -> bool:
+def holds(packed: OutgoingPacket | None, header: packet.PacketHeader, adapter: Adapter) -> bool:
     """Whether `adapter`, whose layout is `header`, is bit for bit what was packed."""
     if packed is None or not packed.header.same_weights(header):
         return False
@@ -63,7 +63,7 @@ def holds(packed: Outgoing | None, header: packet.PacketHeader, adapter: Adapter
 class PacketTransfer:
     """One packet on its way to all replicas."""
 
-    def __init__(self, fleet: Fleet, outgoing: Outgoing) -> None:
+    def __init__(self, fleet: Fleet, outgoing: OutgoingPacket) -> None:
         """Store; `stage` speaks to the servers."""
         self._fleet = fleet
         self.packed = outgoing
@@ -124,4 +124,4 @@ class PacketTransfer:
     def again(self) -> PacketTransfer:
         """The same bytes under the same number, for a replica that lost them."""
         header = replace(self.packed.header, digest=self.digest)
-        return PacketTransfer(self._fleet, Outgoing(header, self.packed.buffer))
+        return PacketTransfer(self._fleet, OutgoingPacket(header, self.packed.buffer))

@@ -14,7 +14,7 @@ from tink_rl.errors import TinkError
 from tink_rl.policy import packet
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.replica import Replica
 from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
@@ -105,7 +105,7 @@ class PluginLoader:
         replica = self._replica(name)
         try:
             replica.ensure_channel()
-            stage_id = replica.stage(Outgoing(header, buffer))
+            stage_id = replica.stage(OutgoingPacket(header, buffer))
             held = replica.commit(stage_id).digest
         finally:
             replica.close()

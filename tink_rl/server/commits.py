@@ -14,10 +14,10 @@ from tink_rl import errors
 from tink_rl.errors import TinkError
 from tink_rl.protocol import CommitAnswer, CommitRequest, DropRequest, Empty
 from tink_rl.server.caches import forget_caches
-from tink_rl.server.host_store import SCHEME
+from tink_rl.server.rpc import check_alike
+from tink_rl.server.staged_adapters import SCHEME
 from tink_rl.server.stages import Staged, Stages
 from tink_rl.server.state import Served, ServedState
-from tink_rl.server.workers import check_alike
 from tink_rl.types import OnRunning, PolicyVersion, ServerState, SyncMode
 
 
@@ -76,7 +76,7 @@ class Commits:
             held_s: float = await self._stages.all_or_none(staged, work)
             for name in request.retire:
                 self._state.retire_slot(name)
-        self._stages.took(staged)
+        self._stages.pop(staged)
         full = next((v.name for v in self._state.served.values() if v.mode is SyncMode.FULL), None)
         digest = self._state.served[staged.name].digest
         return CommitAnswer(held_seconds=held_s, digest=digest, full=full)

@@ -69,7 +69,7 @@ def _wait_asleep() -> None:
 
 
 def _with_tink_paths(base: Any) -> Any:
-    from tink_rl.server import host_store
+    from tink_rl.server import staged_adapters
 
     class TinkLoRAManager(base):
         """vLLM's manager; only where the tensors of a `tink://` path come from differs, and the head."""
@@ -82,7 +82,7 @@ def _with_tink_paths(base: Any) -> Any:
             return found
 
         def _load_adapter(self, lora_request: Any) -> Any:
-            if not lora_request.lora_path.startswith(host_store.SCHEME):
+            if not lora_request.lora_path.startswith(staged_adapters.SCHEME):
                 return super()._load_adapter(lora_request)
             return _load_staged(self, lora_request)
 
@@ -112,10 +112,10 @@ def _leave_head_alone(manager: Any) -> None:
 
 def _load_staged(manager: Any, lora_request: Any) -> Any:
     """The `LoRAModel` of a staged adapter, validated by vLLM as if it came from a directory."""
-    from tink_rl.server import host_store
+    from tink_rl.server import staged_adapters
     from tink_rl.server.vllm_names import LoRAAdapterNotFoundError, LoRAModel, PEFTHelper
 
-    staged = host_store.get(lora_request.lora_path)
+    staged = staged_adapters.get(lora_request.lora_path)
     if staged is None:
         raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
     rank = staged.header.rank

@@ -27,7 +27,7 @@ from tink_rl.errors import (
 from tink_rl.policy import packet
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.protocol import SegmentSpec
-from tink_rl.server import amx, full_logprobs, host_store, modules
+from tink_rl.server import amx, full_logprobs, modules, staged_adapters
 from tink_rl.server.channels import Channels
 from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
@@ -272,9 +272,9 @@ class TinkWorkerExtension:
         worker: Any = self
         inbox = self._tink().inbox
         stage = inbox.get(stage_id)
-        host_store.put(
+        staged_adapters.put(
             path,
-            host_store.StagedAdapter(
+            staged_adapters.StagedAdapter(
                 header=stage.header, tensors=stage.tensors, buffer=stage.buffer
             ),
         )
@@ -422,7 +422,7 @@ class TinkWorkerExtension:
     def tink_release(self, path: str, lora_id: int) -> None:
         """Forget an adapter that no request can name any more, in vLLM's cache and in ours."""
         worker: Any = self
-        released = host_store.pop(path)
+        released = staged_adapters.pop(path)
         worker.remove_lora(lora_id)
         if released is not None:  # and nobody reads its bytes any more
             self._tink().inbox.give_back(released.buffer)

@@ -159,7 +159,7 @@ class Stages:
         await self.check(staged, request.digest, request.timeout_s)
         if staged.update is not None:
             await self.all_or_none(staged, self._updates.write(staged.update, staged.stage_id))
-            self.took(staged)
+            self.pop(staged)
         return StageAnswer(stage_id=staged.stage_id)
 
     async def discard(self, request: DiscardRequest) -> Empty:
@@ -184,6 +184,6 @@ class Stages:
         for staged in [s for s in self._stages.values() if s.header.policy == policy]:
             await self._forget(staged)
 
-    def took(self, staged: Staged) -> None:
+    def pop(self, staged: Staged) -> None:
         """The workers have made use of it."""
         self._stages.pop(staged.stage_id, None)

@@ -19,7 +19,7 @@ from tink_rl.server.caches import forget_caches
 from tink_rl.server.gate import Gate
 from tink_rl.server.leases import Leases
 from tink_rl.server.numbers import Numbers
-from tink_rl.server.workers import Workers
+from tink_rl.server.rpc import Workers
 from tink_rl.types import (
     PROTOCOL_VERSION,
     OnRunning,

@@ -29,8 +29,8 @@ from tink_rl.protocol import (
     LayoutAnswer,
 )
 from tink_rl.server.caches import forget_caches
+from tink_rl.server.rpc import check_alike
 from tink_rl.server.state import ServedState
-from tink_rl.server.workers import check_alike
 from tink_rl.types import PolicyVersion, SyncMode
 
 if TYPE_CHECKING:

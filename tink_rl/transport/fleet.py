@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
-from tink_rl.transport.outgoing import Outgoing
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.replica import Replica
-from tink_rl.transport.shared_memory import Shelf
+from tink_rl.transport.shared_memory import SegmentPool
 from tink_rl.types import ServerStatus
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ class Fleet:
         if not replicas:
             raise errors.ConfigError("no vLLM server was given; set SyncConfig(servers=(URL,))")
         self.replicas = list(replicas)
-        self._shelf = Shelf()
+        self._segments = SegmentPool()
         for replica in self.replicas:
-            replica.shelf = self._shelf
+            replica.segments = self._segments
         self._pool: ThreadPoolExecutor | None = None
 
     def each(self, work: Callable[[Replica], T]) -> list[T]:
@@ -63,38 +63,38 @@ class Fleet:
         import torch
 
         sharing = [replica for replica in self.replicas if replica.shares_memory]
-        serves = spare is not None and (not sharing or self._shelf.holding(spare) is not None)
+        serves = spare is not None and (not sharing or self._segments.holding(spare) is not None)
         if spare is not None and serves and spare.numel() >= num_bytes:
             return spare
         try:
             if sharing:
-                return self._shelf.new(num_bytes)
+                return self._segments.new(num_bytes)
         except errors.SegmentUnreachable as error:
             for replica in sharing:
                 replica.do_without_shared_memory(error)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def announce(self, outgoing: Outgoing) -> Callable[[int], None] | None:
+    def announce(self, outgoing: OutgoingPacket) -> Callable[[int], None] | None:
         """Send the header of a packet that is still to be packed, where nobody waits for another replica.
 
         Returns:
             To be called with the number of bytes that are packed; None: nothing was announced.
         """
-        segment = self._shelf.holding(outgoing.buffer)
+        segment = self._segments.holding(outgoing.buffer)
         if segment is None or len(self.replicas) > 1 or not self.replicas[0].shares_memory:
             return None
         segment.fill(0)
         self.replicas[0].announce(outgoing)
         return segment.fill
 
-    def withdraw(self, outgoing: Outgoing) -> None:
+    def withdraw(self, outgoing: OutgoingPacket) -> None:
         """Let the servers forget what was announced and is not sent; never raises."""
         for replica in self.replicas:
             replica.withdraw(outgoing)
 
     def free_buffer(self, buffer: torch.Tensor) -> None:
         """Let go of memory that `allocate_buffer` gave and that nobody packs into again."""
-        self._shelf.drop(buffer)
+        self._segments.drop(buffer)
 
     def statuses(self) -> list[ServerStatus]:
         """Status of every replica; raises if one is NOT READY only when it is published to."""

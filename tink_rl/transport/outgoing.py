@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Outgoing:
+class OutgoingPacket:
     """One packet: header, bytes, and a digest that is computed once, in a thread.
 
     A header that is sealed already has its digest.

@@ -33,9 +33,9 @@ from tink_rl.protocol import (
     StageRequest,
 )
 from tink_rl.transport.connection import Connection
-from tink_rl.transport.outgoing import Outgoing, in_thread
+from tink_rl.transport.outgoing import OutgoingPacket, in_thread
 from tink_rl.transport.sampling_client import SamplingClient
-from tink_rl.transport.shared_memory import Segment, Shelf
+from tink_rl.transport.shared_memory import Segment, SegmentPool
 from tink_rl.types import Transport
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ class Replica(Connection):
 
     def __init__(self, client: SamplingClient, config: SyncConfig, *, writer: str) -> None:
         super().__init__(client, config, writer=writer)
-        self.shelf = Shelf()
+        self.segments = SegmentPool()
         """Shared memory that packets are packed into; a fleet's replicas have one."""
-        self._announced: tuple[Outgoing, Future[str]] | None = None
+        self._announced: tuple[OutgoingPacket, Future[str]] | None = None
         """A packet whose header was sent before its bytes were packed, and its stage's id."""
 
     # -- one packet -------------------------------------------------------------------------------
 
-    def stage(self, outgoing: Outgoing) -> str:
+    def stage(self, outgoing: OutgoingPacket) -> str:
         """Send header, bytes and digest; the stage's id once every worker has checked them.
 
         Raises:
@@ -66,7 +66,7 @@ class Replica(Connection):
         self._check(stage_id, outgoing.digest(), self._config.stage_timeout_s)
         return stage_id
 
-    def send(self, outgoing: Outgoing, update_id: str | None = None) -> str:
+    def send(self, outgoing: OutgoingPacket, update_id: str | None = None) -> str:
         """Send header, unless it was announced, and bytes; the stage's id.
 
         They are checked when the digest follows.
@@ -89,34 +89,34 @@ class Replica(Connection):
             self._broadcast(stage_id, buffer, self._config.stage_timeout_s)
         return stage_id
 
-    def announce(self, outgoing: Outgoing) -> None:
-        """Send the header of a packet that is still to be packed into `shelf`'s memory.
+    def announce(self, outgoing: OutgoingPacket) -> None:
+        """Send the header of a packet that is still to be packed into memory of `segments`.
 
         A server takes milliseconds to read a header, as packing and hashing take here: on one machine they
         go on at the same time, and workers copy as the memory is filled. Returns when the header was
         written, or could not be: a thread that packs leaves no other one the turn. What is wrong with the
         header is raised by `send`.
         """
-        segment, sent = self.shelf.holding(outgoing.buffer), threading.Event()
+        segment, sent = self.segments.holding(outgoing.buffer), threading.Event()
         stage_id = in_thread(lambda: self._send_header(outgoing, segment, None, sent.set))
         stage_id.add_done_callback(lambda _: sent.set())
         self._announced = (outgoing, stage_id)
         sent.wait()
 
-    def withdraw(self, outgoing: Outgoing) -> None:
+    def withdraw(self, outgoing: OutgoingPacket) -> None:
         """Let the server forget `outgoing`, if it was announced and not sent; never raises."""
         announced, self._announced = self._announced, None
         if announced is None or announced[0] is not outgoing:
             return
         with contextlib.suppress(Exception):  # what ended the packing is to be heard
             self.discard(announced[1].result())
-            segment = self.shelf.holding(outgoing.buffer)
+            segment = self.segments.holding(outgoing.buffer)
             if segment is not None:
                 segment.fill(outgoing.buffer.numel())  # workers wait for it
 
     def _send_header(
         self,
-        outgoing: Outgoing,
+        outgoing: OutgoingPacket,
         segment: Segment | None,
         update_id: str | None,
         when_sent: Callable[[], Any] | None = None,
@@ -143,7 +143,7 @@ class Replica(Connection):
         Raises:
             SegmentUnreachable: there is no memory for it; gloo is taken from now on (`auto`).
         """
-        packed_in = self.shelf.holding(buffer)
+        packed_in = self.segments.holding(buffer)
         if packed_in is not None:
             packed_in.fill(buffer.numel())
             return packed_in
@@ -258,7 +258,7 @@ class Replica(Connection):
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
         return self._control(BEGIN, request, timeout_s).update_id
 
-    def send_bucket(self, update_id: str, outgoing: Outgoing) -> None:
+    def send_bucket(self, update_id: str, outgoing: OutgoingPacket) -> None:
         """Send one bucket of a full update; returns once it is checked and written.
 
         Raises:

@@ -124,7 +124,7 @@ class Segment:
             os.close(handle)
 
 
-class Shelf:
+class SegmentPool:
     """The segments that one publisher packs into: two versions in turn, so a few."""
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ from tink_rl.errors import NonFiniteWeights, UnsupportedAdapter
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.policy.packet import PacketHeader, unpack
 from tink_rl.policy.peft_dir import open_peft_dir
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.shapes import BaseShapes
 from tink_rl.policy.sharded import Sharding, read_whole, reshard, sharding_of, write_whole
 from tink_rl.policy.support import changes_base, check_supported, model_facts, needs
@@ -136,7 +137,7 @@ class AdapterCollector:
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         adapter_name: str | None = None,
         *,
         base: Mapping[str, CheckpointTensor] | None = None,
@@ -264,7 +265,7 @@ class AdapterCollector:
 
 
 def from_peft_model(
-    model: Any, adapter_name: str | None = None, dtype: torch.dtype = torch.float32
+    model: PeftModel, adapter_name: str | None = None, dtype: torch.dtype = torch.float32
 ) -> Adapter:
     """The adapter of a live PEFT model; see `AdapterCollector`."""
     return AdapterCollector(model, adapter_name).collect(dtype)
@@ -306,7 +307,7 @@ def _base_changes(
     return found
 
 
-def active_adapter(model: Any) -> str:
+def active_adapter(model: PeftModel) -> str:
     """Name of the one active adapter.
 
     Raises:
@@ -320,7 +321,7 @@ def active_adapter(model: Any) -> str:
     return str(active[0])
 
 
-def _find_modules(model: Any, adapter: str) -> Iterator[_Module]:
+def _find_modules(model: PeftModel, adapter: str) -> Iterator[_Module]:
     for name, layer in model.named_modules():
         if adapter in (getattr(layer, "lora_embedding_A", None) or {}):
             raise UnsupportedAdapter(

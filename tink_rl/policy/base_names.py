@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tink_rl.policy.fingerprint import CheckpointTensor
+from tink_rl.policy.peft_names import BaseModel
 
 Shape = tuple[int, ...]
 
@@ -33,7 +34,7 @@ class Pair:
     begin: int | None
     """First element in the flat live tensor; None where they do not lie in one piece."""
 
-    def assembled(self, base: Any, wholes: list[torch.Tensor]) -> torch.Tensor:
+    def assembled(self, base: BaseModel, wholes: list[torch.Tensor]) -> torch.Tensor:
         """The live side out of its whole tensors: what the checkpoint's tensor has to equal."""
         if self.live == (self.stored,):
             return wholes[0]
@@ -52,7 +53,7 @@ class _KeepViews(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _revert(base: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _revert(base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     found: dict[str, torch.Tensor] = revert_weight_conversion(base, dict(tensors))
@@ -60,7 +61,7 @@ def _revert(base: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def match_names(
-    base: Any,
+    base: BaseModel,
     live: Mapping[str, Shape],
     index: Mapping[str, CheckpointTensor],
 ) -> list[Pair]:
@@ -92,7 +93,7 @@ def _fits(part: Pair, index: Mapping[str, CheckpointTensor]) -> bool:
     return part.shape == tuple(index[part.stored].shape)
 
 
-def _parts_of(base: Any, name: str, shape: Shape) -> list[Pair]:
+def _parts_of(base: BaseModel, name: str, shape: Shape) -> list[Pair]:
     """What comes of one live tensor, in the checkpoint's names; empty where transformers knows none."""
     meta = torch.empty(shape, device="meta")
     with _KeepViews():
@@ -111,7 +112,7 @@ def _begin(whole: torch.Tensor, part: torch.Tensor) -> int | None:
     return int(part.storage_offset()) if is_view and part.is_contiguous() else None
 
 
-def _together(base: Any, names: list[str], live: Mapping[str, Shape]) -> Iterator[Pair]:
+def _together(base: BaseModel, names: list[str], live: Mapping[str, Shape]) -> Iterator[Pair]:
     """Pairs of live tensors that the checkpoint holds as one (or that changed their shape)."""
     found = _revert(base, {name: torch.empty(live[name], device="meta") for name in names})
     for stored, part in found.items():

@@ -7,7 +7,7 @@ Both kinds of collector do the same four things for a trainer: `collect`, `rando
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from tink_rl.errors import UnsupportedAdapter
 from tink_rl.policy.adapter import AdapterCollector, BaseChangeIsNotLowRank, active_adapter
 from tink_rl.policy.fingerprint import checkpoint_index
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.sharded import Sharding, sharding_of
 from tink_rl.policy.support import WHOLE, Needs, changes_base, model_facts, needs
 from tink_rl.types import SyncMode
@@ -27,8 +28,8 @@ from tink_rl.types import SyncMode
 class LiveModel:
     """A PEFT model whose tensors are taken, merged one module at a time, when they are sent."""
 
-    model: Any
-    trained: dict[str, torch.Tensor]
+    model: PeftModel
+    trained: Mapping[str, torch.Tensor]
     """Everything that a publish can differ by: adapter and trained parameters, live."""
     changed: Callable[[], AbstractContextManager[None]] = nullcontext
     """The model holds what is to be published inside this block."""
@@ -53,7 +54,7 @@ class LiveModel:
 class WholeCollector:
     """Takes whole tensors from one live PEFT model, again and again (`full` mode)."""
 
-    def __init__(self, model: Any, name: str, needed: Needs) -> None:
+    def __init__(self, model: PeftModel, name: str, needed: Needs) -> None:
         """Find what training changes.
 
         Raises:
@@ -135,7 +136,7 @@ Collector = AdapterCollector | WholeCollector
 
 
 def collector_for(
-    model: Any, base_model: str | Path | None = None, adapter_name: str | None = None
+    model: PeftModel, base_model: str | Path | None = None, adapter_name: str | None = None
 ) -> Collector:
     """The collector that `model` needs.
 

@@ -22,6 +22,7 @@ from tink_rl.errors import BaseMismatch
 from tink_rl.policy.base_names import Pair, match_names
 from tink_rl.policy.fingerprint import CheckpointTensor, MappedCheckpoint
 from tink_rl.policy.packed_base import is_packed, packed_difference
+from tink_rl.policy.peft_names import BaseModel
 from tink_rl.policy.sharded import own_part, read_whole, whole_shape
 
 logger = logging.getLogger("tink_rl")
@@ -64,7 +65,7 @@ class Comparison:
 
 
 def compare_base(
-    base: Any,
+    base: BaseModel,
     index: Mapping[str, CheckpointTensor],
     *,
     where: str,
@@ -143,7 +144,7 @@ def unwrapped_modules(
         yield from unwrapped_modules(child, below, keep_adapted=keep_adapted)
 
 
-def base_tensors(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def base_tensors(base: BaseModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of a base, by their names without wrappers."""
     for path, module in unwrapped_modules(base):
         skipped = module._non_persistent_buffers_set
@@ -168,7 +169,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _without_partner(
-    base: Any,
+    base: BaseModel,
     live: Mapping[str, torch.Tensor],
     index: Mapping[str, CheckpointTensor],
     pairs: Collection[Pair],
@@ -196,7 +197,9 @@ def _without_partner(
         yield Difference(name=name, what="is in the checkpoint only")
 
 
-def _is_unused(base: Any, name: str, matched: Collection[str], saved_as: Collection[str]) -> bool:
+def _is_unused(
+    base: BaseModel, name: str, matched: Collection[str], saved_as: Collection[str]
+) -> bool:
     """Whether a tensor of the checkpoint means nothing to this model, as transformers sees it too."""
     patterns = set(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(re.search(pattern, name) for pattern in patterns | {r"rotary_emb\.inv_freq"}):
@@ -248,7 +251,7 @@ def _compare(
 class _Parts:
     """What this rank holds of the live base."""
 
-    def __init__(self, base: Any, live: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, base: BaseModel, live: Mapping[str, torch.Tensor]) -> None:
         self._base, self._live = base, live
         self._last: tuple[tuple[str, ...], list[torch.Tensor]] = ((), [])
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from tink_rl.errors import UnsupportedAdapter
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.policy.live_base import base_tensors, compare_base, unwrapped_modules
 from tink_rl.policy.live_settings import check_settings
 from tink_rl.policy.model_dir import local_model_dir
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.sharded import reshard
 from tink_rl.policy.support import changes_base
 from tink_rl.policy.vocabulary import check_vocabulary
 
 
 def check_live_base(
-    model: Any, base_model: str, *, travels: Collection[str] = (), tokenizer: Any = None
+    model: PeftModel, base_model: str, *, travels: Collection[str] = (), tokenizer: object = None
 ) -> None:
     """Raise unless the base under the adapter of `model` is the checkpoint `base_model`.
 
@@ -49,7 +49,7 @@ def check_live_base(
         check_vocabulary(tokenizer, directory, text.vocab_size)
 
 
-def changed_weights(model: Any) -> set[str]:
+def changed_weights(model: PeftModel) -> set[str]:
     """Weights of the base that an initialisation of the adapter wrote to (PiSSA, OLoRA, LoftQ, ...)."""
     changing = {name for name, c in model.peft_config.items() if changes_base(c.to_dict())}
     if not changing:
@@ -61,7 +61,7 @@ def changed_weights(model: Any) -> set[str]:
     }
 
 
-def check_frozen(model: Any) -> None:
+def check_frozen(model: PeftModel) -> None:
     """Raise if training changes the base beside an adapter that travels alone.
 
     Raises:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tink_rl.errors import BaseMismatch
 from tink_rl.policy.live_base import unwrapped_modules
+from tink_rl.policy.peft_names import BaseModel
 
 logger = logging.getLogger("tink_rl")
 _NO_MATTER = re.compile(
@@ -32,7 +33,7 @@ _SAME = 1e-6
 """Relative; a config is written in decimals."""
 
 
-def check_settings(base: Any, saved: Any, *, where: str) -> None:
+def check_settings(base: BaseModel, saved: Any, *, where: str) -> None:
     """Raise unless `base` computes by the config `saved` of the checkpoint `where`.
 
     Raises:
@@ -50,7 +51,7 @@ def check_settings(base: Any, saved: Any, *, where: str) -> None:
         )
 
 
-def _differences(base: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differences(base: BaseModel, saved: Any) -> Iterator[tuple[str, Any, Any]]:
     ours, theirs = (c.get_text_config().to_dict() for c in (base.config, saved))
     yield from _of_config(ours, theirs, "config")
     yield from _of_modules(base, saved)
@@ -80,7 +81,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def _of_modules(base: Any, saved: Any) -> Iterator[tuple[str, Any, Any]]:
+def _of_modules(base: BaseModel, saved: Any) -> Iterator[tuple[str, Any, Any]]:
     """Numbers of modules (eps, scaling, ...) and the tables that they computed (rotary frequencies)."""
     _, base = next(unwrapped_modules(base))
     try:
@@ -112,7 +113,9 @@ class _WeightsWithoutData(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _of_numbers(name: str, module: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+def _of_numbers(
+    name: str, module: torch.nn.Module, other: torch.nn.Module
+) -> Iterator[tuple[str, Any, Any]]:
     numbers = (int, float, bool)
     if "Dropout" in type(other).__name__:
         return
@@ -123,13 +126,15 @@ def _of_numbers(name: str, module: Any, other: Any) -> Iterator[tuple[str, Any, 
             yield f"{name}.{key}", mine, wanted
 
 
-def _plain_class(base: Any) -> Any:
+def _plain_class(base: BaseModel) -> Any:
     """The class of the model: fully_shard puts one of its own in front."""
     kind = type(base)
     return kind.__mro__[2] if kind.__name__.startswith("FSDP") else kind
 
 
-def _of_tables(name: str, module: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+def _of_tables(
+    name: str, module: torch.nn.Module, other: torch.nn.Module
+) -> Iterator[tuple[str, Any, Any]]:
     """Buffers that are in no checkpoint because the config says them."""
     # With these, a long sequence may have stretched the table already; the original one stays.
     stretched = any(

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tink_rl.errors import AdapterFilesInvalid, AdapterPathMissing, ConfigError, PathNotAllowed
 
@@ -203,7 +203,7 @@ def open_source(source: str | Path, roots: Sequence[Path] | None) -> Iterator[So
         directory.close()
 
 
-def _checked_words(source: Any) -> str:
+def _checked_words(source: object) -> str:
     if not isinstance(source, (str, Path)):
         raise PathNotAllowed(f"a LoRA path is a string, got {type(source).__name__}")
     text = str(source)

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 
 
-class PeftModel(Protocol):
+class BaseModel(Protocol):
+    """A transformers model, as PEFT wraps it."""
+
+    config: Any
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """See `torch.nn.Module`, as all that follows."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[Any]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]: ...
+
+
+class PeftModel(BaseModel, Protocol):
     """A `peft.PeftModel`, without importing peft."""
 
     training: bool
-    config: Any
     peft_config: Mapping[str, Any]
 
     @property
@@ -26,17 +40,13 @@ class PeftModel(Protocol):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """The base alone, inside the block."""
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """See `torch.nn.Module`, as all that follows."""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-
-    def modules(self) -> Iterator[torch.nn.Module]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]: ...
-
     def train(self, mode: bool = ...) -> Any: ...
 
     def eval(self) -> Any: ...
 
     def __call__(self, *, input_ids: torch.Tensor) -> Any: ...
+
+
+def is_peft_model(source: object) -> TypeGuard[PeftModel]:
+    """Whether `source` is one."""
+    return hasattr(source, "get_base_model")

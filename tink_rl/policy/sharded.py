@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tink_rl.errors import ConfigError
+from tink_rl.policy.peft_names import BaseModel
 
 
 class Sharding(StrEnum):
@@ -34,7 +35,7 @@ def sharding_of(parameter: torch.Tensor) -> Sharding:
     return Sharding.DTENSOR if hasattr(parameter, "full_tensor") else Sharding.WHOLE
 
 
-def refuse_flat_parameters(model: Any) -> None:
+def refuse_flat_parameters(model: BaseModel) -> None:
     """Raise if FSDP1 wraps `model`: it hides the adapter in flat parameters.
 
     Raises:
@@ -47,7 +48,7 @@ def refuse_flat_parameters(model: Any) -> None:
         )
 
 
-def reshard(model: Any) -> None:
+def reshard(model: BaseModel) -> None:
     """Let every FSDP2 module hold its shards again: after a forward the root keeps whole tensors."""
     if not hasattr(model, "reshard"):
         return  # accelerate makes the root a unit too

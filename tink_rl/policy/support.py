@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tink_rl.errors import UnsupportedAdapter
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.types import SyncMode
 
 ALL = (SyncMode.ADAPTER, SyncMode.MERGED, SyncMode.FULL)
@@ -201,7 +202,7 @@ def needs(facts: Mapping[str, Any]) -> Needs:
     )
 
 
-def model_facts(model: Any, adapter_name: str) -> dict[str, Any]:
+def model_facts(model: PeftModel, adapter_name: str) -> dict[str, Any]:
     """The facts of a live PEFT model: its adapter's config, and what the adapter sits on."""
     facts: dict[str, Any] = model.peft_config[adapter_name].to_dict()
     targets = {

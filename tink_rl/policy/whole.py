@@ -17,6 +17,7 @@ import torch
 from tink_rl.errors import UnknownModules, UnsupportedAdapter
 from tink_rl.policy.adapter import Adapter
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
+from tink_rl.policy.peft_names import BaseModel, PeftModel, is_peft_model
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 Groups = Sequence[Sequence[str]]
@@ -58,7 +59,7 @@ class WholeSource:
 
 
 def whole_source(
-    source: Any, groups: Groups, index: Mapping[str, CheckpointTensor] | None = None
+    source: object, groups: Groups, index: Mapping[str, CheckpointTensor] | None = None
 ) -> WholeSource:
     """The tensors of `source` for a server whose tensors lie in `groups`.
 
@@ -75,7 +76,7 @@ def whole_source(
     if isinstance(source, Adapter):
         assert index is not None
         return WholeSource(entries=_of_adapter(source, groups, index))
-    if hasattr(source, "get_base_model"):
+    if is_peft_model(source):
         return WholeSource(entries=_of_peft(source, groups))
     if isinstance(source, torch.nn.Module):
         found = _Collected()
@@ -229,7 +230,7 @@ def _of_adapter(
 # -- a live PEFT model ------------------------------------------------------------------------------
 
 
-def _of_peft(model: Any, groups: Groups) -> list[Entry]:
+def _of_peft(model: PeftModel, groups: Groups) -> list[Entry]:
     base = model.get_base_model()
     found = _Collected()
     _visit("", base, found)
@@ -321,7 +322,7 @@ def merged_copy(layer: Any, adapters: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _in_checkpoint_names(
-    base: Any, found: _Collected, known: set[str]
+    base: BaseModel, found: _Collected, known: set[str]
 ) -> tuple[dict[str, Entry], set[str]]:
     """Entries and changes under the checkpoint's names, where transformers holds tensors otherwise.
 
@@ -337,7 +338,7 @@ def _in_checkpoint_names(
     return entries, changed
 
 
-def _converted(base: Any, entry: Entry, known: set[str]) -> dict[str, Entry]:
+def _converted(base: BaseModel, entry: Entry, known: set[str]) -> dict[str, Entry]:
     from transformers.core_model_loading import revert_weight_conversion
 
     def convert(tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tink_rl.errors import BaseMismatch
 from tink_rl.policy.fingerprint import CheckpointTensor, base_fingerprint, checkpoint_index
 from tink_rl.policy.live_check import check_live_base
+from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.shapes import BaseShapes
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TrainedBase:
                 expected=status.base_fingerprint,
             )
 
-    def check_live(self, model: Any, travels: Collection[str] = ()) -> None:
+    def check_live(self, model: PeftModel, travels: Collection[str] = ()) -> None:
         """Compare the base of a live PEFT model with it, once a model.
 
         Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl.policy.whole import WholeSource, whole_source
 from tink_rl.protocol import CommitAnswer
@@ -28,7 +28,7 @@ class FullPath:
         self._fleet, self._config, self._base = fleet, config, base
         self._groups: list[list[str]] | None = None
 
-    def tensors_of(self, source: Any) -> WholeSource:
+    def tensors_of(self, source: object) -> WholeSource:
         """The whole tensors of `source`, as the servers group them.
 
         Raises:
@@ -59,7 +59,7 @@ class FullTransfer:
     def __init__(
         self,
         path: FullPath,
-        source: Any,
+        source: object,
         *,
         version: int,
         dtype: str,

@@ -9,6 +9,7 @@ from tink_rl.errors import UnsupportedAdapter
 from tink_rl.policy import packet
 from tink_rl.policy.adapter import Adapter, check_packed, from_peft_dir
 from tink_rl.policy.collect import Collector, LiveModel, collector_for
+from tink_rl.policy.peft_names import PeftModel, is_peft_model
 from tink_rl.policy.support import WHOLE, Needs
 from tink_rl.publish.base import TrainedBase
 from tink_rl.publish.full import FullPath, FullTransfer
@@ -37,7 +38,7 @@ class Preparation:
         self._packer = Packer(fleet)
         self._collector: tuple[Any, Collector] | None = None
 
-    def needs_of(self, source: Any) -> Needs | None:
+    def needs_of(self, source: object) -> Needs | None:
         """What the source of a publish needs of a mode; None: whatever is in use.
 
         Raises:
@@ -48,25 +49,26 @@ class Preparation:
             return None
         if isinstance(source, LiveModel):
             return _NO_ADAPTER
-        if not hasattr(source, "get_base_model"):
+        if not is_peft_model(source):
             raise UnsupportedAdapter(
                 f"publish() got {type(source).__name__}; expected a PEFT model, a PEFT directory or an "
                 "Adapter (publish_full() takes whole models)"
             )
         return self._collector_of(source).needs
 
-    def _collector_of(self, model: Any) -> Collector:
+    def _collector_of(self, model: PeftModel) -> Collector:
         if self._collector is None or self._collector[0] is not model:
             self._collector = (model, collector_for(model, self._base.directory))
             self._base.check_live(model)
         return self._collector[1]
 
-    def collect(self, source: Any) -> Adapter | LiveModel:
+    def collect(self, source: object) -> Adapter | LiveModel:
         """What `source` holds now; of a live model views, to be packed before it can change."""
         if isinstance(source, (Adapter, LiveModel)):
             return source
         if isinstance(source, (str, Path)):
             return from_peft_dir(source, base=self._base.shapes())
+        assert is_peft_model(source), "`needs_of` refuses anything else"
         return self._collector_of(source).collect(live=True)
 
     def pack(

@@ -12,12 +12,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
 from tink_rl.policy.adapter import check_packed
+from tink_rl.policy.peft_names import PeftModel, is_peft_model
 from tink_rl.policy.support import Needs
 from tink_rl.publish import owners
 from tink_rl.publish.base import TrainedBase
@@ -174,7 +175,7 @@ class WeightSync:
     # -- publish ----------------------------------------------------------------------------------
 
     def publish(
-        self, source: Any, *, synthetic: bool = False, watch: Stopwatch | None = None
+        self, source: object, *, synthetic: bool = False, watch: Stopwatch | None = None
     ) -> PublishRecord:
         """Make `source` the current version on every replica.
 
@@ -196,7 +197,7 @@ class WeightSync:
         return self.point() if record.published else record
 
     def send(
-        self, source: Any, *, synthetic: bool = False, watch: Stopwatch | None = None
+        self, source: object, *, synthetic: bool = False, watch: Stopwatch | None = None
     ) -> PublishRecord:
         """All of `publish` but its last step: every replica serves `source`, and it is not current yet.
 
@@ -326,7 +327,7 @@ class WeightSync:
 
     # -- full -------------------------------------------------------------------------------------
 
-    def publish_full(self, source: Any) -> PublishRecord:
+    def publish_full(self, source: object) -> PublishRecord:
         """Make the whole tensors of `source` the current version on every replica.
 
         The version is the served checkpoint with what was sent in place of its own: tensors that an
@@ -352,7 +353,7 @@ class WeightSync:
             with watch(Phase.JOIN):
                 self.open()
             with watch(Phase.COLLECT):
-                if hasattr(source, "get_base_model"):
+                if is_peft_model(source):
                     sent = self._full.tensors_of(source).entries or ()
                     self._base.check_live(source, travels={entry.name for entry in sent})
             transfer = FullTransfer(
@@ -361,7 +362,7 @@ class WeightSync:
             self._deliver(transfer, watch, tries=1 if transfer.is_stream else 2)
             return self.point()
 
-    def check_whole(self, model: Any) -> None:
+    def check_whole(self, model: PeftModel) -> None:
         """Raise unless the whole tensors of `model` fit the served checkpoint; sends nothing.
 
         Raises:

@@ -109,7 +109,7 @@ def init_communicator(device: Any = "cuda") -> None:
         backend.init_communicator(device)
 
 
-def update_model_weights(model: Any) -> PublishRecord:
+def update_model_weights(model: object) -> PublishRecord:
     """See `VLLMBackend.update_model_weights`."""
     with lent() as backend:
         return backend.update_model_weights(model)

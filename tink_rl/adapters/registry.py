@@ -90,7 +90,7 @@ class Registration:
         return f"{self.adapter_id}.{self.digest[:12]}@{self.version}"
 
 
-def check_adapter_id(adapter_id: Any) -> str:
+def check_adapter_id(adapter_id: object) -> str:
     """`adapter_id`, if it can be one.
 
     Raises:
@@ -105,7 +105,7 @@ def check_adapter_id(adapter_id: Any) -> str:
     )
 
 
-def _is_id(adapter_id: Any) -> bool:
+def _is_id(adapter_id: object) -> bool:
     return isinstance(adapter_id, str) and _ADAPTER_ID.fullmatch(adapter_id) is not None
 
 
@@ -217,7 +217,7 @@ class AdapterRegistry:
         self._connections.close()
 
 
-def _unknown(adapter_id: Any) -> UnknownAdapter:
+def _unknown(adapter_id: object) -> UnknownAdapter:
     given = ascii(adapter_id)[:120]
     return UnknownAdapter(
         f"no adapter is registered as {given}; list_lora_adapters() or GET /api/v1/adapters shows "

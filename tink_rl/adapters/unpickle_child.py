@@ -29,7 +29,7 @@ def _limit(size: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _flat(found: Any) -> dict[str, Any]:
+def _flat(found: object) -> dict[str, Any]:
     import torch
 
     if not isinstance(found, dict):

@@ -282,7 +282,7 @@ class VLLMBackend:
     # -- weights ----------------------------------------------------------------------------------
 
     @counted
-    def init_communicator(self, device: Any = "cpu") -> None:
+    def init_communicator(self, device: object = "cpu") -> None:
         """Open the channel for `update_model_weights`: shared memory on one machine, else gloo.
 
         Never NCCL, also between GPUs: it cannot connect two ranks on one GPU (docs/architecture.md). A
@@ -302,7 +302,7 @@ class VLLMBackend:
         self._base_weights.open(device)
 
     @counted
-    def update_model_weights(self, model: Any) -> PublishRecord:
+    def update_model_weights(self, model: object) -> PublishRecord:
         """Serve the weights of `model` as the base from now on; the `PublishRecord`.
 
         Registered adapters stay, and add to the new weights.

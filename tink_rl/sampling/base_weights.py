@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
@@ -31,12 +31,12 @@ class BaseWeights:
         """Whether the channel is open."""
         return self._sync is not None
 
-    def open(self, device: Any) -> None:
+    def open(self, device: object) -> None:
         """See `VLLMBackend.init_communicator`."""
         with self._lock:
             self._open(device)
 
-    def publish(self, model: Any) -> PublishRecord:
+    def publish(self, model: object) -> PublishRecord:
         """See `VLLMBackend.update_model_weights`."""
         with self._lock:
             record = self._open(getattr(model, "device", "cpu")).publish_full(model)
@@ -50,7 +50,7 @@ class BaseWeights:
             if sync is not None:
                 sync.close()
 
-    def _open(self, device: Any) -> WeightSync:
+    def _open(self, device: object) -> WeightSync:
         from tink_rl.publish.publisher import WeightSync
 
         if self._sync is None:
@@ -84,7 +84,7 @@ class BaseWeights:
         return self._sync
 
 
-def _transport(device: Any) -> str:
+def _transport(device: object) -> str:
     import torch
 
     kind = str(device).partition(":")[0]

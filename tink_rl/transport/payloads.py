@@ -61,7 +61,7 @@ def redirected(url: str, path: str, location: str) -> str:
 # -- from a caller's words --------------------------------------------------------------------------
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompts(prompts: object) -> list[Prompt]:
     """A list of prompts from one prompt or several; ids may be numpy's or torch's.
 
     Raises:
@@ -163,7 +163,7 @@ def split(payload: Mapping[str, Any], max_prompts: int) -> list[dict[str, Any]]:
     return [{**payload, "prompt": prompts[i : i + max_prompts]} for i in starts]
 
 
-def as_id(key: Any) -> Any:
+def as_id(key: object) -> Any:
     """A token id that JSON wrote as text; anything else as it is."""
     return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
 
@@ -205,7 +205,7 @@ def encoded(payload: Mapping[str, Any]) -> bytes:
         raise
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -249,7 +249,7 @@ def check_ids(ids: Sequence[int], vocab_size: int | None, where: str) -> None:
 
 
 def read_answer(
-    status: int, data: Any, *, model: str, url: str, expected: int | None = None
+    status: int, data: object, *, model: str, url: str, expected: int | None = None
 ) -> dict[str, Any]:
     """The JSON of a sample that may be trusted.
 
@@ -294,7 +294,7 @@ def read_answer(
     return data
 
 
-def check_key(status: int, data: Any, url: str) -> None:
+def check_key(status: int, data: object, url: str) -> None:
     """Raise `BadToken` if vLLM did not let the request in."""
     if status in (401, 403):
         raise errors.BadToken(
@@ -304,7 +304,7 @@ def check_key(status: int, data: Any, url: str) -> None:
         )
 
 
-def check_model(found: Any, model: str, url: str) -> None:
+def check_model(found: object, model: str, url: str) -> None:
     """Raise `UnknownVersion` unless the server answered as the model that was asked for."""
     if found != model:
         raise errors.UnknownVersion(
@@ -320,13 +320,13 @@ def json_or_text(text: str) -> Any:
         return text
 
 
-def is_ours(data: Any) -> bool:
+def is_ours(data: object) -> bool:
     """Whether an error body was written by the tink_rl plugin."""
     error = data.get("error") if isinstance(data, dict) else None
     return isinstance(error, dict) and isinstance(error.get("code"), str) and "details" in error
 
 
-def error_text(data: Any) -> str:
+def error_text(data: object) -> str:
     """The message of an error body of vLLM."""
     error = data.get("error", data) if isinstance(data, dict) else data
     return str(error.get("message", error) if isinstance(error, dict) else error)[:500]

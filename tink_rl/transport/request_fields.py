@@ -252,7 +252,7 @@ def distribution_changes(request: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _is_off(field: Field, value: Any) -> bool:
+def _is_off(field: Field, value: object) -> bool:
     if isinstance(value, Mapping):  # as vLLM reads {"regex": None}, and a bias of nothing
         value = {k: v for k, v in value.items() if v not in (None, 0)}
     if isinstance(value, tuple):
@@ -260,7 +260,7 @@ def _is_off(field: Field, value: Any) -> bool:
     return value is None or value in field.off
 
 
-def says_nothing(name: str, value: Any) -> bool:
+def says_nothing(name: str, value: object) -> bool:
     """Whether a field is better left out: vLLM refuses structured outputs that constrain nothing."""
     return name == "structured_outputs" and _is_off(FIELDS[name], value)
 
@@ -306,7 +306,7 @@ def _unknown(name: str, fields: Iterable[str]) -> str:
     return f"vLLM's requests have no field {name!r}; {hint}"
 
 
-def _check_value(shown: str, field: Field, value: Any) -> None:
+def _check_value(shown: str, field: Field, value: object) -> None:
     expected = _WANTED[field.kind]
     if field.kind in ("whole", "number"):
         start = f"above {field.low:g} and up" if field.above_low else f"from {field.low:g}"
@@ -346,11 +346,11 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high  # NaN fails this too
 
 
-def _is_within(field: Field, value: Any) -> bool:
+def _is_within(field: Field, value: object) -> bool:
     return _is_number(value, field.low, field.high) and not (field.above_low and value == field.low)
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     listed = [value] if isinstance(value, str) else value
     return isinstance(listed, (list, tuple)) and all(isinstance(t, str) and t for t in listed)
 
@@ -373,6 +373,6 @@ _FITS: dict[str, Callable[[Field, Any], bool]] = {
 }
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -49,7 +49,7 @@ class _Strict(BaseModel):
 # -- parts of a request ---------------------------------------------------------------------------
 
 
-def _check_prompts(value: Any) -> Any:
+def _check_prompts(value: object) -> Any:
     """Prompts of one kind, none empty. By hand: pydantic would name every branch of the union."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PROMPTS:
         raise _problem(f"expected a list of 1 to {MAX_PROMPTS} prompts, got {_short(value)}")
@@ -75,15 +75,15 @@ def _check_ids(index: int, ids: list[Any]) -> None:
         raise _problem(f"[{index}]: token id {_short(bad)} is not in 0..{MAX_INT}")
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_texts(value: Any) -> Any:
+def _as_texts(value: object) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-def _parse_biases(value: Any) -> Any:
+def _parse_biases(value: object) -> Any:
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
@@ -282,7 +282,7 @@ class AdapterRequest(_Strict):
 # -- between JSON and records ---------------------------------------------------------------------
 
 
-def validate(model: type[_M], value: Any) -> _M:
+def validate(model: type[_M], value: object) -> _M:
     """`value` as a `model`.
 
     Raises:
@@ -319,7 +319,7 @@ def _problem(text: str) -> PydanticCustomError:
     return PydanticCustomError(_CUSTOM, "{text}", {"text": text})
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
     if isinstance(value, float) and not math.isfinite(value):

@@ -7,10 +7,14 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tink_rl.tools.report.run import Run
 from tink_rl.types import Phase
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 BLUE, AMBER, GREEN, INK, FAINT = "#2f6fdf", "#e08a1e", "#1f9d74", "#1d2733", "#8a97a6"
 _PHASE_COLORS = (
@@ -101,26 +105,26 @@ def missing(run_figures: list[Figure]) -> list[str]:
     return [panel.title for panel in _PANELS if panel.name not in drawn]
 
 
-def _svg(canvas: Any, title: str) -> str:
+def _svg(canvas: Canvas, title: str) -> str:
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _png(canvas: Any) -> bytes:
+def _png(canvas: Canvas) -> bytes:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
 
 
-def _only_whole_steps(axis: Any) -> None:
+def _only_whole_steps(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
-def _only_decades(axis: Any) -> None:
+def _only_decades(axis: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_ylim()
@@ -132,7 +136,7 @@ def _only_decades(axis: Any) -> None:
 # -- panels -----------------------------------------------------------------------------------------
 
 
-def _line(axis: Any, run: Run, key: str, scale: float = 1.0, **style: Any) -> bool:
+def _line(axis: Axes, run: Run, key: str, scale: float = 1.0, **style: Any) -> bool:
     steps, values = run.series(key, scale)
     if steps:
         marker = "o" if len(steps) < 3 else None
@@ -140,7 +144,7 @@ def _line(axis: Any, run: Run, key: str, scale: float = 1.0, **style: Any) -> bo
     return bool(steps)
 
 
-def _reward(axis: Any, run: Run) -> bool:
+def _reward(axis: Axes, run: Run) -> bool:
     steps, means = run.series("reward")
     if not steps:
         return False
@@ -154,7 +158,7 @@ def _reward(axis: Any, run: Run) -> bool:
     return True
 
 
-def _heldout(axis: Any, run: Run) -> bool:
+def _heldout(axis: Axes, run: Run) -> bool:
     drawn = False
     evals = [row for row in run.evaluations if "eval_reward" in row]
     if evals:
@@ -184,7 +188,7 @@ def _heldout(axis: Any, run: Run) -> bool:
     return drawn
 
 
-def _phases(axis: Any, run: Run) -> bool:
+def _phases(axis: Axes, run: Run) -> bool:
     rows = [row for row in run.steps if "sync/seconds" in row]
     if not rows:
         return False
@@ -203,7 +207,7 @@ def _phases(axis: Any, run: Run) -> bool:
     return True
 
 
-def _stack(axis: Any, steps: list[int], stacks: Any, labels: Any, colors: Any) -> None:
+def _stack(axis: Axes, steps: list[int], stacks: Any, labels: Any, colors: Any) -> None:
     if len(steps) > 1:
         axis.stackplot(steps, stacks, labels=labels, colors=colors, linewidth=0, step="mid")
     else:
@@ -215,7 +219,7 @@ def _stack(axis: Any, steps: list[int], stacks: Any, labels: Any, colors: Any) -
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True, handlelength=1.0)
 
 
-def _shares(axis: Any, run: Run) -> bool:
+def _shares(axis: Axes, run: Run) -> bool:
     keys = ("sampling", "syncing", "training")
     rows = [row for row in run.steps if all(f"share/{key}" in row for key in keys)]
     if not rows:
@@ -227,7 +231,7 @@ def _shares(axis: Any, run: Run) -> bool:
     return True
 
 
-def _bytes(axis: Any, run: Run) -> bool:
+def _bytes(axis: Axes, run: Run) -> bool:
     steps, values = run.series("sync/bytes", 2**-20)
     if not steps:
         return False
@@ -255,7 +259,7 @@ def _over_restarts(totals: list[float]) -> list[float]:
     return found
 
 
-def _tokens(axis: Any, run: Run) -> bool:
+def _tokens(axis: Axes, run: Run) -> bool:
     drawn = _line(axis, run, "rollout/tokens_per_second", color=BLUE)
     if drawn:
         axis.set_ylim(bottom=0)
@@ -263,7 +267,7 @@ def _tokens(axis: Any, run: Run) -> bool:
     return drawn
 
 
-def _staleness(axis: Any, run: Run) -> bool:
+def _staleness(axis: Axes, run: Run) -> bool:
     steps, values = run.series("rollout/staleness")
     if not steps:
         return False
@@ -276,7 +280,7 @@ def _staleness(axis: Any, run: Run) -> bool:
 _GAPS = ("rollout/logprob_gap", "sync/probe_gap", "sampling/sampling_logp_difference/mean")
 
 
-def _gap(axis: Any, run: Run) -> bool:
+def _gap(axis: Axes, run: Run) -> bool:
     drawn = _line(axis, run, _GAPS[0], color=BLUE, label="largest")
     drawn = _line(axis, run, _GAPS[2], color=FAINT, label="mean") or drawn
     if not (_probe(axis, run) or drawn):
@@ -289,14 +293,14 @@ def _gap(axis: Any, run: Run) -> bool:
     return True
 
 
-def _probe(axis: Any, run: Run) -> bool:
+def _probe(axis: Axes, run: Run) -> bool:
     steps, values = run.series(_GAPS[1])
     if steps:
         axis.plot(steps, values, "o", color=AMBER, markersize=4, label="probe")
     return bool(steps)
 
 
-def _length(axis: Any, run: Run) -> bool:
+def _length(axis: Axes, run: Run) -> bool:
     drawn = _line(axis, run, "completions/mean_length", color=BLUE, label="mean")
     if drawn:
         _line(axis, run, "completions/max_length", color=FAINT, linewidth=1.0, label="longest")

@@ -278,7 +278,7 @@ class MegatronClient:
             return [dynamic_row(by_index[i], params) for i in range(len(rows))]
 
     @contextmanager
-    def _reading(self, route: str, data: Any) -> Iterator[None]:
+    def _reading(self, route: str, data: object) -> Iterator[None]:
         """An answer that has not the contract's form is the server's fault, not ours."""
         try:
             yield
@@ -321,11 +321,11 @@ def _chunks(prompts: Sequence[str]) -> Iterator[list[str]]:
         yield list(prompts[start : start + _MAX_PROMPTS])
 
 
-def _is_health(data: Any) -> bool:
+def _is_health(data: object) -> bool:
     return isinstance(data, dict) and "service" in data and data.get("ready") is not False
 
 
-def _words(data: Any) -> str:
+def _words(data: object) -> str:
     if isinstance(data, dict) and isinstance(data.get("message"), str):
         data = data["message"]
     text = data if isinstance(data, str) else json.dumps(data)

@@ -22,7 +22,7 @@ from tests.adapters import (
 from tests.hub_cache import cache_snapshot
 from tests.refusals import refused
 from tink_rl import errors
-from tink_rl.adapters import store as store_module
+from tink_rl.adapters import normalised
 from tink_rl.adapters.convert import convert
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.cli import main
@@ -275,7 +275,7 @@ def test_what_our_own_reader_would_not_take_is_refused_as_a_limit(
         monkeypatch.setattr(tensor_file, "MAX_HEADER_BYTES", 1000)
         words = "a header of .* at most 1000 are read"
     else:
-        monkeypatch.setattr(store_module, "MAX_CONFIG_BYTES", 1000)
+        monkeypatch.setattr(normalised, "MAX_CONFIG_BYTES", 1000)
         words = "names of its 48 modules"
     with refused("adapter_too_large", match=words) as caught:
         store.add(source)

@@ -26,7 +26,7 @@ from tests.adapters import (
 )
 from tests.refusals import refused
 from tink_rl import errors
-from tink_rl.adapters import store as store_module
+from tink_rl.adapters import normalised
 from tink_rl.adapters.store import AdapterStore, default_store_dir
 from tink_rl.policy.adapter import from_peft_dir
 
@@ -117,8 +117,8 @@ def test_source_that_is_written_to_meanwhile_is_refused(store, source, monkeypat
         os.utime(source / WEIGHTS, ns=(1, 1))
         return padded(adapter, module)
 
-    padded = store_module._padded
-    monkeypatch.setattr(store_module, "_padded", touch_first)
+    padded = normalised._padded
+    monkeypatch.setattr(normalised, "_padded", touch_first)
     with refused("adapter_corrupt", match="written to while"):
         store.add(source)
     assert store.digests() == []

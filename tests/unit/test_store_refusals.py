@@ -30,7 +30,7 @@ from tests.adapters import (
 )
 from tests.refusals import code_of
 from tink_rl import errors
-from tink_rl.adapters import store as store_module
+from tink_rl.adapters import normalised
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.policy.peft_dir import MAX_CONFIG_BYTES, POLICY_FILE
 from tink_rl.policy.shapes import BaseShapes
@@ -372,7 +372,7 @@ def test_rank_above_the_servers_slots_is_refused(store, source):
 
 
 def test_small_file_that_grows_huge_by_its_ranks_is_refused(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "MAX_STORED_BYTES", 1000)
+    monkeypatch.setattr(normalised, "MAX_STORED_BYTES", 1000)
     _assert_refused(store, write_adapter(tmp_path / "a"), "adapter_too_large", "lower rank")
 
 

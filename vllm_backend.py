@@ -1,3 +1,3 @@
-"""`import vllm_backend` as in the seed's integration; everything is in `tink_rl.vllm_backend`."""
+"""`import vllm_backend` as in the earlier integration; everything is in `tink_rl.vllm_backend`."""
 
 from tink_rl.vllm_backend import *  # noqa: F403

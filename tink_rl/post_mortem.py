@@ -190,7 +190,7 @@ def cause_in(log: str) -> str:
     """The exception that came first, in the words of its last link; "" if the log has none.
 
     What follows in other processes (`See root cause above`) follows from it. A line of a traceback
-    (`raise RuntimeError(`) or a warning that mentions an error is no cause.
+    (`raise RuntimeError(`) or a warning that mentions an error is not a cause.
     """
     lines = [_bare(line) for line in log.splitlines()]
     first, chained = "", False

@@ -81,7 +81,7 @@ cancelled | the client went away | it closed its connection | nothing
 shutting_down | the worker is stopping | SIGTERM | send it to another worker
 request_id_reused | was used for another request | one `request_id`, two bodies | a new request takes a new id
 wrong_scope | this token is for sampling | the sample token where the admin's is needed | the file that the worker's first lines name
-invalid_json | is no JSON number | NaN, duplicate keys, or not JSON | send strict JSON
+invalid_json | is not a JSON number | NaN, duplicate keys, or not JSON | send strict JSON
 unsupported_media_type | the body is … | compressed, or not JSON by its header | `Content-Type: application/json`
 """
 _ROWS = [line.split(" | ") for line in TABLE.strip().splitlines()]

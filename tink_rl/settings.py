@@ -1,4 +1,4 @@
-"""Settings of the sampling service: the seed's names and defaults, and ours with `TINK_`.
+"""Settings of the sampling service: the earlier integration's names and defaults, and ours with `TINK_`.
 
 Every field is an environment variable of the same name in capitals; what is given in code wins over the
 environment, which wins over the default. `.env.example` lists them all. A leaf: imports neither torch,

@@ -98,7 +98,7 @@ def _add_directory(context: ssl.SSLContext, path: Path) -> None:
 
 
 def what_is_wrong(url: str, error: BaseException) -> str | None:
-    """What a user is told of a connection that failed in TLS; None: it did not fail there."""
+    """What a user reads of a connection that failed in TLS; None: it did not fail there."""
     if url.startswith("http://"):
         return (
             f"the server at {url} speaks TLS; give its URL with https://"

@@ -1,4 +1,4 @@
-"""Frozen records and enums that every room shares. A leaf: imports neither torch, TRL nor vLLM."""
+"""Frozen records and enums that every package shares. A leaf: imports neither torch, TRL nor vLLM."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ PROTOCOL_VERSION = 3
 
 FULL_LOGPROBS = "tink_full_logprobs"
 """In a request's `vllm_xargs`: send the sampled tokens' logprobs as they were before top-k, a grammar, ..."""
+
+METRICS_FILE = "metrics.jsonl"
+"""A run writes a line of it per logged step; `tink-rl report` reads it."""
+ROLLOUT_FILE = "rollouts.jsonl"
+"""A line per completion; see `training/rollouts.py`."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _POLICY_NAME = re.compile(rf"^{_NAME}$")

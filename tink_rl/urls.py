@@ -26,7 +26,7 @@ def server_url(given: str) -> str:
     address is dialled as loopback.
 
     Raises:
-        ConfigError: it is no URL of a server; what it holds of a password is not repeated.
+        ConfigError: it is not the URL of a server; what it holds of a password is not repeated.
     """
     text = given.strip()
     if "@" in text:

@@ -514,7 +514,7 @@ def test_file_that_is_no_safetensors_is_named_as_what_it_is(store, tmp_path, con
     [
         (b"", "it is empty"),
         (b'{"r": 4,}', r"not strict JSON: .*line 1 column"),
-        (b'{"r": NaN}', "NaN is no JSON number"),
+        (b'{"r": NaN}', "NaN is not a JSON number"),
         ('{"r": 4}'.encode("utf-16"), "not in UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
     ],

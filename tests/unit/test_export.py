@@ -254,7 +254,7 @@ def test_broken_weights_are_refused(run_dir, tmp_path):
 def test_half_written_record_of_a_run_is_named(run_dir, tmp_path):
     broken = shutil.copytree(run_dir, tmp_path / "broken")
     (broken / "tink_policy.json").write_text('{"policy": ')
-    with pytest.raises(errors.ConfigError, match=r"tink_policy\.json is no JSON"):
+    with pytest.raises(errors.ConfigError, match=r"tink_policy\.json is not JSON"):
         export(broken, tmp_path / "out")
 
 

@@ -127,7 +127,7 @@ def test_golden_weights_of_a_large_model_want_host_memory():
     [
         ("Qwen2.5-1.5B", 24, "a batch of 16 sequences", Level.OK),
         ("Qwen2.5-7B", 48, "a batch of 8 sequences", Level.OK),
-        ("Qwen2.5-7B", 32, "no room for a batch", Level.BLOCKER),
+        ("Qwen2.5-7B", 32, "a batch does not fit", Level.BLOCKER),
         ("Qwen2.5-7B", 80, "a batch of 32 sequences", Level.OK),
     ],
 )

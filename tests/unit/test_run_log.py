@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tink_rl.training.run_log import METRICS_FILE, RunLog
+from tink_rl.training.run_log import RunLog
+from tink_rl.types import METRICS_FILE
 
 
 def make_trainer(version=3):

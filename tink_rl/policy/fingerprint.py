@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _BESIDE = re.compile(r"(adapter_model|consolidated)[^/]*\.safetensors$")
-"""Files that are no part of a checkpoint in the names of transformers."""
+"""Files that do not belong to a checkpoint in the names of transformers."""
 _MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 64
 _NUM_SAMPLES = 6
@@ -248,7 +248,7 @@ def _canonical_config(directory: Path) -> bytes:
         config = json.loads(path.read_text())
         kept = {k: v for k, v in config.items() if k not in _VOLATILE_KEYS}
     except (ValueError, AttributeError) as error:
-        why = error if isinstance(error, ValueError) else "it is no object"
+        why = error if isinstance(error, ValueError) else "it is not an object"
         raise ConfigError(
             f"{path} is not a JSON object ({why}); download or save the model again"
         ) from error

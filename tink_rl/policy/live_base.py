@@ -175,7 +175,7 @@ def _without_partner(
     pairs: Collection[Pair],
     saved_as: Collection[str],
 ) -> Iterator[Difference]:
-    """Tensors of one side that the other one lacks; what is no part of the computation is only said."""
+    """Tensors of one side that the other one lacks; what takes no part in computing is only logged."""
     matched = {name for pair in pairs for name in pair.live}
     held = {id(live[name]) for name in matched}
     for name, tensor in live.items():
@@ -190,7 +190,7 @@ def _without_partner(
     unused = sorted(name for name in missing if _is_unused(base, name, stored, saved_as))
     if unused:
         logger.info(
-            "%d tensors of the checkpoint are no part of the trainer's %s, first %s",
+            "%d tensors of the checkpoint do not belong to the trainer's %s, first %s",
             *(len(unused), type(base).__name__, unused[0]),
         )
     for name in sorted(missing - set(unused)):

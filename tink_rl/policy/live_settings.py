@@ -26,7 +26,7 @@ _NO_MATTER = re.compile(
     r"max_position_embeddings|max_seq_len|vocab_size|padding_idx|layer_idx|^training$|checkpointing|"
     r"pruned_heads|chunk_size_feed_forward|is_causal|keys_to_ignore|^name_or_path$|pretraining_tp"
 )
-"""Settings by name that say how a model is trained, saved or told, or that tensors show by their shape."""
+"""Settings by name that say how a model is trained, saved or logged, or that tensors show by their shape."""
 _LARGEST_TABLE = 2**20
 """Elements; what is larger is a weight."""
 _SAME = 1e-6

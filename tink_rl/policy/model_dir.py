@@ -94,7 +94,7 @@ def _way_to(model: str, revision: str | None) -> str:
     if path.is_file():
         return f"that is a file: give its directory, {str(path.parent)!r}"
     if web := _WEB.match(model):
-        return f"a URL is no model: give the hub id, {web[1]!r}"
+        return f"a URL is not a model: give the hub id, {web[1]!r}"
     if not _HUB_ID.fullmatch(model):
         return "give a directory that exists, or a hub id such as ORGANISATION/NAME"
     pinned = f" --revision {revision}" if revision else ""

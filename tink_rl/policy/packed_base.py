@@ -27,7 +27,7 @@ def packed_difference(weight: Any, stored: torch.Tensor) -> float | None:
         stored: The checkpoint's tensor: the matrix itself, or bytes that were packed before.
 
     Raises:
-        NotImplementedError: it cannot be told; says why.
+        NotImplementedError: it cannot be compared; says why.
     """
     if sharding_of(weight) is not Sharding.WHOLE:
         raise NotImplementedError("a packed weight that is sharded")

@@ -150,7 +150,7 @@ class SourceDir:
     def _check(self, name: str, found: os.stat_result, max_bytes: int, remedy: str) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise PathNotAllowed(
-                f"{self.label}: {name} is no regular file; copy a plain file there"
+                f"{self.label}: {name} is not a regular file; copy a plain file there"
             )
         if self._below is not None and found.st_nlink != 1:
             raise PathNotAllowed(
@@ -188,7 +188,7 @@ def open_source(source: str | Path, roots: Sequence[Path] | None) -> Iterator[So
         PathNotAllowed: outside the roots, or reached through a link. The same answer whether the
             path exists or not.
         AdapterPathMissing: allowed, but not there.
-        AdapterFilesInvalid: roots is None and it is no directory.
+        AdapterFilesInvalid: roots is None and it is not a directory.
     """
     text = _checked_words(source)
     if roots is None:
@@ -254,7 +254,7 @@ def _open_trusted(path: str, text: str) -> int:
         raise _missing(text) from None
     except NotADirectoryError:
         raise AdapterFilesInvalid(
-            f"{text} is no directory; give the directory that holds adapter_config.json"
+            f"{text} is not a directory; give the directory that holds adapter_config.json"
         ) from None
     except OSError as error:
         raise PathNotAllowed(f"{text} cannot be opened: {error.strerror}") from None

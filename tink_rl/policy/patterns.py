@@ -28,7 +28,7 @@ class Pattern:
         """Read `field` of `config`; `default` is the value of what no key matches.
 
         Raises:
-            AdapterConfigInvalid: a key that may take hours to match, or is no regular expression.
+            AdapterConfigInvalid: a key that may take hours to match, or is not a regular expression.
         """
         self._default = default
         self._values = list((config.get(field) or {}).values())

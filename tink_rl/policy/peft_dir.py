@@ -33,7 +33,7 @@ POLICY_FILE = "tink_policy.json"
 """What a run of ours puts beside an adapter: policy, version, digest, and the base it was trained on."""
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 MAX_CONFIG_BYTES = 8 << 20
-"""Room for 50,000 full names in `target_modules`, and as many patterns; our own files keep to it too."""
+"""Holds 50,000 full names in `target_modules`, and as many patterns; our own files keep to it too."""
 _ANY_SIZE = 1 << 62
 _MAX_POLICY_BYTES = 64 << 10
 MAX_FILE_BYTES = 512 << 20
@@ -236,7 +236,7 @@ def _read_fingerprint(directory: SourceDir) -> str | None:
     with file:
         found = _json_object(file.read(_MAX_POLICY_BYTES + 1), where).get("base_fingerprint")
     if found is not None and not isinstance(found, str):
-        raise AdapterConfigInvalid(f"{where}: base_fingerprint is no text; remove the file")
+        raise AdapterConfigInvalid(f"{where}: base_fingerprint is not text; remove the file")
     return found
 
 
@@ -292,13 +292,13 @@ def _check_numbers(config: Mapping[str, Any], where: str, max_rank: int | None) 
                 "it again"
             )
     if type(config.get("use_rslora", False)) not in (bool, type(None)):
-        raise AdapterConfigInvalid(f"{where}: use_rslora is no boolean; save it again")
+        raise AdapterConfigInvalid(f"{where}: use_rslora is not a boolean; save it again")
 
 
 def _entries(config: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
-        raise AdapterConfigInvalid(f"{where}: {field} is no object; save the adapter again")
+        raise AdapterConfigInvalid(f"{where}: {field} is not an object; save the adapter again")
     return {f"{field}[{key[:100]!r}]": value for key, value in pattern.items()}
 
 

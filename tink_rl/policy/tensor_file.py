@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 16 << 20
-"""Room for the names of 50,000 adapted modules, which is more than any model has experts."""
+"""Holds the names of 50,000 adapted modules, which is more than any model has experts."""
 _ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -125,7 +125,7 @@ class TensorFile:
         try:
             found = strict_json.loads(header.decode())
             if not isinstance(found, dict):
-                raise TypeError("it is no object")
+                raise TypeError("it is not an object")
             found.pop("__metadata__", None)
             return [_entry(name, item) for name, item in found.items()]
         except (ValueError, TypeError, KeyError) as error:
@@ -173,7 +173,7 @@ def _entry(name: str, item: Any) -> TensorEntry:
     shape, (begin, end) = item["shape"], item["data_offsets"]
     numbers = [*shape, begin, end]
     if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
-        raise ValueError("a shape or offset that is no count")
+        raise ValueError("a shape or offset that is not a count")
     if end - begin != math.prod(shape) * _ITEM_BYTES[item["dtype"]]:
         raise ValueError("offsets that do not fit a shape")
     return TensorEntry(name=name, dtype=item["dtype"], shape=tuple(shape), begin=begin, end=end)

@@ -2,7 +2,7 @@
 
 PEFT writes `base_model.model.X.lora_A.weight`. A raw state dict carries the adapter's name too, and the
 wrappers of torch.compile, FSDP, DDP or activation checkpointing; they are taken out, but never what the
-base itself has in its names. What is no LoRA of a linear layer is named as what it is.
+base itself has in its names. What is not LoRA of a linear layer is named as what it is.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def sort_tensors(
         as_written: The names are ours: take nothing out.
 
     Raises:
-        UnsupportedAdapter: a tensor that is no LoRA of a linear layer, or an ambiguous name.
+        UnsupportedAdapter: a tensor that is not LoRA of a linear layer, or an ambiguous name.
         AdapterFilesInvalid: two tensors mean the same.
     """
     found, adapters = Named(), set[str]()

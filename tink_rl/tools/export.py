@@ -394,5 +394,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); copy it again, or remove it") from error
+        raise ConfigError(f"{path} is not JSON ({error}); copy it again, or remove it") from error
     return data

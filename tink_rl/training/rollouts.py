@@ -18,9 +18,8 @@ from typing import Any
 
 from tink_rl.errors import TinkError
 from tink_rl.training.trl_names import Tokenizer
-from tink_rl.types import PolicyVersion
+from tink_rl.types import ROLLOUT_FILE, PolicyVersion
 
-ROLLOUT_FILE = "rollouts.jsonl"
 LANES = 8
 """Requests of one turn: prompts are dealt to so many, and a request has one seed.
 

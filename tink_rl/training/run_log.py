@@ -18,9 +18,8 @@ from transformers import TrainerCallback
 
 from tink_rl.training import metrics
 from tink_rl.training.trl_names import Arguments, RolloutTrainer, State
-from tink_rl.types import PolicyVersion
+from tink_rl.types import METRICS_FILE, PolicyVersion
 
-METRICS_FILE = "metrics.jsonl"
 _MAX_ERROR = 500
 
 

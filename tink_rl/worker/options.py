@@ -38,7 +38,7 @@ class WorkerOptions(BaseSettings):
     timeout_s: float = Field(default=300.0, gt=0, le=86_400)
     """Deadline of a request that names none."""
     drain_s: float = Field(default=20.0, ge=0, le=3600)
-    """What running requests get to finish when the worker is told to stop."""
+    """What running requests get to finish when the worker is asked to stop."""
     replay_s: float = Field(default=600.0, ge=0, le=86_400)
     """How long the answer of a request with a `request_id` is kept for a retry."""
     ledger: str | None = None

@@ -180,13 +180,13 @@ def _golden(plan: MemoryPlan, serve: ServePlan, split: GpuSplit, host: int) -> l
 
 def _trainer(plan: MemoryPlan, serve: ServePlan, split: GpuSplit) -> Finding:
     sequence = plan.trainer_per_token * _BATCH_TOKENS
-    room = split.left - plan.trainer_fixed
+    left = split.left - plan.trainer_fixed
     text = (
         f"trainer: {bytes_text(max(0, split.left))} left; base and adapter of rank "
         f"{serve.max_lora_rank} take {bytes_text(plan.trainer_fixed)}"
     )
-    if room < _BATCH_SEQUENCES * sequence:
+    if left < _BATCH_SEQUENCES * sequence:
         fix = "the trainer on another GPU and --alone here; a smaller --gpu-memory-utilization; 4-bit base"
-        return blocker(_AREA, f"{text}: no room for a batch", fix)
-    batch = 2 ** int(math.log2(room / sequence))
+        return blocker(_AREA, f"{text}: a batch does not fit", fix)
+    batch = 2 ** int(math.log2(left / sequence))
     return ok(_AREA, f"{text}, a batch of {batch} sequences of {_BATCH_TOKENS} tokens fits (about)")

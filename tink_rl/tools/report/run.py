@@ -13,10 +13,9 @@ from typing import Any, TypeGuard
 
 from tink_rl.errors import ConfigError
 from tink_rl.policy.peft_dir import POLICY_FILE
+from tink_rl.types import METRICS_FILE, ROLLOUT_FILE
 
-METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
-ROLLOUTS_FILE = "rollouts.jsonl"
 SUMMARY_FILE = "summary.json"
 _SAMPLES_PER_VERSION = 6
 _SILENT_S = 300.0
@@ -112,8 +111,8 @@ def load_run(directory: str | Path) -> Run:
             evaluations.append(row)
         elif "loss" in row or "reward" in row or "learning_rate" in row:
             by_step[step] = row  # a step that was done again after a resume counts once
-    samples, rewards = _read_samples(path / ROLLOUTS_FILE)
-    watched = [source, path / ROLLOUTS_FILE, path / SUMMARY_FILE]
+    samples, rewards = _read_samples(path / ROLLOUT_FILE)
+    watched = [source, path / ROLLOUT_FILE, path / SUMMARY_FILE]
     return Run(
         directory=path,
         steps=[by_step[step] for step in sorted(by_step)],
@@ -175,7 +174,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 if line.endswith("\n"):
                     raise ConfigError(
-                        f"{path} holds a line that is no JSON: {line[:80]!r}"
+                        f"{path} holds a line that is not JSON: {line[:80]!r}"
                     ) from None
                 continue
             if isinstance(row, dict):

@@ -43,6 +43,12 @@ def page(run_dir):
     return run_dir / "report.html"
 
 
+@pytest.fixture
+def words_only(monkeypatch):
+    """Seconds of drawing that a test of the page's words need not wait for."""
+    monkeypatch.setattr("tink_rl.tools.report.draw", lambda run: [])
+
+
 def test_page_and_pngs_hold_every_figure(page):
     assert {path.stem for path in (page.parent / "report").glob("*.png")} == FIGURES
     for path in (page.parent / "report").glob("*.png"):
@@ -90,7 +96,7 @@ def test_screenshot_shows_the_curves(page, tmp_path):
         assert blue[slice(*rows), slice(*columns)].sum() > 200
 
 
-def test_running_run_says_so_and_refreshes_itself(run_dir, tmp_path):
+def test_running_run_says_so_and_refreshes_itself(run_dir, tmp_path, words_only):
     directory = Path(shutil.copytree(run_dir, tmp_path / "live"))
     path = directory / "metrics.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:21]) + "\n")
@@ -116,7 +122,7 @@ def test_rows_that_are_zero_or_single_are_drawn(tmp_path):
 
 
 def test_watch_stops_once_a_run_has_been_silent_for_too_long(
-    run_dir, tmp_path, monkeypatch, capsys
+    run_dir, tmp_path, words_only, monkeypatch, capsys
 ):
     directory = Path(shutil.copytree(run_dir, tmp_path / "dead"))
     path = directory / "metrics.jsonl"
@@ -137,7 +143,7 @@ def test_watch_stops_once_a_run_has_been_silent_for_too_long(
     assert "it may have stopped" in (directory / "report.html").read_text()
 
 
-def test_run_that_failed_is_watched_no_longer_and_says_why(run_dir, tmp_path, capsys):
+def test_run_that_failed_is_watched_no_longer_and_says_why(run_dir, tmp_path, words_only, capsys):
     directory = Path(shutil.copytree(run_dir, tmp_path / "failed"))
     path = directory / "metrics.jsonl"
     end = {"event": "end", "step": 40, "error": "ChannelLost: the server is gone"}

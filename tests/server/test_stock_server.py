@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -48,8 +49,20 @@ class StockServer:
             "VLLM_NO_USAGE_STATS": "1",
             **variables,
         }
+        command = [*command, "--port", str(self.port)]
         log.touch()
-        self.process = warm_server.start([*command, "--port", str(self.port)], env, str(log))
+        if command[1] == "-m":
+            self.process = warm_server.start(command, env, str(log))
+            return
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def url(self) -> str:

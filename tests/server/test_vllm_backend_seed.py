@@ -18,6 +18,7 @@ from tests.docs.commands import blocks
 from tests.policies import NUM_TOKENS, PeftTwin, sync_to
 from tests.server.worker_server import worker_over
 from tink_rl import vllm_backend as ours
+from tink_rl.sampling import default
 from tink_rl.settings import Settings
 
 pytestmark = pytest.mark.server
@@ -190,7 +191,7 @@ def run(servers, model_dir, adapters, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TINK_STORE_DIR", store)
     monkeypatch.setenv("TINK_TOKEN_FILE", str(server.token_file))
-    monkeypatch.setattr(ours, "_default", None)
+    monkeypatch.setattr(default, "_default", None)
     with worker_over(server, adapters[0], tmp_path, TINK_STORE_DIR=store) as command:
         places["worker"] = command.url
 

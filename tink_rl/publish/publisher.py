@@ -268,10 +268,10 @@ class WeightSync:
             if not may_pass(error):
                 raise
             self.fleet.close_channels()  # whatever is published next joins again
-            failed = publish_failed(self.versions.name(transfer.version), watch.phase, error)
+            name = self.versions.name(transfer.version)
             if tries == 1:
-                raise failed from error
-            logger.warning("%s; trying again", failed.message)
+                raise publish_failed(name, watch.phase, error) from error
+            logger.warning("publish of %s failed in %s, trying again: %s", name, watch.phase, error)
         if isinstance(transfer, FullTransfer) and transfer.may_have_changed:
             transfer.version = self._number_of_next_attempt(transfer.version)
         try:

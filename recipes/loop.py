@@ -52,7 +52,6 @@ def train(
             max_tokens=MAX_TOKENS,
             temperature=1.0,
             model=record.name,  # the version just published; another one would be refused
-            generation_kwargs={"seed": step},
         )
         answers = [answer for answer in problems["answer"] for _ in range(GROUP)]
         texts = tokenizer.batch_decode(output["completion_ids"], skip_special_tokens=True)

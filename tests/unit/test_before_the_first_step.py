@@ -45,7 +45,7 @@ def arguments(**changes):
         ("model", "other", "is refused"),
         ("return_token_ids", False, "always come back"),
         ("chat_template", "{{ x }}", "stopped by a template"),
-        ("top_p", 1.5, "a number from 0 to 1"),
+        ("top_p", 1.5, "a number above 0 and up to 1"),
         ("min_tokens", 17, "exceeds max_tokens=16"),
         ("stop", [""], "none of them empty"),
         ("logit_bias", {"x": 1.0}, "logit_bias holds 'x'"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-import torch
+if TYPE_CHECKING:  # the store reads adapters without it
+    import torch
 
 
 class BaseModel(Protocol):

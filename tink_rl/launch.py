@@ -111,7 +111,7 @@ class VLLMServer:
         """All of `start` that comes before vLLM: checks, the download of a hub id, the memory plan.
 
         Raises:
-            LaunchFailed: or one of its kinds; a setting or a model with which vLLM would not start.
+            LaunchFailed: or one of its codes; a setting or a model with which vLLM would not start.
             ImportError: vLLM is not installed.
         """
         self.options = check_options(self.options)
@@ -142,7 +142,7 @@ class VLLMServer:
         """Start and wait until a first completion was sampled; nothing is left behind on failure.
 
         Raises:
-            LaunchFailed: or one of its kinds, in one line, with the log's path.
+            LaunchFailed: or one of its codes, in one line, with the log's path.
             ImportError: vLLM is not installed.
         """
         if self.alive:

@@ -48,7 +48,7 @@ def convert(directory: str | Path) -> Converted:
         AdapterPathMissing: no such directory.
         AdapterFilesInvalid: nothing to convert, safetensors are there already, or the pickle asks for more
             than a flat dict of tensors.
-        AdapterFilesInvalid: it is no torch checkpoint; or it holds no tensor.
+        AdapterFilesInvalid: it is not a torch checkpoint; or it holds no tensor.
         AdapterFilesInvalid, PathNotAllowed: the file.
         StorageFull: the directory cannot be written.
         DeadlineExceeded: the child took too long.

@@ -249,7 +249,7 @@ def _checked_against(
 
 
 def _text(path: str | Path) -> str:
-    # A file name may hold bytes that are no UTF-8; the database holds text.
+    # A file name may hold bytes that are not UTF-8; the database holds text.
     return str(path).encode(errors="replace").decode()
 
 
@@ -280,7 +280,7 @@ def _one(rows: list[tuple[Any, ...]]) -> Registration | None:
 class _Connections:
     """SQLite connections that the threads of this process lend each other, opened as they are needed.
 
-    One connection behind a lock would hand every request of the worker through one door: SQLite lets
+    One connection behind a lock would let one request of the worker in at a time: SQLite lets
     go of the GIL inside, and whoever holds the lock then waits for it while all others wait for him.
     """
 

@@ -194,7 +194,7 @@ class AdapterStore:
     def gc(self, keep: Iterable[str], *, min_age_s: float = GC_MIN_AGE_S) -> list[str]:
         """Remove what is not in `keep` and was not added within `min_age_s`; the removed digests.
 
-        The age leaves room for whoever has just added a digest and is about to register it.
+        The age gives time to whoever has just added a digest and is about to register it.
 
         Raises:
             StorageFull: the store cannot be written.

@@ -19,14 +19,14 @@ UNIT_ROUNDOFF = {
 }
 """Largest relative error of rounding a number to the format (Higham, Accuracy and Stability, 2002)."""
 AGREES = 1e-3
-"""Nats. fp32 on both sides shows 1e-6 to 1e-4 on real and random models; more is no rounding there."""
+"""Nats. fp32 on both sides shows 1e-6 to 1e-4 on real and random models; more is not rounding there."""
 _WARN_FACTOR, _FAIL_FACTOR = 3.0, 10.0
 """Of the measured noise. Seven random models of 2-32 layers, five adapter sizes each, in slots and merged:
 pure bf16 against fp32 or autocast showed at most 1.6 times the noise that `precision.rounding` finds."""
 _LARGEST_BASE_GAP = 1.0
 """Below fp32: twice what bf16 shows on real bases (0.1-0.5 nats; 0.05-0.25 on random ones of 8-60 layers)."""
 _LARGEST_QUANTIZED_BASE_GAP = 2.0
-"""A 4-bit base differs from the served one by its quantisation, which is no rounding of arithmetic."""
+"""A 4-bit base differs from the served one by its quantisation, which is not rounding of arithmetic."""
 _LARGEST_EXACT_GAP = 0.05
 """fp32 on both sides: a thousand times its usual gap, whatever noise was measured."""
 _LARGEST_GROWTH = 2.0

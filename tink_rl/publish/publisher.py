@@ -181,7 +181,7 @@ class WeightSync:
 
         Args:
             source: An `Adapter`, a live PEFT model, or a PEFT directory.
-            synthetic: Publish as version 0, which is no version of the policy: for a probe that is
+            synthetic: Publish as version 0, which is not a version of the policy: for a probe that is
                 dropped again before the first one.
             watch: Of a publish that began outside, with its collecting.
 
@@ -243,7 +243,7 @@ class WeightSync:
                 # It may be served; the next commit drops it.
                 self.versions.add_uncertain(self.versions.name(transfer.version))
             if transfer.packed is not None:
-                # Whatever else went wrong: broken weights are no checkpoint to resume from.
+                # Whatever else went wrong: broken weights are not a checkpoint to resume from.
                 check_packed(transfer.packed.header, transfer.packed.buffer)
             raise
         record = PublishRecord(

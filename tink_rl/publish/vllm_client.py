@@ -51,7 +51,7 @@ class VLLMClient(SamplingClient):
             transport: For tests.
 
         Raises:
-            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
+            ConfigError: `base_url` is not the URL of a server, or the CA file cannot be read.
             ServerUnreachable: nobody answered within `connection_timeout`.
         """
         self.policy = policy

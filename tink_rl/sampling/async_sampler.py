@@ -41,7 +41,7 @@ class AsyncSampler:
             ca_file: Authorities to trust beside the system's (PEM); None: what TINK_CA_FILE names.
 
         Raises:
-            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
+            ConfigError: `base_url` is not the URL of a server, or the CA file cannot be read.
         """
         self.base_url = server_url(base_url)
         self._ssl = tls.context_for(self.base_url, ca_file) or True

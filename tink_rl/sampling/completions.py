@@ -107,7 +107,7 @@ def as_completions(
     """One record per choice, prompt-major; `origin` is `model_id`, `version` and `digest`.
 
     Raises:
-        EngineUnavailable: the server ended one early; what came is no completion.
+        EngineUnavailable: the server ended one early; what came is not a completion.
     """
     found = []
     if any(choice["finish_reason"] == "abort" for choice in choices):

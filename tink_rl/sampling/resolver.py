@@ -123,7 +123,7 @@ class ModelResolver:
             )
 
     def _note_current(self, current: Registration) -> None:
-        """Retire what `current` replaced, be it by another process."""
+        """Retire what `current` replaced, also where another process did."""
         if current.version > self._current.get(current.adapter_id, 0):  # never back to an older one
             self._current[current.adapter_id] = current.version
             self._cache.retire(current.adapter_id, keep=current.version)

@@ -171,7 +171,7 @@ class KnownServer:
             return
         try:
             threading.Thread(target=self._refresh, name="tink-look", daemon=True).start()
-        except RuntimeError:  # no thread to be had now; a later request tries again
+        except RuntimeError:  # no thread can be started now; a later request tries again
             self._looking.release()
 
     def _refresh(self) -> None:

@@ -14,7 +14,7 @@ from tink_rl.policy.fingerprint import INDEX_FILE, checkpoint_files
 
 
 def load_only_the_checkpoint() -> None:
-    """Let vLLM's loader leave out what is no part of the checkpoint; idempotent."""
+    """Let vLLM's loader leave out what is not part of the checkpoint; idempotent."""
     from tink_rl.server.vllm_names import default_loader
 
     current = default_loader.filter_duplicate_safetensors_files

@@ -73,7 +73,7 @@ class GoldenWeights:
         A GPU that has less memory than was measured a moment ago: `auto` takes the host's instead.
 
         Raises:
-            ModeUnavailable: it was asked for that tier, or the host has no room either.
+            ModeUnavailable: it was asked for that tier, or the host does not have the memory either.
         """
         if self.plan.tier == "file":
             return
@@ -96,7 +96,7 @@ class GoldenWeights:
             self._kept[shard.name].copy_(self._read(shard))
 
     def _slab(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Room for all projections on `device`, and each one's part of it."""
+        """Memory for all projections on `device`, and each one's part of it."""
         step = _ALIGN_BYTES // self._dtype.itemsize
         starts, end = [], 0
         for shard in self._shards:

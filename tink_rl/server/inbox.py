@@ -158,7 +158,7 @@ class Inbox:
         self.stages.pop(stage_id, None)
 
     def _buffer(self, num_bytes: int) -> torch.Tensor:
-        """Room for a packet, `[num_bytes] uint8`; an old one's where it fits.
+        """A buffer for a packet, `[num_bytes] uint8`; an old one's where it fits.
 
         Fresh pages cost more than the bytes that are written to them. For a GPU they are pinned: vLLM then
         takes every tensor of an adapter as it lies, instead of pinning a copy of each.

@@ -23,7 +23,7 @@ class Numbers:
     def take(self, name: str, digest: str) -> None:
         """Give the number of `name` to the weights of `digest`, if it is theirs or nobody's.
 
-        Version 0 is no version of the policy, but what a probe tries: it is given again and again.
+        Version 0 is not a version of the policy but what a probe tries: it is given again and again.
 
         Raises:
             VersionTaken: it is others'.

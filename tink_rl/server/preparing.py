@@ -40,7 +40,7 @@ def merged_mode(
 
     Raises:
         ConfigError: no layer can be folded, or folding would leave something of the old weights.
-        ModeUnavailable: no room.
+        ModeUnavailable: there is not enough memory.
     """
     dtype, device = worker.model_config.dtype, worker.device
     derived.check()

@@ -1,1 +1,1 @@
-"""The doors into training; the only rooms that import trl."""
+"""The ways into training; the only modules that import trl."""

@@ -1,4 +1,4 @@
-"""The second door: any Hugging Face `Trainer` publishes its adapter, for live sampling.
+"""The second way into training: any Hugging Face `Trainer` publishes its adapter, for live sampling.
 
 trainer = trl.SFTTrainer(...)                      # or DPOTrainer, transformers.Trainer, ...
 trainer.add_callback(tink_rl.PolicySyncCallback(trainer, "http://127.0.0.1:8000",

@@ -118,7 +118,7 @@ def _kwargs_of(args: SamplingArguments) -> dict[str, Any]:
 
 
 def _check_request(args: SamplingArguments, limits: Limits) -> None:
-    """The door that every request passes, before the first one is made.
+    """What every request is checked for, before the first one is made.
 
     Raises:
         ConfigError: what would not pass.

@@ -112,7 +112,7 @@ class PolicyGeneration:
             recover: Publish again to replicas that lost the version; False if none did.
             pin: Told the version that an open rollout samples from, then None: it must stay served.
             agree: Told after the first turn of an open rollout why it could not be sampled, or None; it
-                raises that, on every rank. Later turns are no collective.
+                raises that, on every rank. Later turns are not a collective.
         """
         self.clients = list(clients)
         self.settings = settings

@@ -60,7 +60,7 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("prompt", "completion"):
         table.add_column(column, overflow="fold")
-    for row in rows:  # Text: brackets in a completion are no markup
+    for row in rows:  # Text: brackets in a completion are not markup
         table.add_row(Text(row["prompt"]), Text(row["completion"]))
     Console().print(table)
 

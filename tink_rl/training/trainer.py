@@ -1,4 +1,4 @@
-"""The first door into training: TRL's on-policy trainers (change one import), and `attach`.
+"""The first way into training: TRL's on-policy trainers (change one import), and `attach`.
 
 TRL builds its vLLM object by class name and offers no injection point, but reads only `sync_weights()`
 and `generate(...)` of it. So a trainer is built with `use_vllm=False`, then gets our object and the

@@ -123,7 +123,7 @@ class Channel:
             timeout_s: For all of them to come.
 
         Raises:
-            ChannelLost: not all ranks came within `timeout_s`, or `host` is no address of this machine.
+            ChannelLost: not all ranks came within `timeout_s`, or `host` is not an address of this machine.
         """
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)

@@ -118,7 +118,7 @@ def given_kwargs(generation_kwargs: Any) -> dict[str, Any]:
     """What `generation_kwargs` sets, as JSON has it; an entry that is None is left out.
 
     Raises:
-        SamplingRefused: it is no dict.
+        SamplingRefused: it is not a dict.
     """
     if not isinstance(generation_kwargs or {}, Mapping):
         raise errors.SamplingRefused(f"generation_kwargs={generation_kwargs!r}: expected a dict")
@@ -128,7 +128,7 @@ def given_kwargs(generation_kwargs: Any) -> dict[str, Any]:
 def check_payload(
     payload: Mapping[str, Any], limits: Limits = NO_LIMITS, *, stream: bool = False
 ) -> bytes:
-    """The body that is sent for `payload`, once all of it was checked: the one door to a server.
+    """The body that is sent for `payload`, once all of it was checked; nothing else is sent.
 
     Args:
         payload: As it is sent, everything merged into it.

@@ -1,6 +1,6 @@
 """The fields of a sampling request, by vLLM's names: which are taken, and what each of them changes.
 
-One table for every door: the trainer's arguments, `VLLMClient`, the sampling backend and the worker.
+One table for everybody who asks: the trainer's arguments, `VLLMClient`, the sampling backend and the worker.
 A field that is not in it is never sent, because vLLM 0.31 ignores what it does not know, without a word.
 `tests/unit/test_vllm_contract.py` compares it with vLLM's own request classes.
 """

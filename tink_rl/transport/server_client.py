@@ -54,7 +54,7 @@ class ServerClient:
             transport: For tests.
 
         Raises:
-            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
+            ConfigError: `base_url` is not the URL of a server, or the CA file cannot be read.
             ServerUnreachable: nobody answered within `connection_timeout`.
         """
         self.base_url = server_url(base_url)

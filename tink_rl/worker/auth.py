@@ -110,7 +110,7 @@ def _names_loopback(host: str | None) -> bool:
         parts = urlsplit(f"//{host}")
     except ValueError:
         return False
-    # "127.0.0.1/x" and "x@127.0.0.1" are no hosts, whatever a lenient parser makes of them
+    # "127.0.0.1/x" and "x@127.0.0.1" are not hosts, whatever a lenient parser makes of them
     return parts.netloc == host and "@" not in host and is_loopback(parts.hostname)
 
 

@@ -175,7 +175,7 @@ def bind(host: str, port: int) -> socket.socket:
 
     Raises:
         LaunchFailed: another process has it.
-        ConfigError: it is no address of this machine, or not for us.
+        ConfigError: it is not an address of this machine, or not for us.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family)
@@ -214,7 +214,7 @@ class HttpServer:
     ) -> None:
         """Start the threads and accept connections (they are served once `run` is called)."""
         for name in ("waitress.queue", "waitress"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # a full queue is no news here
+            logging.getLogger(name).setLevel(logging.ERROR)  # a full queue is not news here
         host, self.port = taken.getsockname()[:2]
         self.url = http_url(host, self.port)
         self._map: dict[int, Any] = {}

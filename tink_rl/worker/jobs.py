@@ -245,7 +245,7 @@ class JobQueue:
             self._num_tickets -= 1
             if not job.tickets and not job.is_over and job.work.fingerprint is None:
                 self._cancel(job, errors.RequestCancelled("the client went away"))
-                self._start_next()  # it may have been the one for which the others had no room
+                self._start_next()  # it may have been the one that the others were too large beside
 
     # -- run --------------------------------------------------------------------------------------
 

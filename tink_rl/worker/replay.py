@@ -29,7 +29,7 @@ class KeptAnswers:
         return self._jobs.get(request_id)
 
     def put(self, job: Job) -> None:
-        """Keep a done job; the oldest make room for it."""
+        """Keep a done job; the oldest are dropped for it."""
         self._jobs[job.work.request_id] = job
         self._weight += _weight(job)
         while len(self._jobs) > _MAX_JOBS or self._weight > _MAX_WEIGHT:

@@ -65,7 +65,7 @@ class MegatronClient:
             ca_file: Authorities to trust beside the system's (PEM); None: what TINK_CA_FILE names.
 
         Raises:
-            ConfigError: `base_url` is no URL of a server, or the CA file cannot be read.
+            ConfigError: `base_url` is not the URL of a server, or the CA file cannot be read.
         """
         self.base_url = server_url(base_url).removesuffix("/api")
         self._ssl = tls.context_for(self.base_url, ca_file) or True
@@ -95,7 +95,7 @@ class MegatronClient:
             self._session._retry_connection = False
         return self._session
 
-    # -- one door ---------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> _Answer:
         """Status and body of one request; the caller holds the deadline (`asyncio.timeout`)."""
@@ -126,7 +126,7 @@ class MegatronClient:
 
         Raises:
             EngineUnavailable: nobody answers, or the dynamic server says that it is not ready.
-            BackendError: what answers is no Megatron text-generation server.
+            BackendError: what answers is not a Megatron text-generation server.
         """
         if self.kind is not None:
             return self.kind
@@ -227,7 +227,7 @@ class MegatronClient:
         answer = await self._send("PUT", "/api", body)
         if answer.status in (404, 405):
             raise _OtherKind("PUT /api", answer.status)
-        # Most validation failures come as HTTP 200 with a JSON string: that is no completion.
+        # Most validation failures come as HTTP 200 with a JSON string: that is not a completion.
         if answer.status in (200, 400) and isinstance(answer.data, str):
             raise errors.SamplingRefused(f"Megatron refused the request: {_words(answer.data)}")
         if answer.status == 400:

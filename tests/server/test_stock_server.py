@@ -1,4 +1,4 @@
-"""The seed's two server commands, as users type them: vLLM without our plugin."""
+"""The existing integration's two server commands, as users type them: vLLM without our plugin."""
 
 from __future__ import annotations
 

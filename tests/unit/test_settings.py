@@ -1,4 +1,4 @@
-"""Settings: the seed's names and defaults, precedence, bad values, and that `.env.example` is true."""
+"""Settings: the known names and defaults, precedence, bad values, and that `.env.example` is true."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def clean_environment(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_defaults_are_the_seeds():
+def test_defaults_are_the_known_ones():
     settings = Settings.load()
     assert {name: getattr(settings, name) for name in SEED_DEFAULTS} == SEED_DEFAULTS
     assert settings.url == "http://localhost:8000"
 
 
-def test_environment_as_in_the_seeds_page(monkeypatch):
+def test_environment_as_in_the_page(monkeypatch):
     for line in (
         "USE_VLLM=true",
         "VLLM_BASE_URL=http://localhost:8123",

@@ -23,7 +23,7 @@ from tink_rl.sampling import default
 from tink_rl.vllm_backend import VLLMBackend
 
 
-def test_missing_path_and_unreachable_server_keep_the_seeds_sentences(
+def test_missing_path_and_unreachable_server_keep_their_known_sentences(
     make_backend, model_dir, tmp_path
 ):
     backend = make_backend(fake_server(model_dir))
@@ -272,7 +272,7 @@ def test_call_that_never_ends_keeps_an_old_backend_for_its_request_timeout(initi
         wait_until(lambda: old._closed)
 
 
-def test_serving_without_vllm_says_what_the_seed_says_and_what_to_install(model_dir, monkeypatch):
+def test_serving_without_vllm_says_its_known_sentence_and_what_to_install(model_dir, monkeypatch):
     monkeypatch.setattr(serve_options, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as caught:
         launch.VLLMServer(model_dir("qwen3")).start()
@@ -290,7 +290,7 @@ def test_sampling_and_the_worker_need_neither_vllm_nor_trl_nor_peft():
     assert done.stdout.strip() == "True False"
 
 
-def test_the_seeds_names_are_all_there():
+def test_known_names_are_all_there():
     names = (
         "initialize_vllm_client generate_with_vllm register_lora_adapter unregister_lora_adapter "
         "list_lora_adapters update_model_weights init_communicator close_communicator "

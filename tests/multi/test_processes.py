@@ -128,6 +128,7 @@ def test_two_processes_are_one(runs, kind):
     assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
 
 
+@pytest.mark.long
 def test_version_that_the_server_lost_is_published_again_for_all_ranks(runs):
     code, ranks, output, out = runs.get("ddp", "version on the server")
     assert code == 0, output[-4000:]

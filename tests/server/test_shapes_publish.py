@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from tests.policies import PeftTwin, WholeTwin, assert_served, served_greedy, sync_to
@@ -23,10 +25,14 @@ VARIANTS = {
 }
 
 
-# The decorator nearest to the function varies slowest: one server start per shape.
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mode", ["adapter", "merged", "full"])
-@pytest.mark.parametrize("shape", SHAPES)
+def _rows():
+    """Every variant on one shape, the two that differ most on the others; `make test-long` has the rest."""
+    for shape, mode, variant in product(SHAPES, ("adapter", "merged", "full"), VARIANTS):
+        is_short = shape == SHAPES[0] or variant in ("all-linear", "patterns")
+        yield pytest.param(shape, mode, variant, marks=() if is_short else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("shape", "mode", "variant"), _rows())
 def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode, variant):
     server = servers.get(shape, mode="both")
     twin = PeftTwin(model_dir(shape), **VARIANTS[variant])

@@ -2,9 +2,8 @@
 
 API server, engine core and worker of a server on a CPU import vLLM one after the other, 16 s each on a slow
 core, and the suite starts dozens. Here one process imports it once and those three are forks of it. What they
-run is vLLM's own code from its `main` on, with the command line and environment of `VLLMServer`. What is read
-before that (by OpenMP, oneDNN, torch's dispatch) is as it was when the first one started: a server for which
-it must differ is started as users start it, and so are those of commands, recipes and notebooks.
+run is vLLM's own code from its `main` on, with the command line and environment of `VLLMServer`. Servers of
+commands, recipes and notebooks are started as users start them.
 """
 
 from __future__ import annotations
@@ -37,14 +36,18 @@ _IMPORTS = (
 _IMPORT_S = 240.0
 
 
-_READ_LATE = {"PYTHONPATH", "TINK_TEST_SWITCH", "VLLM_PLUGINS"}
+_READ_EARLY = ("ATEN_CPU_CAPABILITY", "HF_HUB_CACHE", "ONEDNN_MAX_CPU_ISA")
+"""Variables that are read while importing: servers that differ in one have parents of their own."""
+
+
+_READ_LATE = ("PYTHONPATH", "TINK_TEST_SWITCH", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS")
 """Variables that nothing reads before a server's `main`."""
 
 
 def make_server(model: str | Path, **settings: Any) -> VLLMServer:
-    """The server for these `ServerOptions`, not started; forked unless its environment forbids it."""
-    is_late = set(settings.get("env", {})) <= _READ_LATE
-    return (WarmServer if is_late else VLLMServer)(model, **settings)
+    """The server for these `ServerOptions`, not started; forked where its variables are known here."""
+    is_known = set(settings.get("env", {})) <= {*_READ_EARLY, *_READ_LATE}
+    return (WarmServer if is_known else VLLMServer)(model, **settings)
 
 
 class WarmServer(VLLMServer):
@@ -77,22 +80,21 @@ class Forked:
 
 def start(line: list[str], env: dict[str, str], log: str) -> Forked:
     """Fork `python -m MODULE ARGUMENTS...` with the environment `env`, writing to the file `log`."""
-    if not _parents:
-        _parents.append(_Parent())
-    pid = _parents[0].ask({"line": line, "env": env, "log": log})["pid"]
-    return Forked(_parents[0], pid)
+    early = tuple((name, env[name]) for name in _READ_EARLY if name in env)
+    parent = _parents.get(early) or _parents.setdefault(early, _Parent(dict(early)))
+    return Forked(parent, parent.ask({"line": line, "env": env, "log": log})["pid"])
 
 
 class _Parent:
     """The process with the imports, from the side of the tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, early: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "LD_PRELOAD": _openmp()},
+                env={**os.environ, **early, "LD_PRELOAD": _openmp()},
                 start_new_session=True,
             )
         ours.settimeout(_IMPORT_S)
@@ -103,7 +105,7 @@ class _Parent:
         return json.loads(self._messages.readline())
 
 
-_parents: list[_Parent] = []
+_parents: dict[tuple[tuple[str, str], ...], _Parent] = {}
 
 
 def _openmp() -> str:

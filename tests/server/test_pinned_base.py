@@ -13,8 +13,8 @@ from tests.hub_cache import cache_snapshot
 from tests.policies import sync_to
 from tests.tiny_models import make_model
 from tests.trainers import PROMPTS, config, lora, reward_noise, rows, settings
+from tests.warm_server import make_server
 from tink_rl import GRPOTrainer, errors
-from tink_rl.launch import VLLMServer
 from tink_rl.policy.fingerprint import base_fingerprint
 
 pytestmark = pytest.mark.server
@@ -47,7 +47,7 @@ def hub(model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pinned(hub, tmp_path_factory):
-    server = VLLMServer(
+    server = make_server(
         "acme/tiny",
         revision="v2",
         mode="both",
@@ -56,7 +56,7 @@ def pinned(hub, tmp_path_factory):
         max_lora_rank=16,
         token_file=str(tmp_path_factory.mktemp("pinned") / "token"),
         extra_args=("--served-model-name", "pol", "--api-key", KEY),
-        env={"HF_HUB_CACHE": str(hub.cache), "HF_HUB_OFFLINE": "1"},
+        env={"HF_HUB_CACHE": str(hub.cache)},  # HF_HUB_OFFLINE is set for all tests
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.cache))

@@ -34,6 +34,7 @@ _IMPORTS = (
     "tink_rl.server.vllm_names",
 )
 _IMPORT_S = 240.0
+_END_S = 10.0
 
 
 _READ_EARLY = ("ATEN_CPU_CAPABILITY", "HF_HUB_CACHE", "ONEDNN_MAX_CPU_ISA")
@@ -55,6 +56,24 @@ class WarmServer(VLLMServer):
 
     def _popen(self, line: list[str], *, env: dict[str, str], log: Any) -> Any:
         return start(line, env, log.name)
+
+    def stop(self) -> None:
+        """As `VLLMServer.stop`; its forks hold the API server's socket for as long as they take to end."""
+        was_started = self.pid is not None
+        super().stop()
+        deadline = time.monotonic() + _END_S
+        while was_started and not _is_free(self.options.port) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 class Forked:

@@ -24,6 +24,9 @@ from typing import Any
 
 import setproctitle
 
+from tink_rl import serve_options
+from tink_rl.errors import LaunchFailed
+from tink_rl.gpus import has_gpu
 from tink_rl.launch import VLLMServer
 
 _IMPORTS = (
@@ -37,6 +40,8 @@ _IMPORT_S = 240.0
 _END_S = 10.0
 
 
+CAN_FORK = not has_gpu()
+"""What is forked here is vLLM's CPU build; a process that holds a GPU cannot be."""
 _READ_EARLY = ("ATEN_CPU_CAPABILITY", "HF_HUB_CACHE", "ONEDNN_MAX_CPU_ISA")
 """Variables that are read while importing: servers that differ in one have parents of their own."""
 
@@ -48,7 +53,7 @@ _READ_LATE = ("PYTHONPATH", "TINK_TEST_SWITCH", "VLLM_CPU_OMP_THREADS_BIND", "VL
 def make_server(model: str | Path, **settings: Any) -> VLLMServer:
     """The server for these `ServerOptions`, not started; forked where its variables are known here."""
     is_known = set(settings.get("env", {})) <= {*_READ_EARLY, *_READ_LATE}
-    return (WarmServer if is_known else VLLMServer)(model, **settings)
+    return (WarmServer if is_known and CAN_FORK else VLLMServer)(model, **settings)
 
 
 class WarmServer(VLLMServer):
@@ -67,13 +72,11 @@ class WarmServer(VLLMServer):
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    try:
+        serve_options._free_port("127.0.0.1", port)
+    except LaunchFailed:
+        return False
+    return True
 
 
 class Forked:
@@ -153,7 +156,7 @@ def serve(number: int) -> None:
                 codes[pid] = None
                 answer = {"pid": pid}
             print(json.dumps(answer), file=messages, flush=True)
-    for pid in codes:
+    for pid in (pid for pid, code in codes.items() if code is None):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 

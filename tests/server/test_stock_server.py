@@ -51,7 +51,7 @@ class StockServer:
         }
         command = [*command, "--port", str(self.port)]
         log.touch()
-        if command[1] == "-m":
+        if command[1] == "-m" and warm_server.CAN_FORK:
             self.process = warm_server.start(command, env, str(log))
             return
         with log.open("wb") as stream:

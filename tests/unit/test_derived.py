@@ -16,8 +16,8 @@ from tink_rl.policy.packet import TensorSpec
 from tink_rl.server import modules
 from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
+from tink_rl.server.full import FullWriter
 from tink_rl.server.layout import Group, Layout
-from tink_rl.server.whole import WholeWriter
 from tink_rl.types import SyncMode
 
 HEADS, NOPE, VALUE, LATENT = 2, 16, 16, 512
@@ -106,7 +106,7 @@ def test_full_version_moves_it_too(rig, config):
     name = f"{NAME}.weight"
     group = Group(key=NAME, modules=(NAME,), names=frozenset([name]))
     entry = SimpleNamespace(shape=tuple(rig.weights[NAME].shape))
-    writer = WholeWriter(
+    writer = FullWriter(
         rig.model,
         Layout({name: entry}, [group]),
         vllm_config=config,

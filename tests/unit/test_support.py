@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.fakes import status
 from tink_rl import errors
 from tink_rl.policy.adapter import AdapterCollector
-from tink_rl.policy.collect import WholeCollector, collector_for
+from tink_rl.policy.collect import FullCollector, collector_for
 from tink_rl.policy.support import ALL, FEATURES, TIED, WHOLE, Needs, needs, table
 from tink_rl.publish.modes import choose_mode
 from tink_rl.types import SyncMode
@@ -112,14 +112,14 @@ def test_changed_base_without_its_original_or_not_low_rank_is_told(model_dir):
     directory = model_dir("qwen3")
     model = get_peft_model(load(directory), LoraConfig(r=4, init_lora_weights="pissa"))
     unknown = collector_for(model)
-    assert isinstance(unknown, WholeCollector) and unknown.needs.modes == WHOLE
+    assert isinstance(unknown, FullCollector) and unknown.needs.modes == WHOLE
     assert "original is not known" in unknown.needs.because[0]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("q_proj.base_layer.weight"):
                 parameter += torch.randn_like(parameter)
     collector = collector_for(model, directory)
-    assert isinstance(collector, WholeCollector)
+    assert isinstance(collector, FullCollector)
     assert collector.needs.modes == WHOLE and "more than rank 4" in collector.needs.because[0]
 
 
@@ -128,7 +128,7 @@ def test_whole_collector_swaps_and_gives_back_bit_for_bit(model_dir):
         load(model_dir("qwen3")), LoraConfig(r=4, use_dora=True, modules_to_save=["norm"])
     )
     collector = collector_for(model)
-    assert isinstance(collector, WholeCollector)
+    assert isinstance(collector, FullCollector)
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
     plain, noisy = collector.collect(), collector.random_like(seed=1)
     first = plain.digest()

@@ -51,7 +51,7 @@ class LiveModel:
         return str(hasher.hexdigest())
 
 
-class WholeCollector:
+class FullCollector:
     """Takes whole tensors from one live PEFT model, again and again (`full` mode)."""
 
     def __init__(self, model: PeftModel, name: str, needed: Needs) -> None:
@@ -132,7 +132,7 @@ def _noisy(name: str, tensor: torch.Tensor, std: float, generator: torch.Generat
     return tensor.detach().float().cpu() + noise * std
 
 
-Collector = AdapterCollector | WholeCollector
+Collector = AdapterCollector | FullCollector
 
 
 def collector_for(
@@ -159,12 +159,12 @@ def collector_for(
             f"adapter {name!r} cannot be published: {'; '.join(needed.refused)}"
         )
     if SyncMode.ADAPTER not in needed.modes:
-        return WholeCollector(model, name, needed)
+        return FullCollector(model, name, needed)
     index = checkpoint_index(base_model) if base_model and changes_base(facts) else None
     if changes_base(facts) and index is None:
         because = "an initialisation that changed the base, whose original is not known"
-        return WholeCollector(model, name, Needs(modes=WHOLE, because=(because,)))
+        return FullCollector(model, name, Needs(modes=WHOLE, because=(because,)))
     try:
         return AdapterCollector(model, name, base=index)
     except BaseChangeIsNotLowRank as error:
-        return WholeCollector(model, name, Needs(modes=WHOLE, because=(str(error),)))
+        return FullCollector(model, name, Needs(modes=WHOLE, because=(str(error),)))

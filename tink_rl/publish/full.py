@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from tink_rl.policy.whole import WholeSource, whole_source
+from tink_rl.policy.full import FullSource, full_source
 from tink_rl.protocol import CommitAnswer
 from tink_rl.publish.full_update import FullUpdate
 from tink_rl.types import SyncMode
@@ -28,7 +28,7 @@ class FullPath:
         self._fleet, self._config, self._base = fleet, config, base
         self._groups: list[list[str]] | None = None
 
-    def tensors_of(self, source: object) -> WholeSource:
+    def tensors_of(self, source: object) -> FullSource:
         """The whole tensors of `source`, as the servers group them.
 
         Raises:
@@ -36,7 +36,7 @@ class FullPath:
         """
         if self._groups is None:
             self._groups = self._fleet.replicas[0].layout()
-        return whole_source(source, self._groups, self._base.index())
+        return full_source(source, self._groups, self._base.index())
 
     def update(self, version: int, dtype: str, expected: str | None) -> FullUpdate:
         """A full update that has not begun."""
@@ -72,7 +72,7 @@ class FullTransfer:
 
         Args:
             path: Of its publisher.
-            source: What `whole_source` takes.
+            source: What `full_source` takes.
             version: A fresh number; or, with `expected`, one that these weights had before.
             dtype: The servers'.
             expected: Digest without which nothing is served.

@@ -125,14 +125,14 @@ class VLLMClient(SamplingClient):
         Raises:
             TinkError: what is wrong, or the update that `update_named_param` has under way.
         """
-        from tink_rl.policy.whole import whole_source  # loads torch, which sampling does not need
+        from tink_rl.policy.full import full_source  # loads torch, which sampling does not need
 
         if self._update is not None:
             raise errors.ConfigError(
                 "update_named_param() has an update under way; end it with reset_prefix_cache()"
             )
         replica = self._replica()
-        source = whole_source(model, replica.layout())
+        source = full_source(model, replica.layout())
         update = self._begin_update(source.plan(self.status().dtype))
         update.add_all(source.pairs())
         update.finish()

@@ -31,11 +31,11 @@ from tink_rl.server import amx, full_logprobs, modules, staged_adapters
 from tink_rl.server.channels import Channels
 from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
+from tink_rl.server.full import FullWriter
 from tink_rl.server.golden import GoldenWeights
 from tink_rl.server.inbox import Inbox, Stage
 from tink_rl.server.layout import trace_layout
 from tink_rl.server.preparing import merged_mode
-from tink_rl.server.whole import WholeWriter
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode
 
@@ -81,7 +81,7 @@ class _State:
         """Projections that a mode cannot change here, and why."""
         self.golden: GoldenWeights | None = None
         self.folder: Folder | None = None
-        self.writer: WholeWriter | None = None
+        self.writer: FullWriter | None = None
         self.update: _Update | None = None
         self.max_lora_rank = 0
         self.adapter_dtype = "float32"
@@ -151,7 +151,7 @@ class TinkWorkerExtension:
         except Exception as error:  # an odd loader costs this server full mode, nothing else
             logger.warning("tink_rl: no full mode on this server", exc_info=True)
             return f"{type(error).__name__}: {error}"
-        state.writer = WholeWriter(
+        state.writer = FullWriter(
             model,
             layout,
             vllm_config=worker.vllm_config,
@@ -318,7 +318,7 @@ class TinkWorkerExtension:
 
     # -- full -------------------------------------------------------------------------------------
 
-    def _tink_writer(self) -> WholeWriter:
+    def _tink_writer(self) -> FullWriter:
         writer = self._tink().writer
         if writer is None:
             raise ModeUnavailable("this server does not offer full mode; its log says why")

@@ -32,12 +32,12 @@ from tink_rl.policy.fingerprint import (
     base_fingerprint,
     checkpoint_index,
 )
+from tink_rl.policy.full import full_source
 from tink_rl.policy.model_dir import local_model_dir
 from tink_rl.policy.peft_dir import POLICY_FILE, read_config, read_tensors
 from tink_rl.policy.shapes import BaseShapes, check_trained_on
 from tink_rl.policy.support import changes_base, needs, unsupported_reasons
 from tink_rl.policy.tensor_names import adapts_table, renamed
-from tink_rl.policy.whole import whole_source
 
 if TYPE_CHECKING:
     import torch
@@ -296,7 +296,7 @@ def _folds_of_peft(
 ) -> dict[str, Fold]:
     """Whole tensors, as a publish in full mode sends them: merged in fp32, one module at a time."""
     _checked_tensors(directory)
-    entries = whole_source(_load(directory, base), [[name] for name in index]).entries or []
+    entries = full_source(_load(directory, base), [[name] for name in index]).entries or []
 
     def fold(make: Callable[[], torch.Tensor]) -> Fold:
         return lambda _: make()

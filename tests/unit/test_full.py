@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from tink_rl import errors
 from tink_rl.policy.adapter import AdapterCollector
 from tink_rl.policy.fingerprint import CheckpointTensor, checkpoint_index
+from tink_rl.policy.full import full_source
 from tink_rl.policy.packet import TensorSpec, specs_from_plan
-from tink_rl.policy.whole import whole_source
 from tink_rl.server.layout import Layout, _connected
 
 
@@ -38,29 +38,29 @@ def peft_twin(directory, **lora):
 @pytest.mark.parametrize("shape", ["qwen3", "qwen2", "gemma3"])
 def test_model_gives_every_tensor_of_its_checkpoint_once(model_dir, shape):
     directory = model_dir(shape)
-    found = dict(whole_source(load(directory), groups_of(directory)).pairs())
+    found = dict(full_source(load(directory), groups_of(directory)).pairs())
     assert set(found) == set(checkpoint_index(directory))  # a tied head is not sent twice
 
 
 def test_plan_and_tensors_are_one(model_dir):
     directory = model_dir("qwen3")
-    source = whole_source(load(directory), groups_of(directory))
+    source = full_source(load(directory), groups_of(directory))
     plan = source.plan("float32")
     assert [(item["name"], tuple(item["shape"])) for item in plan] == [
         (name, tuple(tensor.shape)) for name, tensor in source.pairs()
     ]
-    assert whole_source(iter([]), []).plan("float32") is None
+    assert full_source(iter([]), []).plan("float32") is None
 
 
 def test_model_that_is_not_the_served_one_is_refused(model_dir):
     directory = model_dir("qwen3")
     groups = groups_of(directory)
     with pytest.raises(errors.UnknownModules, match="is this the model"):
-        whole_source(load(directory).model, groups)
+        full_source(load(directory).model, groups)
     with pytest.raises(errors.UnknownModules, match="lacks 1"):
-        whole_source(load(directory), [*groups, ["model.extra.weight"]])
+        full_source(load(directory), [*groups, ["model.extra.weight"]])
     with pytest.raises(errors.UnsupportedAdapter, match="expected a model"):
-        whole_source(3, groups)
+        full_source(3, groups)
 
 
 @pytest.mark.parametrize("wrap", [dict, iter], ids=["mapping", "stream"])
@@ -70,14 +70,14 @@ def test_tied_head_of_an_exporter_is_left_out_if_it_is_the_embedding(model_dir, 
     tensors = dict(load(directory).named_parameters())
     embedding = tensors["model.embed_tokens.weight"]
     for pairs in ([*tensors.items(), ("lm_head.weight", embedding)],):
-        found = dict(whole_source(wrap(pairs), groups).pairs())
+        found = dict(full_source(wrap(pairs), groups).pairs())
         assert list(found) == list(tensors)
     for order in (1, -1):
         pairs = [*tensors.items(), ("lm_head.weight", embedding + 1)][::order]
         with pytest.raises(errors.UnsupportedAdapter, match="ensure_weight_tying"):
-            dict(whole_source(wrap(pairs), groups).pairs())
+            dict(full_source(wrap(pairs), groups).pairs())
     untied = groups_of(model_dir("qwen3"))
-    assert dict(whole_source(iter([("lm_head.weight", embedding)]), untied).pairs())
+    assert dict(full_source(iter([("lm_head.weight", embedding)]), untied).pairs())
 
 
 @pytest.mark.parametrize("kind", ["peft", "adapter"])
@@ -86,7 +86,7 @@ def test_adapter_gives_whole_groups_of_what_it_changes_and_touches_nothing(model
     model = peft_twin(directory, use_rslora=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given = model if kind == "peft" else AdapterCollector(model).collect()
-    found = dict(whole_source(given, groups_of(directory), checkpoint_index(directory)).pairs())
+    found = dict(full_source(given, groups_of(directory), checkpoint_index(directory)).pairs())
     assert {name.split(".")[-2] for name in found} == {"q_proj", "k_proj", "v_proj"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     merged = model.merge_and_unload().state_dict()
@@ -103,7 +103,7 @@ def test_merge_happens_in_fp32_whatever_the_models_dtype(model_dir):
     model = peft_twin(directory).to(torch.bfloat16)
     name = "model.layers.0.self_attn.q_proj"
     layer = model.get_submodule(f"base_model.model.{name}")
-    found = dict(whole_source(model, groups_of(directory)).pairs())[f"{name}.weight"]
+    found = dict(full_source(model, groups_of(directory)).pairs())[f"{name}.weight"]
     a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
     exact = layer.base_layer.weight.float() + layer.scaling["default"] * b @ a
     assert found.dtype == torch.float32
@@ -115,7 +115,7 @@ def test_model_that_is_merged_in_place_is_refused(model_dir):
     model = peft_twin(directory)
     model.merge_adapter()
     with pytest.raises(errors.UnsupportedAdapter, match="unmerge_adapter"):
-        whole_source(model, groups_of(directory))
+        full_source(model, groups_of(directory))
 
 
 def layout():

@@ -34,7 +34,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeSource:
+class FullSource:
     """What is going to be sent."""
 
     entries: list[Entry] | None
@@ -58,9 +58,9 @@ class WholeSource:
                 yield entry.name, entry.make()
 
 
-def whole_source(
+def full_source(
     source: object, groups: Groups, index: Mapping[str, CheckpointTensor] | None = None
-) -> WholeSource:
+) -> FullSource:
     """The tensors of `source` for a server whose tensors lie in `groups`.
 
     Args:
@@ -75,20 +75,20 @@ def whole_source(
     """
     if isinstance(source, Adapter):
         assert index is not None
-        return WholeSource(entries=_of_adapter(source, groups, index))
+        return FullSource(entries=_of_adapter(source, groups, index))
     if is_peft_model(source):
-        return WholeSource(entries=_of_peft(source, groups))
+        return FullSource(entries=_of_peft(source, groups))
     if isinstance(source, torch.nn.Module):
         found = _Collected()
         found.entries = _tensors(source)
         known = {name for group in groups for name in group}
         entries, _ = _in_checkpoint_names(source, found, known)
-        return WholeSource(entries=_in_groups(entries, groups, changed=None))
+        return FullSource(entries=_in_groups(entries, groups, changed=None))
     if isinstance(source, Mapping):
         pairs = _without_tied_head(source.items(), groups)
-        return WholeSource(entries=[_entry(name, tensor) for name, tensor in pairs])
+        return FullSource(entries=[_entry(name, tensor) for name, tensor in pairs])
     if isinstance(source, Iterable):
-        return WholeSource(entries=None, stream=_without_tied_head(source, groups))
+        return FullSource(entries=None, stream=_without_tied_head(source, groups))
     raise UnsupportedAdapter(
         f"publish_full() got {type(source).__name__}; expected a model, a PEFT model or (name, tensor) "
         "pairs"

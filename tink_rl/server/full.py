@@ -24,7 +24,7 @@ from tink_rl.server.layout import Group, Layout, own_tensors, put_back
 from tink_rl.server.reloading import reloading
 
 
-class WholeWriter:
+class FullWriter:
     """Writes whole groups of tensors into one worker's model. No request may be running meanwhile.
 
     On any exception of `write`, `finish` or `restore` the weights are in no defined state until a later

@@ -16,7 +16,7 @@ FULL_LOGPROBS = "tink_full_logprobs"
 METRICS_FILE = "metrics.jsonl"
 """A run writes a line of it per logged step; `tink-rl report` reads it."""
 ROLLOUT_FILE = "rollouts.jsonl"
-"""A line per completion; see `training/rollouts.py`."""
+"""A line per completion; see `training/rollout_log.py`."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _POLICY_NAME = re.compile(rf"^{_NAME}$")

@@ -17,7 +17,8 @@ from tink_rl import SyncConfig, VLLMClient, errors
 from tink_rl.training import checks
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.ratio import RATIO, RatioWatch
-from tink_rl.training.rollouts import RolloutBatch, RolloutLog, requests_of
+from tink_rl.training.rollout_log import RolloutLog
+from tink_rl.training.rollouts import RolloutBatch, requests_of
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.payloads import Limits
 from tink_rl.transport.replica import Replica

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
 from tink_rl.training.policy_publisher import PolicyPublisher
-from tink_rl.training.rollouts import RolloutBatch, RolloutLog, scores_of
+from tink_rl.training.rollout_log import RolloutLog, scores_of
+from tink_rl.training.rollouts import RolloutBatch
 from tink_rl.training.trl_names import RolloutTrainer
 
 _SHOWN = 8

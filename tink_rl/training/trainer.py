@@ -30,7 +30,7 @@ from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.prompts import check_prompts
 from tink_rl.training.publishing import PublishCallback, metrics_of
 from tink_rl.training.ratio import RatioWatch
-from tink_rl.training.rollouts import RolloutLog
+from tink_rl.training.rollout_log import RolloutLog
 from tink_rl.training.run_log import RunLog
 from tink_rl.training.scoring import RolloutRecorder
 from tink_rl.training.trl_names import Accelerator, Arguments, RolloutTrainer, State

@@ -13,7 +13,10 @@ from tink_rl.training.trainer import SUPPORTED
 
 SCORED = (trl.GRPOTrainer, trl.RLOOTrainer)
 OURS = {"policy_link"}
-OF_REWARDS = {"_calculate_rewards", "reward_func_names", "reward_weights", "num_generations_eval"}
+OF_REWARDS = {
+    *("_calculate_rewards", "reward_func_names", "reward_weights", "num_generations_eval"),
+    "_get_per_token_logps_and_entropies",
+}
 OF_THE_RATIO = {"vllm_importance_sampling_correction", "vllm_importance_sampling_mode"}
 
 
@@ -78,6 +81,24 @@ def test_rewards_of_all_ranks_come_from_one_method(trainer):
     assert "gather(rewards_per_func)" in inspect.getsource(trainer._calculate_rewards)
     for name in ("reward_func_names", "reward_weights", "num_generations_eval"):
         assert f"self.{name} = " in inspect.getsource(trainer.__init__)
+
+
+@pytest.mark.parametrize("trainer", SCORED)
+def test_batch_is_scored_by_one_method_in_the_contexts_in_which_it_is_scored_again(trainer):
+    source = inspect.getsource(trainer._generate_and_score_completions)
+    contexts = "disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)"
+    scored = source.partition(f"with torch.no_grad(), {contexts}:")[2]
+    arguments = [
+        *("self.model", "prompt_completion_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    ]
+    call = scored.partition("self._get_per_token_logps_and_entropies(")[2].replace(
+        "batch_size=", ""
+    )
+    assert [word.strip() for word in call.split(",")[:5]] == arguments
+    method = inspect.signature(trainer._get_per_token_logps_and_entropies)
+    assert list(method.parameters)[1:6] == [
+        *("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    ]
 
 
 @pytest.mark.parametrize("trainer", (trl.GRPOTrainer, trl.DistillationTrainer))

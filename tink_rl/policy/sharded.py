@@ -65,6 +65,29 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(state.shape if state is not None else parameter.shape)
 
 
+def own_storages(model: BaseModel) -> list[torch.Tensor]:
+    """What this rank holds of everything that is trained; a forward computes with what is written there.
+
+    Lets every module hold its shards again: FSDP2's root, and ZeRO-3's small parameters, stay whole after
+    a forward. Sends nothing, and is in the same order on every rank.
+    """
+    reshard(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    partitioned: list[Any] = [p for p in trained if sharding_of(p) is Sharding.ZERO3]
+    if partitioned:
+        partitioned[0].partition(param_list=partitioned)
+    return [_own_storage(parameter) for parameter in trained]
+
+
+def _own_storage(parameter: Any) -> torch.Tensor:
+    sharding = sharding_of(parameter)
+    if sharding is Sharding.ZERO3:
+        own: torch.Tensor = parameter.ds_tensor
+        return own.detach()
+    local: torch.Tensor = parameter.to_local() if sharding is Sharding.DTENSOR else parameter
+    return local.detach()
+
+
 def own_part(parameter: Any) -> tuple[torch.Tensor, int] | None:
     """What this rank holds of a parameter, flat, and the index of its first element in the whole.
 

@@ -154,6 +154,36 @@ def check_arguments(args: SamplingArguments) -> None:
             )
 
 
+def check_off_policy(args: SamplingArguments, max_staleness: int) -> None:
+    """Check that rows of an older version are weighed as such, and say what becomes of them.
+
+    Raises:
+        ConfigError: they would be trained on as if the current version had sampled them.
+    """
+    if max_staleness == 0:
+        return
+    corrected = getattr(args, "vllm_importance_sampling_correction", None)
+    if corrected is None:
+        logger.warning(
+            "max_staleness=%d: this trainer of TRL's weighs no row by an importance ratio, so rows of an "
+            "older version are trained on as they are; offpolicy/age_max says how old",
+            max_staleness,
+        )
+    elif not corrected:
+        raise ConfigError(
+            f"max_staleness={max_staleness} with vllm_importance_sampling_correction=False: rows of an older "
+            "version would be trained on as if the current one had sampled them; set the correction to True, "
+            "or max_staleness=0"
+        )
+    elif args.vllm_importance_sampling_mode == "sequence_mask":
+        logger.info(
+            "max_staleness=%d: vllm_importance_sampling_mode='sequence_mask' leaves out whole completions "
+            "whose ratio, a product over their tokens, is out of bounds, which long ones of an older "
+            "version often are (offpolicy/masked_share); 'token_truncate' keeps them",
+            max_staleness,
+        )
+
+
 def check_sampling(
     args: SamplingArguments,
     status: ServerStatus,

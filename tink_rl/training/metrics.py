@@ -10,7 +10,12 @@ import math
 from collections.abc import Mapping, MutableMapping
 
 _LAST = frozenset({"sync/policy_version", "sync/bytes_total", "rollout/policy_version"})
-_LARGEST = frozenset({"sync/probe_gap", "rollout/logprob_gap", "rollout/sequence_logprob_gap"})
+_LARGEST = frozenset(
+    {
+        *("sync/probe_gap", "rollout/logprob_gap", "rollout/sequence_logprob_gap"),
+        *("offpolicy/age_max", "offpolicy/numerics_gap"),
+    }
+)
 
 
 def add(metrics: MutableMapping[str, list[float]], found: Mapping[str, float]) -> None:

@@ -76,8 +76,8 @@ class RolloutBatch:
     process and two draw the same seeds."""
     model: str = ""
     """`policy@N`, set by the first turn; later turns are sampled from it whatever is published."""
-    gather: Callable[[list[int]], list[int]] = list
-    """Numbers of this rank and of all others, in order of the ranks; the first turn is planned on all."""
+    gather: Callable[[list[Any]], list[Any]] = list
+    """What this rank gives and all others do, in order of the ranks; the first turn is planned on all."""
     turns: list[list[Turn]] = field(default_factory=list)
     """By row, then by turn."""
     num_turns: int = 0

@@ -99,8 +99,9 @@ class RolloutTrainer(Trainer, Protocol):
     _metrics: MutableMapping[str, MutableMapping[str, list[float]]]
     _tokenize_prompts: Callable[[list[Any]], tuple[list[list[int]], Any]]
     _generate_and_score_completions: Callable[[Any], dict[str, Any]]
+    _get_per_token_logps_and_entropies: Callable[..., tuple[torch.Tensor, Any, Any]]
+    """GRPO's and RLOO's alone, as what follows: distillation has neither old logprobs nor rewards."""
     _calculate_rewards: Callable[..., torch.Tensor]
-    """GRPO's and RLOO's alone, as what follows: distillation has no rewards."""
     reward_func_names: Sequence[str]
     reward_weights: torch.Tensor
     num_generations: int

@@ -14,14 +14,14 @@ import pytest
 from tests.browser import measure, screenshot
 from tink_rl.cli import main
 from tink_rl.tools.report import write_report
-from tink_rl.tools.report.figures import BLUE, draw
+from tink_rl.tools.report.figures import BLUE, _timeline, draw
 from tink_rl.tools.report.page import render
 from tink_rl.tools.report.run import load_run
 
 DEMO_RUN = Path(__file__).parent / "demo_run"
 FIGURES = {
     *("reward", "heldout", "sync_phases", "step_shares", "tokens_per_second", "bytes"),
-    *("logprob_gap", "staleness", "completion_length"),
+    *("logprob_gap", "staleness", "completion_length", "timeline"),
 }
 
 
@@ -119,6 +119,44 @@ def test_rows_that_are_zero_or_single_are_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     names = {figure.name for figure in draw(load_run(tmp_path))}
     assert names == {"reward", "sync_phases", "bytes", "logprob_gap", "staleness"}
+
+
+def test_run_that_samples_ahead_shows_age_beside_the_reward_and_both_sides_at_once(tmp_path):
+    row = {
+        "loss": 0.0,
+        "reward": 0.5,
+        "step_seconds": 1.0,
+        "sync/seconds": 0.1,
+        "share/sampling": 0.2,
+    }
+    row |= {"overlap/idle_trainer_s": 0.2, "overlap/idle_sampler_s": 0.3, "overlap/hit_share": 0.75}
+    row |= {"offpolicy/age_max": 1.0, "offpolicy/ess": 0.9}
+    rows = [row | {"step": step} for step in range(1, 12)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r'<figure class="card" id="(\w+)"', page)[:2] == ["reward", "offpolicy"]
+    assert "rows sampled ahead</span><b>75%</b>" in page
+
+
+def bars(row, tmp_path):
+    """`(side, start, length)` of the bars that the timeline draws of one step."""
+    from matplotlib.figure import Figure
+
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    axis = Figure().subplots()
+    assert _timeline(axis, load_run(tmp_path))
+    sides = ("sampler", "trainer")
+    drawn = [(sides[round(p.get_y() + 0.275)], p.get_x(), p.get_width()) for p in axis.patches]
+    return [bar for bar in drawn if bar[2]]
+
+
+def test_timeline_puts_sampling_beside_training_where_rows_were_sampled_ahead(tmp_path):
+    row = {"step": 1, "loss": 0.0, "step_seconds": 2.0, "share/sampling": 0.5, "sync/seconds": 0.25}
+    alone = [("trainer", 1.0, 0.75), ("trainer", 1.75, 0.25), ("sampler", 0.0, 1.0)]
+    assert bars(row, tmp_path) == alone
+    ahead = row | {"overlap/idle_trainer_s": 0.25, "overlap/idle_sampler_s": 0.5}
+    beside = [("trainer", 0.25, 1.5), ("trainer", 1.75, 0.25), ("sampler", 0.0, 1.5)]
+    assert bars(ahead, tmp_path) == beside
 
 
 def test_watch_stops_once_a_run_has_been_silent_for_too_long(

@@ -122,6 +122,11 @@ def test_directory_without_a_run_is_refused(tmp_path, make):
             False,
             "At step 3 (and 1 more), mean importance",
         ),
+        (
+            {"offpolicy__ess": [0.9, 0.4, 0.3]},
+            False,
+            "In 2 of 3 steps the importance weights left less",
+        ),
         ({"rollout__logprob_gap": [1e-6, 2e-6]}, True, "at most 2.0e-06"),
         ({"frac_reward_zero_std": [0.9, 1.0]}, False, "95% of the last groups"),
         ({"completions__clipped_ratio": [0.5, 0.5]}, False, "50% of the last completions"),

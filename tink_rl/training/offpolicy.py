@@ -24,14 +24,13 @@ from tink_rl.publish.probe_rules import AGREES, Limits, limits
 from tink_rl.training import metrics
 from tink_rl.training.kept_versions import KeptVersions
 from tink_rl.training.log_ratio import Logprobs, pooled, split
+from tink_rl.training.ratio import LEAST_ESS
 from tink_rl.training.rollouts import RolloutBatch
 from tink_rl.training.trl_names import RolloutTrainer
 from tink_rl.types import PolicyVersion
 
 logger = logging.getLogger("tink_rl")
 _EVERY_ROW = 8
-LEAST_ESS = 0.5
-"""Sampling beside training makes a step at most twice as fast; below this it costs more samples than that."""
 
 
 class OffPolicyAccount:

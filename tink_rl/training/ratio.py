@@ -17,6 +17,9 @@ RATIO = "sampling/importance_sampling_ratio/mean"
 """TRL's name: after its truncation or masking."""
 LOWEST_RATIO = 0.1
 """Mean of a step below which the gradient counts as lost."""
+LEAST_ESS = 0.5
+"""Effective share of a batch below which older rows cost more samples than they save time: sampling beside
+training makes a step at most twice as fast."""
 _DIFFERENCE = "sampling/sampling_logp_difference"
 
 

@@ -53,6 +53,11 @@ class Figure:
     png: bytes
 
 
+_STEP = "optimizer step"
+_STEPS_SHOWN = 8
+"""Of the timeline."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Panel:
     name: str
@@ -60,6 +65,7 @@ class _Panel:
     note: str
     draw: Callable[[Any, Run], bool]
     """Draws into an axis; False if the run has no such data."""
+    x: str = _STEP
 
 
 def draw(run: Run) -> list[Figure]:
@@ -85,8 +91,9 @@ def draw(run: Run) -> list[Figure]:
             axis.margins(x=0.01)
             if not panel.draw(axis, run):
                 continue
-            axis.set_xlabel("optimizer step", color="#5b6773")
-            _only_whole_steps(axis)
+            axis.set_xlabel(panel.x, color="#5b6773")
+            if panel.x == _STEP:
+                _only_whole_steps(axis)
             figures.append(
                 Figure(
                     name=panel.name,
@@ -231,6 +238,50 @@ def _shares(axis: Axes, run: Run) -> bool:
     return True
 
 
+def _timeline(axis: Axes, run: Run) -> bool:
+    """The last steps as bars, one row per side; within a step as the trainer goes: wait, train, publish."""
+    rows = [row for row in run.steps if {"step_seconds", "share/sampling"} <= row.keys()]
+    start = 0.0
+    for row in rows[-_STEPS_SHOWN:]:
+        seconds = float(row["step_seconds"])
+        # Without look-ahead each side waits while the other one works.
+        waiting = float(row.get("overlap/idle_trainer_s", row["share/sampling"] * seconds))
+        sampling = seconds - float(row.get("overlap/idle_sampler_s", seconds - waiting))
+        publishing = float(row.get("sync/seconds", 0.0))
+        done = start + seconds - publishing
+        axis.barh(1, done - start - waiting, left=start + waiting, height=0.55, color="#8fa3b8")
+        axis.barh(1, publishing, left=done, height=0.55, color=AMBER)
+        axis.barh(0, sampling, left=start, height=0.55, color=BLUE)
+        axis.axvline(start, color="#c8d0d9", linewidth=0.8, zorder=0)
+        axis.annotate(f"{row['step']:.0f}", (start, 1.5), fontsize=8, color=FAINT)
+        start += seconds
+    axis.set_yticks([0, 1], ["sampler", "trainer"])
+    axis.set_ylim(-0.5, 1.75)
+    axis.grid(visible=False)
+    colors = {"sampling": BLUE, "training": "#8fa3b8", "publishing": AMBER}
+    for label, color in colors.items():
+        axis.barh(0, 0, color=color, label=label)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.0)
+    return bool(rows)
+
+
+def _offpolicy(axis: Axes, run: Run) -> bool:
+    steps, ages = run.series("offpolicy/age_max")
+    if not steps:
+        return False
+    axis.step(steps, ages, where="mid", color=BLUE, linewidth=1.6)
+    axis.set_ylim(-0.1, max(1.0, *ages) + 0.2)
+    axis.set_yticks(range(int(max(1.0, *ages)) + 1))
+    axis.set_ylabel("oldest row, versions", color=BLUE)
+    steps, shares = run.series("offpolicy/ess", 100)
+    other = axis.twinx()
+    other.plot(steps, shares, color=AMBER, linewidth=1.6)
+    other.set_ylim(0, 105)
+    other.set_ylabel("effective samples, %", color=AMBER)
+    other.grid(visible=False)
+    return True
+
+
 def _bytes(axis: Axes, run: Run) -> bool:
     steps, values = run.series("sync/bytes", 2**-20)
     if not steps:
@@ -318,6 +369,12 @@ _PANELS = (
         draw=_reward,
     ),
     _Panel(
+        name="offpolicy",
+        title="Age and effective sample size",
+        note="How many versions old rows are, and what their importance weights leave of a batch.",
+        draw=_offpolicy,
+    ),
+    _Panel(
         name="heldout",
         title="Held-out accuracy",
         note="Problems that training never saw, sampled through the server.",
@@ -334,6 +391,13 @@ _PANELS = (
         title="Where a step's time goes",
         note="Sampling, syncing, and the trainer's own work.",
         draw=_shares,
+    ),
+    _Panel(
+        name="timeline",
+        title="The last steps",
+        note="Who works when; white is waiting. Numbers are steps.",
+        draw=_timeline,
+        x="seconds",
     ),
     _Panel(
         name="tokens_per_second",

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from tink_rl.tools.report.run import Run
-from tink_rl.training.ratio import LOWEST_RATIO, RATIO, consequence
+from tink_rl.training.ratio import LEAST_ESS, LOWEST_RATIO, RATIO, consequence
 
 _GAP_WARNING = 0.2
 _SYNC_SHARE_WARNING = 0.25
@@ -29,6 +29,7 @@ def find(run: Run) -> list[Finding]:
     found = [
         *_values(run),
         *_ratio(run),
+        *_offpolicy(run),
         *_gap(run),
         *_spread(run),
         *_clipped(run),
@@ -87,6 +88,19 @@ def _ratio(run: Run) -> list[Finding]:
         return []
     step, ratio = min(low, key=lambda found: found[1])
     text = f"At step {step} (and {len(low) - 1} more), {consequence(ratio)}."
+    return [Finding(good=False, text=text)]
+
+
+def _offpolicy(run: Run) -> list[Finding]:
+    shares = run.values("offpolicy/ess")
+    low = [share for share in shares if share < LEAST_ESS]
+    if not low:
+        return []
+    text = (
+        f"In {len(low)} of {len(shares)} steps the importance weights left less than {LEAST_ESS:.0%} of the "
+        f"batch (once {min(low):.0%}): lower the learning rate or max_staleness, or set "
+        "vllm_importance_sampling_mode='token_truncate'."
+    )
     return [Finding(good=False, text=text)]
 
 

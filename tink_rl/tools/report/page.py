@@ -119,6 +119,7 @@ def _tiles(run: Run) -> list[Tile]:
         for tile in (
             _median(run, "step_seconds", "one step", "{:.2f} s"),
             _median(run, "rollout/tokens_per_second", "rollout, tokens/s", "{:,.0f}"),
+            _median(run, "overlap/hit_share", "rows sampled ahead", "{:.0%}"),
             _worst_gap(run),
         )
         if tile is not None

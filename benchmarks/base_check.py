@@ -29,13 +29,13 @@ DTYPES = ("float32", "bfloat16")
 
 
 def random_base(directory: Path) -> Path:
-    """A randomly initialised Qwen3 of 280M parameters, 1.1 GB in fp32."""
+    """A randomly initialised Qwen3 of 270M parameters, 1.1 GB in fp32."""
     if (directory / "config.json").is_file():
         return directory
     torch.manual_seed(0)
     config = Qwen3Config(
         **{"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072},
-        **{"num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 8},
+        **{"num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8},
         **{"head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": False},
     )
     Qwen3ForCausalLM(config).save_pretrained(directory)
@@ -44,7 +44,7 @@ def random_base(directory: Path) -> Path:
 
 def measure() -> dict[str, Any]:
     """Seconds per GB of the checkpoint, medians of rounds in which the ways take turns."""
-    directory = random_base(Path(".cache/random_1gb"))
+    directory = random_base(Path(".cache/random_base"))
     index = checkpoint_index(directory)
     num_bytes = sum(entry.num_bytes for entry in index.values())
     models = {name: _adapted(directory, getattr(torch, name)) for name in DTYPES}

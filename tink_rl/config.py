@@ -13,6 +13,7 @@ from tink_rl.types import OnRunning, PolicyVersion, SyncMode, Transport
 
 MODES = ("auto", *SyncMode)
 ON_RUNNING = get_args(OnRunning)
+_LEAST = {"keep_versions": 1, "probe_every": 0, "rollout_log_every": 0, "max_staleness": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,13 @@ class SyncConfig:
         default=2,
         metadata={"help": "Adapter mode: versions that stay served, the newest included."},
     )
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "How many versions old a row may be when it is trained on. 0: sample, then train. 1: the "
+            "next batch is sampled while this one trains. More needs mode `adapter`. See docs/overlap.md."
+        },
+    )
     probe_every: int = field(
         default=10,
         metadata={
@@ -130,10 +138,16 @@ class SyncConfig:
             raise ConfigError(f"SyncConfig.policy: {error}") from error
         if not self.bucket_mib > 0:
             raise ConfigError(f"SyncConfig.bucket_mib={self.bucket_mib}: expected MiB > 0")
-        for name, least in (("keep_versions", 1), ("probe_every", 0), ("rollout_log_every", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"SyncConfig.{name}={value}: expected at least {least}")
+        if self.max_staleness > 1 and self.mode in (SyncMode.MERGED, SyncMode.FULL):
+            raise ConfigError(
+                f"SyncConfig.max_staleness={self.max_staleness} with mode={self.mode!r}: the served weights "
+                "hold one version at a time, so rows can be one version old at most; set max_staleness=1, "
+                "or mode='adapter'"
+            )
         if self.probe_tolerance is not None and not self.probe_tolerance > 0:
             raise ConfigError(
                 f"SyncConfig.probe_tolerance={self.probe_tolerance}: expected nats > 0, or None"
@@ -142,6 +156,11 @@ class SyncConfig:
             value = getattr(self, item.name)
             if item.name.endswith("_s") and not (isinstance(value, (int, float)) and value >= 0):
                 raise ConfigError(f"SyncConfig.{item.name}={value!r}: expected seconds >= 0")
+
+    @property
+    def wanted_mode(self) -> str:
+        """`mode`, where only slots hold as many versions side by side as `max_staleness` needs."""
+        return SyncMode.ADAPTER if self.mode == "auto" and self.max_staleness > 1 else self.mode
 
     def read_token(self) -> str:
         """The token of the control routes: given, from the file, the environment or the default file.

@@ -10,9 +10,10 @@ import pytest
 
 from tink_rl import errors
 from tink_rl.publish.versions import Versions
-from tink_rl.training.generation import PolicyGeneration, SamplingSettings, _requests
+from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.rollout_log import RolloutLog, _turn_json, scores_of
 from tink_rl.training.rollouts import Ask, RolloutBatch, derive_seed, read_rollouts, requests_of
+from tink_rl.training.sampler import _requests
 from tink_rl.transport.payloads import Limits
 
 CALL, ANSWER, EOS = 7, 8, 9

@@ -19,6 +19,7 @@ from tink_rl.config import SyncConfig
         {"policy": ""},
         {"keep_versions": 0},
         {"probe_every": -1},
+        {"max_staleness": -1},
         {"probe_tolerance": 0.0},
         {"probe_tolerance": float("nan")},
         {"stage_timeout_s": -1.0},
@@ -40,3 +41,11 @@ def test_token_comes_from_argument_file_or_environment(tmp_path, monkeypatch):
     assert SyncConfig().read_token() == "from-environment"
     with pytest.raises(errors.ConfigError, match="tink-rl serve"):
         SyncConfig(token_file=str(tmp_path / "none")).read_token()
+
+
+@pytest.mark.parametrize("mode", ["merged", "full"])
+def test_more_than_one_version_old_needs_versions_side_by_side(mode):
+    assert SyncConfig(mode=mode, max_staleness=1).max_staleness == 1
+    assert SyncConfig(mode="adapter", max_staleness=3).max_staleness == 3
+    with pytest.raises(errors.ConfigError, match=r"one version at a time.*mode='adapter'"):
+        SyncConfig(mode=mode, max_staleness=2)

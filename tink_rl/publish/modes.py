@@ -86,6 +86,20 @@ def check_fits(wanted: str, needed: Needs) -> None:
         )
 
 
+def check_slots(max_staleness: int, status: ServerStatus) -> None:
+    """Raise unless the server holds the versions that rows so old need, the newest, and one that comes in.
+
+    Raises:
+        ConfigError: it has fewer slots.
+    """
+    needed = max_staleness + 2
+    if max_staleness and status.max_loras < needed:
+        raise errors.ConfigError(
+            f"max_staleness={max_staleness} in adapter mode needs {needed} slots of LoRA, the server has "
+            f"{status.max_loras}; restart it with `tink-rl serve --max-loras {needed}`"
+        )
+
+
 def _not_offered(what: str, mode: str, status: ServerStatus) -> errors.ModeUnavailable:
     return errors.ModeUnavailable(
         f"{what}: the server offers {', '.join(status.modes)}; restart it with "

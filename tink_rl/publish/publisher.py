@@ -81,8 +81,10 @@ class WeightSync:
         clients = [s if isinstance(s, SamplingClient) else self._client(s) for s in given]
         self.fleet = Fleet([Replica(c, self.config, writer=self.writer) for c in clients])
         self.probes = ProbeCheck(self.fleet, self.config)
-        self.versions = Versions(self.config.policy, keep=self.config.keep_versions)
-        self._modes = ModeInUse(self.config.mode, self.config.policy)
+        # Rows of as many earlier versions may be under way, on any rank, when the next one is sent.
+        keep = max(self.config.keep_versions, self.config.max_staleness + 1)
+        self.versions = Versions(self.config.policy, keep=keep)
+        self._modes = ModeInUse(self.config.wanted_mode, self.config.policy)
         self._base = TrainedBase(str(base_model))
         self._full = FullPath(self.fleet, self.config, self._base)
         self._preparation = Preparation(self.fleet, self._base, self._full)

@@ -9,13 +9,14 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import SamplingSettings
-from tink_rl.training.trl_names import TESTED_TRL, SamplingArguments
+from tink_rl.training.trl_names import TESTED_TRL, RolloutTrainer, SamplingArguments
 from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload, given_kwargs
 from tink_rl.transport.request_fields import check_fields
-from tink_rl.types import ServerStatus
+from tink_rl.types import ServerStatus, SyncMode
 
 logger = logging.getLogger("tink_rl")
 _LEAST_TEMPERATURE = 0.01
@@ -66,6 +67,26 @@ def check_trainer(trainer: object, supported: tuple[type, ...]) -> None:
         raise ConfigError(
             "rollout_func is set: it bypasses the sampled logprobs of the server; leave it None, and "
             "use tools=[...] or environment_factory for several turns"
+        )
+
+
+def check_look_ahead(trainer: RolloutTrainer, sync: SyncConfig) -> None:
+    """Check that the rows of a later step can be known, and kept, while this one trains.
+
+    Raises:
+        ConfigError: the trainer's prompts come from environments, or its tools need a version for longer
+            than it is served.
+    """
+    given = f"SyncConfig.max_staleness={sync.max_staleness}"
+    if getattr(trainer, "environment_factories", None) is not None:
+        raise ConfigError(
+            f"{given} with environment_factory: an environment makes its prompt when it is reset, so no "
+            "prompt is known ahead; leave max_staleness at 0"
+        )
+    if getattr(trainer, "tools", None) and sync.mode != SyncMode.ADAPTER:
+        raise ConfigError(
+            f"{given} with tools and mode={sync.mode!r}: later turns are sampled from the version of the "
+            "first, which merged weights no longer hold then; set SyncConfig(mode='adapter')"
         )
 
 

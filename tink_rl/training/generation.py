@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tink_rl.errors import ConfigError, TinkError, UnknownVersion
 from tink_rl.publish.vllm_client import VLLMClient
+from tink_rl.training.lookahead import LookAhead
 from tink_rl.training.rollouts import Ask, RolloutBatch
+from tink_rl.training.sampler import Answers, BusyClock, Sampler
 from tink_rl.training.trl_names import SamplingArguments
 from tink_rl.transport.payloads import given_kwargs, sampling_fields
 from tink_rl.transport.plain import plain
@@ -116,6 +117,11 @@ class PolicyGeneration:
         """
         self.clients = list(clients)
         self.settings = settings
+        self.clock = BusyClock()
+        """Runs while anything is sampled."""
+        self.ahead: LookAhead | None = None
+        """Samples the next batches while this one trains; None: nobody does."""
+        self._sampler = Sampler(self.clients, self.clock)
         self._current, self._sync, self._recover, self._pin = current, sync, recover, pin
         self._agree = agree
         self._batch: RolloutBatch | None = None
@@ -124,6 +130,9 @@ class PolicyGeneration:
         self.last_trained_model = ""
         """The version that sampled the last batch to train on."""
         self.last_seconds = 0.0
+        """How long the last call took."""
+        self.last_sampled_seconds = 0.0
+        """How long its rows took to be sampled, ahead or not."""
         self.total_seconds = 0.0
         """Of all calls so far: a step may sample several times, or not at all."""
         self.last_num_tokens = 0
@@ -170,17 +179,22 @@ class PolicyGeneration:
         batch = self._batch or RolloutBatch()
         if not batch.model:
             batch.model = self._current()
-            self._pin(batch.model if self._batch is not None else None)
         is_first = batch.num_turns == 0
         asks = batch.plan(prompts)
         if not is_first:
             asks = [self._within_limits(ask, batch) for ask in asks]
+        self.last_sampled_seconds = 0.0
         start = time.perf_counter()
         with profiler or nullcontext():
             answers = self._sample_together(asks, batch)
         self.last_seconds = time.perf_counter() - start
+        self.last_sampled_seconds = self.last_sampled_seconds or self.last_seconds
         self.total_seconds += self.last_seconds
         self.last_model = batch.model
+        if self.ahead is not None and self._is_trained_on(batch):
+            self.ahead.count_wait(self.last_seconds)
+            if is_first:
+                self.look_ahead()
         if batch.phase == "train":
             self.last_trained_model = batch.model
         batch.add(asks, answers)
@@ -208,71 +222,49 @@ class PolicyGeneration:
         # Where nothing is left the server's limit says so.
         return replace(ask, max_tokens=min(left, rest)) if min(left, rest) > 0 else ask
 
-    def _sample_together(self, asks: list[Ask], batch: RolloutBatch) -> list[list[dict[str, Any]]]:
-        if self._agree is None or batch is not self._batch or batch.num_turns > 0:
+    def _sample_together(self, asks: list[Ask], batch: RolloutBatch) -> Answers:
+        if batch is not self._batch or batch.num_turns > 0:
             return self._sample_or_recover(asks, batch.model)
         try:
-            answers = self._sample_or_recover(asks, batch.model)
+            answers = self._first_turn(asks, batch)
         except TinkError as error:
-            self._agree(error)
+            if self._agree is not None:
+                self._agree(error)
             raise
-        self._agree(None)
+        if self._agree is not None:
+            self._agree(None)
         return answers
 
-    def _sample_or_recover(self, asks: list[Ask], model: str) -> list[list[dict[str, Any]]]:
+    def _first_turn(self, asks: list[Ask], batch: RolloutBatch) -> Answers:
+        """What was sampled ahead for this batch, else sampled now; `batch.model` is pinned."""
+        answers = None
+        if self.ahead is not None and self._is_trained_on(batch):
+            answers = self.ahead.take(batch, asks, self.settings.as_request())
+        self._pin(batch.model)
+        if answers is None:
+            return self._sample_or_recover(asks, batch.model)
+        assert self.ahead is not None
+        self.last_sampled_seconds = self.ahead.last_seconds
+        return answers
+
+    def _is_trained_on(self, batch: RolloutBatch) -> bool:
+        return batch is self._batch and batch.phase == "train"
+
+    def settle_rows(self, are_replaced: bool) -> None:
+        """Before a publish that takes the current version away: wait for the rows that it is sampling."""
+        if self.ahead is not None and are_replaced:
+            self.ahead.wait_for_rows()
+
+    def look_ahead(self) -> None:
+        """Ask for the batches whose turn it is; every rank must call it."""
+        if self.ahead is not None:
+            self.ahead.send(self._current(), self.settings.as_request())
+
+    def _sample_or_recover(self, asks: list[Ask], model: str) -> Answers:
+        arguments = self.settings.as_request()
         try:
-            return self._sample(asks, model)
+            return self._sampler.sample(asks, model=model, arguments=arguments)
         except UnknownVersion:
             if not self._recover():
                 raise
-            return self._sample(asks, model)
-
-    def _sample(self, asks: list[Ask], model: str) -> list[list[dict[str, Any]]]:
-        """For each of `asks` its answers, sampled in few requests that run side by side."""
-        requests = list(_requests(asks, len(self.clients)))
-        if len(requests) == 1:
-            answers = [self._ask(*requests[0], model=model)]
-        else:
-            with ThreadPoolExecutor(min(len(requests), 16)) as pool:
-                answers = list(pool.map(lambda request: self._ask(*request, model=model), requests))
-        by_ask: dict[int, list[dict[str, Any]]] = {}
-        for answer in answers:
-            by_ask |= answer
-        return [by_ask[index] for index in range(len(asks))]
-
-    def _ask(
-        self, client_index: int, items: list[tuple[int, Ask]], *, model: str
-    ) -> dict[int, list[dict[str, Any]]]:
-        settings = self.settings.as_request()
-        first = items[0][1]
-        n = len(first.rows)
-        own = {"seed": first.seed, "max_tokens": first.max_tokens}
-        settings["generation_kwargs"] = {
-            **(settings["generation_kwargs"] or {}),
-            **{name: value for name, value in own.items() if value is not None},
-        }
-        output = self.clients[client_index].generate(
-            [ask.prompt_ids for _, ask in items], n=n, model=model, **settings
-        )
-        rows = []
-        for i, completion_ids in enumerate(output["completion_ids"]):
-            row: dict[str, Any] = {"completion_ids": completion_ids}
-            for key in ("logprobs", "logprob_token_ids"):
-                row[key] = output[key][i] if output[key] is not None else None
-            rows.append(row)
-        return {index: rows[k * n : (k + 1) * n] for k, (index, _) in enumerate(items)}
-
-
-def _requests(asks: Sequence[Ask], num_clients: int) -> list[tuple[int, list[tuple[int, Ask]]]]:
-    """`(client, [(index of ask, ask)])`: what has one seed, number of rows and length travels together."""
-    alike: dict[tuple[int, int, int], list[tuple[int, Ask]]] = {}
-    for index, ask in enumerate(asks):
-        key = (ask.seed or 0, len(ask.rows), ask.max_tokens or 0)
-        alike.setdefault(key, []).append((index, ask))
-    found = []
-    for turn, items in enumerate(alike.values()):
-        for share in range(num_clients):
-            mine = items[share::num_clients]
-            if mine:
-                found.append(((turn + share) % num_clients, mine))
-    return found
+            return self._sampler.sample(asks, model=model, arguments=arguments)

@@ -24,7 +24,7 @@ from tink_rl.policy.model_dir import place_in_hub
 from tink_rl.policy.peft_dir import POLICY_FILE
 from tink_rl.policy.peft_names import PeftModel
 from tink_rl.policy.sharded import Sharding, refuse_flat_parameters
-from tink_rl.publish.modes import check_fits
+from tink_rl.publish.modes import check_fits, check_slots
 from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.stopwatch import Stopwatch
 from tink_rl.publish.vllm_client import VLLMClient
@@ -70,7 +70,7 @@ class PolicyPublisher:
             SecondPublisher: the model has a publisher already.
         """
         self.collector = collector_for(model, base_model or None)
-        check_fits(config.mode, self.collector.needs)
+        check_fits(config.wanted_mode, self.collector.needs)
         self.sync = WeightSync(clients, base_model=base_model, config=config)
         self.sync.claim(model)
         self.records: list[PublishRecord] = []
@@ -85,6 +85,7 @@ class PolicyPublisher:
         self._model, self._accelerator, self._prober = model, accelerator, prober
         self._config, self._base_model, self._tokenizer = config, base_model, tokenizer
         self._current = ""
+        self._mode: SyncMode | None = None
         self._digests: dict[str, str] = {}
         self._started = self._base_compared = False
         self._proven_on: str | None = None
@@ -99,6 +100,11 @@ class PolicyPublisher:
         if not self._current:
             raise errors.ConfigError("nothing was published yet; call trainer.train() first")
         return self._current
+
+    @property
+    def replaces_in_place(self) -> bool:
+        """Whether the next publish takes the current version away; known on every rank."""
+        return self._mode in (SyncMode.MERGED, SyncMode.FULL)
 
     def start(self, check: Callable[[ServerStatus], None]) -> None:
         """Open channels, prove by a synthetic adapter that versions are applied; idempotent.
@@ -129,6 +135,8 @@ class PolicyPublisher:
 
     def _settle_mode(self) -> None:
         mode = self.sync.settle(self.collector.needs)
+        if mode is SyncMode.ADAPTER:
+            check_slots(self._config.max_staleness, self.sync.status)
         # A sharded model's tensors do not show their shapes; its adapter is folded from the checkpoint.
         if mode is SyncMode.FULL and self.collector.sharding() is Sharding.WHOLE:
             self.sync.check_whole(self._model)
@@ -167,7 +175,7 @@ class PolicyPublisher:
         else:
             data = self.ranks.on_leader(lambda: self._publish_unprobed(policy, watch))
             record = PublishRecord.from_json(data)
-        self._current = record.name
+        self._current, self._mode = record.name, record.mode
         self._digests[record.name] = record.digest
         if record.published:
             self.records.append(record)

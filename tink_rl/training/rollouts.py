@@ -105,8 +105,13 @@ class RolloutBatch:
             for row, prompt in zip(self._continued(prompts), prompts, strict=True)
         ]
 
+    @staticmethod
+    def keys_of(prompts: Sequence[list[int]]) -> list[int]:
+        """A number for each prompt, by which equal ones are found over all ranks."""
+        return [hash(tuple(prompt)) for prompt in prompts]  # of numbers: alike in every process
+
     def _find_repeated(self, prompts: Sequence[list[int]]) -> list[bool]:
-        keys = [hash(tuple(prompt)) for prompt in prompts]  # of numbers: alike in every process
+        keys = self.keys_of(prompts)
         groups: dict[int, set[int]] = {}
         for place, key in enumerate(self.gather(keys)):
             groups.setdefault(key, set()).add(place // self.num_generations)

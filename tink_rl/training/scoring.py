@@ -70,15 +70,20 @@ class RolloutRecorder:
     def _batch(self) -> RolloutBatch:
         trainer = self._trainer
         phase = "train" if trainer.model.training else "eval"
-        name = "num_generations" if phase == "train" else "num_generations_eval"
         key = (phase, trainer.state.global_step)
         self._draw = self._draw + 1 if key == self._last else 0
         self._last = key
+        return self.new_batch(*key, self._draw)
+
+    def new_batch(self, phase: str, step: int, draw: int) -> RolloutBatch:
+        """An empty batch of this rank; see `RolloutBatch`."""
+        trainer = self._trainer
+        name = "num_generations" if phase == "train" else "num_generations_eval"
         return RolloutBatch(
             run_seed=trainer.args.seed,
             phase=phase,
-            step=trainer.state.global_step,
-            draw=self._draw,
+            step=step,
+            draw=draw,
             rank=trainer.accelerator.process_index,
             num_generations=getattr(trainer, name, 1),
             gather=gather_object if trainer.accelerator.num_processes > 1 else list,

@@ -26,6 +26,7 @@ from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
+from tink_rl.training.lookahead import LookAhead
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.prompts import check_prompts
 from tink_rl.training.publishing import PublishCallback, metrics_of
@@ -49,6 +50,7 @@ class _RolloutCallback(PublishCallback):
         self, trainer: RolloutTrainer, link: PolicyPublisher, recorder: RolloutRecorder
     ) -> None:
         super().__init__(trainer, link, trainer.vllm_generation.sync_weights)
+        self._generation: PolicyGeneration = trainer.vllm_generation
         self._recorder, self._ratio = recorder, RatioWatch()
         self._last_step_end = 0.0
 
@@ -58,6 +60,8 @@ class _RolloutCallback(PublishCallback):
         super().on_train_begin(args, state, control)
         self._trainer._last_loaded_step = state.global_step
         self._last_step_end = time.perf_counter()
+        if self._generation.ahead is not None:
+            self._generation.ahead.begin(state.global_step)
 
     def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """See `PublishCallback`."""
@@ -66,8 +70,12 @@ class _RolloutCallback(PublishCallback):
             self._ratio.look(state.global_step, self._trainer._metrics["train"])
         super().on_step_end(args, state, control)
         self._trainer._last_loaded_step = state.global_step
+        self._generation.look_ahead()
         now = time.perf_counter()
-        metrics.add(self._trainer._metrics["train"], {"step_seconds": now - self._last_step_end})
+        found = {"step_seconds": now - self._last_step_end}
+        if self._generation.ahead is not None:
+            found |= self._generation.ahead.step_metrics()
+        metrics.add(self._trainer._metrics["train"], found)
         self._last_step_end = now
 
     def on_train_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
@@ -127,6 +135,15 @@ def attach(
     )
     recorder = RolloutRecorder(trainer, generation, link, log, every=sync.rollout_log_every)
     recorder.install()
+    if sync.max_staleness:
+        checks.check_look_ahead(trainer, sync)
+        generation.ahead = LookAhead(
+            trainer,
+            clients,
+            max_staleness=sync.max_staleness,
+            new_batch=recorder.new_batch,
+            clock=generation.clock,
+        )
     trainer.add_callback(_RolloutCallback(trainer, link, recorder))
     trainer.add_callback(RunLog(trainer))
     trainer.evaluate = _releasing_lease(trainer, link)
@@ -163,9 +180,10 @@ def _generation(
 
     def sync() -> None:
         link.start(check)
+        generation.settle_rows(link.replaces_in_place)
         metrics.add(trainer._metrics["train"], metrics_of(link.publish(), link))
 
-    return _MeasuredGeneration(
+    generation = _MeasuredGeneration(
         clients,
         settings,
         trainer,
@@ -175,6 +193,7 @@ def _generation(
         pin=link.pin,
         agree=partial(_agree, trainer.accelerator),
     )
+    return generation
 
 
 def _agree(accelerator: Accelerator, error: TinkError | None) -> None:
@@ -212,7 +231,7 @@ class _MeasuredGeneration(PolicyGeneration):
         """See `PolicyGeneration.generate`."""
         rows = super().generate(prompts, images, num_generations, profiler)
         found = {
-            "rollout/tokens_per_second": self.last_num_tokens / self.last_seconds,
+            "rollout/tokens_per_second": self.last_num_tokens / self.last_sampled_seconds,
             "rollout/seconds": self.last_seconds,
             "rollout/policy_version": float(PolicyVersion.parse(self.last_model).version),
         }

@@ -94,6 +94,10 @@ class RolloutTrainer(Trainer, Protocol):
     vllm_mode: str
     vllm_generation: Any
     """Read by TRL for `sync_weights` and `generate` alone; ours, once it is attached."""
+    get_batch_samples: Callable[..., Any]
+    """transformers': the micro-batches of one optimizer step, from the iterator of its data loader."""
+    _step: int
+    """Micro-batches that were trained on."""
     _last_loaded_step: int
     """TRL publishes on its own where this is not the step."""
     _metrics: MutableMapping[str, MutableMapping[str, list[float]]]
@@ -106,3 +110,10 @@ class RolloutTrainer(Trainer, Protocol):
     reward_weights: torch.Tensor
     num_generations: int
     num_generations_eval: int
+
+
+def generate_every(trainer: RolloutTrainer) -> int:
+    """Micro-batches that one generation batch is trained on: TRL generates on every so many."""
+    args = trainer.args
+    per_generation = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+    return int(per_generation * getattr(trainer, "num_iterations", 1))

@@ -67,7 +67,7 @@ class SamplingClient(ServerClient):
             UnknownVersion: the server does not serve `payload["model"]`; nothing was generated.
             SamplingRefused, EngineUnavailable, BackendError, ServerUnreachable, RequestTimeout.
         """
-        deadline_s = self._request_timeout_s if timeout_s is None else timeout_s
+        deadline_s = self.request_timeout_s if timeout_s is None else timeout_s
         body = payloads.check_payload(payload, limits)
         parts = payloads.split(payload, limits.max_prompts)
         if len(parts) == 1:

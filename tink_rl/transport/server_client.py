@@ -58,9 +58,18 @@ class ServerClient:
             ServerUnreachable: nobody answered within `connection_timeout`.
         """
         self.base_url = server_url(base_url)
+        self.settings: dict[str, Any] = {
+            "token": token,
+            "api_key": api_key,
+            "request_timeout_s": request_timeout_s,
+            "connect_timeout_s": connect_timeout_s,
+            "ca_file": ca_file,
+            "transport": transport,
+        }
+        """Arguments of another client of the same server."""
         self._was_answered = False
         self._token = token
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self._connect_timeout_s = connect_timeout_s
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(

@@ -300,15 +300,13 @@ class VLLMServer:
 
 def _memory_line(options: ServerOptions, found: list[gpus.Gpu]) -> str:
     """The plan is a service: a model that it cannot read is none of its business."""
-    serve = options.memory()
     try:
-        plan = memory_plan.plan_memory(
-            memory_plan.read_shape(options.model, revision=options.revision), serve
-        )
+        shape = memory_plan.read_shape(options.model, revision=options.revision)
+        plan = memory_plan.plan_memory(shape, options)
     except (TinkError, KeyError, ValueError, OSError) as error:
         logger.debug("no memory plan of %s: %s", options.model, error)
         return ""
-    return memory_plan.gpu_line(plan, serve, found)
+    return memory_plan.gpu_line(plan, options, found)
 
 
 def _watched(line: list[str]) -> list[str]:

@@ -64,15 +64,24 @@ class ServePlan:
     """The settings of `tink-rl serve` that decide about memory."""
 
     mode: str = "both"
+    """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     max_lora_rank: int = 32
     max_loras: int = 4
     max_model_len: int | None = None
-    """None: the model's, but at most 4096."""
+    """None: the model's; at most 4096 are planned with."""
     dtype: str = "auto"
     tensor_parallel_size: int = 1
-    alone: bool = False
     gpu_memory_utilization: float | None = None
+    """Share of the GPU; None: 0.45 where a trainer shares it, else vLLM's default (0.92)."""
+    shared_with_trainer: bool = True
+    """A trainer runs on the same machine: leave it cores, or its share of one GPU (and the golden
+    weights out of that)."""
     golden_tier: str = "auto"
+
+    @property
+    def alone(self) -> bool:
+        """Whether no trainer runs beside it."""
+        return not self.shared_with_trainer
 
     @property
     def share(self) -> float:

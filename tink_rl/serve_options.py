@@ -42,7 +42,7 @@ _NOT_FOR_THE_SERVER = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerOptions:
+class ServerOptions(memory_plan.ServePlan):
     """What to start. Example: `ServerOptions(model="models/base", mode="merged", port=8000)`"""
 
     model: str
@@ -51,24 +51,11 @@ class ServerOptions:
     """Branch, tag or commit of a hub id; None: its main branch."""
     subfolder: str = ""
     """Of the model in that directory or repository."""
-    mode: str = "both"
-    """`merged`, `adapter` or `both`, each with full mode beside it, or `full` alone."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free one."""
-    max_lora_rank: int = 32
-    max_loras: int = 4
     max_cpu_loras: int | None = None
-    max_model_len: int | None = None
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float | None = None
-    """Share of the GPU; None: 0.45 where a trainer shares it, else vLLM's default (0.92)."""
-    shared_with_trainer: bool = True
-    """A trainer runs on the same machine: leave it cores, or its share of one GPU (and the golden
-    weights out of that)."""
     token_file: str | None = None
-    golden_tier: str = "auto"
     golden_budget_gib: float | None = None
     channel_port: int = 0
     startup_timeout_s: float | None = None
@@ -111,20 +98,6 @@ class ServerOptions:
         if self.startup_timeout_s is not None:
             return self.startup_timeout_s
         return 1800.0 if has_gpu or not Path(self.model).is_dir() else 600.0
-
-    def memory(self) -> memory_plan.ServePlan:
-        """The settings that decide about memory."""
-        return memory_plan.ServePlan(
-            mode=self.mode,
-            max_lora_rank=self.max_lora_rank,
-            max_loras=self.max_loras,
-            max_model_len=self.max_model_len,
-            dtype=self.dtype,
-            tensor_parallel_size=self.tensor_parallel_size,
-            alone=not self.shared_with_trainer,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            golden_tier=self.golden_tier,
-        )
 
     @property
     def url(self) -> str:

@@ -78,11 +78,10 @@ def server_part(options, cards, visible):
         waits_asleep="" if has_gpu else "engine",
         has_gpu=has_gpu,
     )
-    serve_plan = options.memory()
-    memory = memory_plan.plan_memory(shape, serve_plan)
-    takes = [finding.what for finding in describe(memory, serve_plan)]
+    memory = memory_plan.plan_memory(shape, options)
+    takes = [finding.what for finding in describe(memory, options)]
     if has_gpu:
-        takes = memory_plan.gpu_line(memory, serve_plan, gpus.select(cards, visible)).split("; ")
+        takes = memory_plan.gpu_line(memory, options, gpus.select(cards, visible)).split("; ")
     started = in_lines(serve_options.command(options, has_gpu=has_gpu))
     return [*started, *in_environment(env), "takes:", *(f"    {part}" for part in takes)]
 

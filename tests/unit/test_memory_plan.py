@@ -85,7 +85,9 @@ def test_golden_weights_in_host_memory_leave_the_trainer_its_share(
 def test_golden_weights_stay_on_a_gpu_only_where_nothing_else_wants_the_room(
     model, card_gb, alone, tier
 ):
-    serve = ServePlan(alone=alone, tensor_parallel_size=8 if "70B" in model else 1)
+    serve = ServePlan(
+        shared_with_trainer=not alone, tensor_parallel_size=8 if "70B" in model else 1
+    )
     assert split_gpu(plan_memory(MODELS[model], serve), serve, card_gb * GB).golden_tier == tier
 
 
@@ -108,14 +110,14 @@ def test_model_that_does_not_fit_a_shared_card_is_told_before_it_is_started(mode
 
 
 def test_32b_fits_a_card_of_its_own():
-    serve = ServePlan(alone=True, max_model_len=2048)
+    serve = ServePlan(shared_with_trainer=False, max_model_len=2048)
     cards = [card(141 * GB)]
     found = judge_gpus(plan_memory(MODELS["Qwen2.5-32B"], serve), serve, cards, host=512 * GB)
     assert {f.level for f in found} <= {Level.OK, Level.NOTE}
 
 
 def test_golden_weights_of_a_large_model_want_host_memory():
-    serve = ServePlan(alone=True, max_model_len=2048)
+    serve = ServePlan(shared_with_trainer=False, max_model_len=2048)
     plan = plan_memory(MODELS["Qwen2.5-32B"], serve)
     found = judge_gpus(plan, serve, [card(141 * GB)], host=100 * GB)
     [blocked] = [f for f in found if f.level is Level.BLOCKER]
@@ -151,7 +153,7 @@ def test_card_that_others_use_is_told_apart_from_one_that_is_too_small():
     [(0, 1, Level.WARNING), (1, 2, Level.BLOCKER), (8, 8, None)],
 )
 def test_cards_that_are_not_there_are_missed(num_cards, workers, level):
-    serve = ServePlan(tensor_parallel_size=workers, alone=True)
+    serve = ServePlan(tensor_parallel_size=workers, shared_with_trainer=False)
     cards = [card(80 * GB)] * num_cards
     found = judge_gpus(plan_memory(MODELS["Llama-3-70B"], serve), serve, cards, host=2000 * GB)
     assert [f.level for f in found if f.level not in (Level.OK, Level.NOTE)] == (
@@ -181,7 +183,7 @@ def test_line_at_start_names_every_part_once():
 def test_share_that_was_given_is_the_one_that_is_planned():
     serve = ServePlan(gpu_memory_utilization=0.7)
     assert split_gpu(plan_memory(SMALL, serve), serve, 100 * GB).server == 70 * GB
-    assert ServePlan(alone=True).share == 0.92
+    assert ServePlan(shared_with_trainer=False).share == 0.92
 
 
 def test_plan_follows_the_models_shape():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from tink_rl.config import SyncConfig
@@ -50,7 +51,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     doctor.add_argument("--max-model-len", type=int, help="default: the model's, at most 4096")
     doctor.add_argument("--dtype", default="auto")
     doctor.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
-    doctor.add_argument("--alone", action="store_true", help="no trainer shares the GPU")
+    doctor.add_argument(
+        "--alone",
+        dest="shared_with_trainer",
+        action="store_false",
+        help="no trainer shares the GPU",
+    )
     doctor.add_argument("--gpu-memory-utilization", type=float, help="as `tink-rl serve`")
     doctor.add_argument("--golden-tier", default="auto", choices=("auto", "device", "host", "file"))
     doctor.add_argument("--port", type=int, default=8000, help="port that a server will want")
@@ -92,18 +98,8 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     elif not (arguments.adapter or arguments.model):
         findings = check_environment(port=arguments.port)
     if arguments.model and not arguments.url:
-        serve = ServePlan(
-            mode=arguments.mode,
-            max_lora_rank=arguments.max_lora_rank,
-            max_loras=arguments.max_loras,
-            max_model_len=arguments.max_model_len,
-            dtype=arguments.dtype,
-            tensor_parallel_size=arguments.tensor_parallel_size,
-            alone=arguments.alone,
-            gpu_memory_utilization=arguments.gpu_memory_utilization,
-            golden_tier=arguments.golden_tier,
-        )
-        findings += check_memory(arguments.model, serve)
+        plan = ServePlan(**{f.name: getattr(arguments, f.name) for f in fields(ServePlan)})
+        findings += check_memory(arguments.model, plan)
     if arguments.adapter:
         findings += check_adapter(arguments.adapter, status)
     return findings

@@ -6,6 +6,7 @@ import argparse
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 
 from tink_rl.cli.console import say, show_wait
 from tink_rl.errors import ConfigError
@@ -14,6 +15,14 @@ from tink_rl.launch import VLLMServer
 from tink_rl.loopback import is_loopback
 from tink_rl.serve_options import ServerOptions
 from tink_rl.settings import Settings
+
+_VARIABLES = {
+    "port": "vllm_port",
+    "max_lora_rank": "vllm_max_lora_rank",
+    "max_loras": "vllm_max_loras",
+    "channel_port": "vllm_group_port",
+}
+"""Settings that stand in for a flag that is not given."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +57,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     serve.add_argument(
         "--alone",
-        action="store_true",
+        dest="shared_with_trainer",
+        action="store_false",
         help="no trainer on this GPU (or, without one, on this machine): take all of it",
     )
     serve.add_argument(
@@ -63,6 +73,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     serve.add_argument(
         "--startup-timeout",
+        dest="startup_timeout_s",
         type=float,
         help="seconds, without downloading; default: 600, with a GPU or a hub id 1800",
     )
@@ -101,30 +112,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def options_of(arguments: argparse.Namespace, rest: Sequence[str]) -> ServerOptions:
     """What the command line and the environment ask for; `rest` goes on to vLLM."""
+    names = {field.name for field in fields(ServerOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
     settings = Settings.load()
-    return ServerOptions(
-        model=arguments.model,
-        revision=arguments.revision,
-        subfolder=arguments.subfolder,
-        mode=arguments.mode,
-        host=arguments.host,
-        port=_first(arguments.port, settings.set_value("vllm_port"), 8000),
-        dtype=arguments.dtype,
-        max_model_len=arguments.max_model_len,
-        max_lora_rank=_first(arguments.max_lora_rank, settings.set_value("vllm_max_lora_rank"), 32),
-        max_loras=_first(arguments.max_loras, settings.set_value("vllm_max_loras"), 4),
-        max_cpu_loras=arguments.max_cpu_loras,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        shared_with_trainer=not arguments.alone,
-        token_file=arguments.token_file,
-        golden_budget_gib=arguments.golden_budget_gib,
-        golden_tier=arguments.golden_tier,
-        channel_port=_first(arguments.channel_port, settings.set_value("vllm_group_port"), 0),
-        startup_timeout_s=arguments.startup_timeout,
-        log_file=arguments.log_file,
-        extra_args=tuple(rest),
-    )
+    for name, variable in _VARIABLES.items():
+        if given[name] is None:
+            given[name] = settings.set_value(variable)
+    named = {name: value for name, value in given.items() if value is not None}
+    return ServerOptions(**{"port": 8000, **named}, extra_args=tuple(rest))
 
 
 def model_first(argv: Sequence[str]) -> list[str]:
@@ -145,11 +140,6 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--enable-lora with --mode {arguments.mode}: slots need --mode adapter or --mode both"
         )
-
-
-def _first(*candidates: int | None) -> int:
-    """The first that was given: the flag, the variable, the default."""
-    return next(value for value in candidates if value is not None)
 
 
 def _interrupt(number: int, frame: object) -> None:

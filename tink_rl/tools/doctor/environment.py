@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 
 from tink_rl import __version__, gpus, placement
 from tink_rl.cpu_limit import affinity
+from tink_rl.serve_options import port_holder
 from tink_rl.tokens import default_token_file
 from tink_rl.tools.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
 
@@ -249,18 +249,8 @@ def _port(port: int) -> Finding:
             probe.bind(("127.0.0.1", port))
         except OSError:
             fix = f"tink-rl serve MODEL --port {port + 1}, or stop that process"
-            return warning("port", f"{port} is in use{_holder(port)}", fix)
+            return warning("port", f"{port} is in use{port_holder(port)}", fix)
     return ok("port", f"{port} is free")
-
-
-def _holder(port: int) -> str:
-    import psutil
-
-    with contextlib.suppress(psutil.Error, OSError):  # a hint; we may not be allowed to look
-        for connection in psutil.net_connections("inet"):
-            if connection.laddr and connection.laddr.port == port and connection.pid:
-                return f" by process {connection.pid}"
-    return ""
 
 
 def _token() -> Finding:

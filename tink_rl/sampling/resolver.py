@@ -94,7 +94,7 @@ class ModelResolver:
     def _registered(self, model_id: str) -> Registration | None:
         current = self._registry.current(model_id)
         if current is not None:
-            self._note_current(current)
+            self.registered(current)
             return current
         named = PolicyVersion.find(model_id)
         if named is not None and self._registry.current(named.policy) is not None:
@@ -122,15 +122,11 @@ class ModelResolver:
                 "under another id"
             )
 
-    def _note_current(self, current: Registration) -> None:
-        """Retire what `current` replaced, also where another process did."""
+    def registered(self, current: Registration) -> None:
+        """Let what `current` replaced leave the server, also where another process registered it."""
         if current.version > self._current.get(current.adapter_id, 0):  # never back to an older one
             self._current[current.adapter_id] = current.version
             self._cache.retire(current.adapter_id, keep=current.version)
-
-    def registered(self, current: Registration) -> None:
-        """Let what `current` replaced leave the server."""
-        self._note_current(current)
 
     def _unknown(self, model_id: str) -> errors.UnknownAdapter:
         ids = [item.adapter_id for item in self._registry.list()]

@@ -21,7 +21,7 @@ import aiohttp
 
 from tink_rl import errors, tls
 from tink_rl.transport import payloads
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 from tink_rl.urls import server_url
 from tink_rl.worker.backends.megatron.contract import (
     Generated,
@@ -228,9 +228,7 @@ class MegatronClient:
         if answer.status in (404, 405):
             raise _OtherKind("PUT /api", answer.status)
         # Most validation failures come as HTTP 200 with a JSON string: that is not a completion.
-        if answer.status in (200, 400) and isinstance(answer.data, str):
-            raise errors.SamplingRefused(f"Megatron refused the request: {_words(answer.data)}")
-        if answer.status == 400:
+        if answer.status == 400 or (answer.status == 200 and isinstance(answer.data, str)):
             raise errors.SamplingRefused(f"Megatron refused the request: {_words(answer.data)}")
         texts = answer.data.get("text") if isinstance(answer.data, dict) else None
         if answer.status != 200 or not isinstance(texts, list) or len(texts) != num_rows:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tink_rl.errors import UnknownAdapter
 from tink_rl.transport.payloads import NO_LIMITS, Limits
-from tink_rl.types import PROTOCOL_VERSION, Completion, SamplingParams, ServerStatus
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import PROTOCOL_VERSION, Completion, ServerStatus
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
 VOCAB_SIZE = 64

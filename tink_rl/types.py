@@ -210,42 +210,6 @@ class ServerStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How completions are sampled, checked already; every backend takes these or refuses them by name.
-
-    Example: `SamplingParams(max_tokens=50, temperature=0.8, top_p=0.95, top_k=40, n=2)`
-    """
-
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 is off."""
-    min_p: float = 0.0
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logprobs: int | None = None
-    """Number of most likely tokens whose logprobs come too; 0 is the sampled token's only."""
-    ignore_eos: bool = False
-    logit_bias: dict[int, float] | None = None
-
-    def changed(self) -> dict[str, Any]:
-        """The fields that differ from their defaults: what a backend must honour or refuse."""
-        return {
-            name: getattr(self, name)
-            for name, item in self.__dataclass_fields__.items()
-            if getattr(self, name) != item.default
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled completion, and the weights that produced it.
 

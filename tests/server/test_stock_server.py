@@ -18,7 +18,7 @@ from tests.policies import NUM_TOKENS, PeftTwin
 from tests.refusals import refused
 from tink_rl import errors, launch
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends.vllm import VLLMSampler
 

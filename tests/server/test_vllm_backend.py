@@ -22,7 +22,7 @@ from tests.policies import (
     under_way,
 )
 from tink_rl import errors, vllm_backend
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends.vllm import VLLMSampler
 

@@ -16,7 +16,7 @@ from tink_rl import errors
 from tink_rl.sampling import completions
 from tink_rl.sampling.async_sampler import AsyncSampler
 from tink_rl.transport import payloads
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 
 URL = "http://server:1"
 
@@ -48,7 +48,7 @@ def test_payload_carries_every_parameter_under_vllms_name_and_a_salt_per_model()
         **{"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2},
         **{"ignore_eos": True, "logit_bias": {5: -1.0}},
     )
-    assert set(params.changed()) == set(SamplingParams.__dataclass_fields__)
+    assert set(params.changed()) == set(SamplingParams.model_fields)
     found = completions.completion_payload([(1, 2), "text"], "math@1", params)
     for name in params.changed():
         assert name in found, name

@@ -12,7 +12,7 @@ from tests.fakes import FakeBackend
 from tests.worker_rig import ADMIN, in_threads, wait_until, worker
 from tink_rl import errors
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker import readiness
 from tink_rl.worker.app import create_app

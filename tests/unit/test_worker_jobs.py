@@ -11,7 +11,7 @@ from tests.fakes import FakeBackend, answer_of
 from tests.refusals import refused
 from tests.worker_rig import in_threads, wait_until, worker
 from tink_rl import errors
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 from tink_rl.worker import replay
 from tink_rl.worker.backends import Admitted
 from tink_rl.worker.fair_queue import FairQueue

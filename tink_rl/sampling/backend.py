@@ -23,7 +23,8 @@ from tink_rl.sampling.server_view import KnownServer, ServedBase, ServerView
 from tink_rl.settings import Settings
 from tink_rl.transport import payloads
 from tink_rl.transport.sampling_client import SamplingClient
-from tink_rl.types import Completion, PublishRecord, SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import Completion, PublishRecord
 
 logger = logging.getLogger("tink_rl")
 Completions = list[list[Completion]]

@@ -10,12 +10,10 @@ from tink_rl.transport import payloads
 from tink_rl.transport.payloads import Limits, Prompt, as_id, check_ids
 from tink_rl.transport.plain import plain
 from tink_rl.transport.request_fields import check_fields, check_together
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import Completion
 
-_SAME_NAME = (
-    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs", "ignore_eos"),
-)
+_COLLECTIONS = ("stop", "stop_token_ids", "logit_bias")
 
 
 # -- what is asked ----------------------------------------------------------------------------------
@@ -28,9 +26,9 @@ def as_params(given: Mapping[str, Any]) -> SamplingParams:
         SamplingRefused: an unknown name, or a value that vLLM does not take.
     """
     values = {name: plain(value) for name, value in given.items() if value is not None}
-    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
+    unknown = sorted(set(values) - set(SamplingParams.model_fields))
     if unknown:
-        names = ", ".join(SamplingParams.__dataclass_fields__)
+        names = ", ".join(SamplingParams.model_fields)
         raise errors.SamplingRefused(f"unknown parameters {unknown}; expected some of {names}")
     check_fields(values)
     stop = values.get("stop", ())
@@ -38,7 +36,7 @@ def as_params(given: Mapping[str, Any]) -> SamplingParams:
     values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
     if "logit_bias" in values:
         values["logit_bias"] = {as_id(k): bias for k, bias in values["logit_bias"].items()}
-    params = SamplingParams(**values)
+    params = SamplingParams.model_construct(**values)  # checked, in the caller's words
     check_together(vars(params))  # with the defaults of what was not given
     return params
 
@@ -88,7 +86,7 @@ def completion_payload(
 
 
 def _fields_of(params: SamplingParams) -> dict[str, Any]:
-    fields = {name: getattr(params, name) for name in _SAME_NAME}
+    fields = {name: value for name, value in params if name not in _COLLECTIONS}
     if params.stop:
         fields["stop"] = list(params.stop)
     if params.stop_token_ids:

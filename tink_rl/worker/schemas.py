@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -21,8 +20,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from tink_rl.errors import BadRequest, SamplingRefused
-from tink_rl.transport.request_fields import FIELDS, MAX_INT, check_together
-from tink_rl.types import SamplingParams
+from tink_rl.transport.request_fields import MAX_INT, check_together
+from tink_rl.transport.sampling_params import SamplingParams, within
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_PROMPTS = 64
@@ -169,43 +168,24 @@ TokenIds = Annotated[
     BeforeValidator(_as_tuple),
     Field(max_length=64),
 ]
-_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
-def _within(name: str, *, low: float | None = None, high: float | None = None, **more: Any) -> Any:
-    """A field of `SamplingParams`, within vLLM's own bounds and maybe narrower ones."""
-    field, default = FIELDS[name], _DEFAULTS[name]
-    assert field.low <= (field.low if low is None else low), name
-    assert field.high >= (field.high if high is None else high), name
-    bounds: dict[str, Any] = {"le": field.high if high is None else high}
-    bounds["gt" if field.above_low else "ge"] = field.low if low is None else low
-    return Field(default=default, **bounds, **more)
+def _narrower(name: str, **bounds: float) -> Any:
+    """A field of `SamplingParams` within `low` and `high`."""
+    field = SamplingParams.model_fields[name]
+    return within(name, field.default, description=field.description, **bounds)
 
 
-class SamplingFields(_Strict):
+class SamplingFields(SamplingParams):
     """How completions are sampled. Unknown fields are refused, never dropped."""
 
-    max_tokens: int = _within("max_tokens")
-    min_tokens: int = _within("min_tokens")
-    temperature: float = _within("temperature", description="0 is greedy, and then n is 1.")
-    top_p: float = _within("top_p")
-    top_k: Annotated[int, AfterValidator(_no_top_k)] = _within(
-        "top_k", description="0 or -1 is off."
-    )
-    min_p: float = _within("min_p")
-    n: int = _within("n", high=MAX_N, description="Completions per prompt.")
+    top_k: Annotated[int, AfterValidator(_no_top_k)] = _narrower("top_k")
+    n: int = _narrower("n", high=MAX_N)
     stop: Stops = ()
     stop_token_ids: TokenIds = ()
-    seed: int | None = _within("seed", low=0, high=MAX_INT)
-    repetition_penalty: float = _within("repetition_penalty", high=10)
-    presence_penalty: float = _within("presence_penalty")
-    frequency_penalty: float = _within("frequency_penalty")
-    logprobs: int | None = _within(
-        "logprobs",
-        high=20,
-        description="Logprobs of the sampled tokens (0), and of this many most likely ones.",
-    )
-    ignore_eos: bool = False
+    seed: int | None = _narrower("seed", low=0, high=MAX_INT)
+    repetition_penalty: float = _narrower("repetition_penalty", high=10)
+    logprobs: int | None = _narrower("logprobs", high=20)
     logit_bias: Biases = None
 
     @model_validator(mode="after")
@@ -215,10 +195,6 @@ class SamplingFields(_Strict):
         except SamplingRefused as error:
             raise _problem(f".{error.message}") from error
         return self
-
-    def to_params(self) -> SamplingParams:
-        """The record that backends take."""
-        return SamplingParams(**dict(self))
 
 
 class SampleRequest(_Strict):

@@ -153,7 +153,7 @@ class WorkerService:
             BadRequest, NotSupportedByBackend, UnknownAdapter: refused before it was queued.
             QueueFull, BadRequest, RequestCancelled: as `JobQueue.submit`.
         """
-        prompts, params = request.prompts, request.sampling_params.to_params()
+        prompts, params = request.prompts, request.sampling_params
         limits = self.backend.limits()
         try:
             check_fits(prompts, params, limits)

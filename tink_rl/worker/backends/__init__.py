@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import Completion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from tink_rl.sampling.resolver import MAX_TRIES, Model, Target, version_of
 from tink_rl.sampling.server_view import ServerView
 from tink_rl.transport import payloads
 from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
-from tink_rl.types import Completion, PolicyVersion, SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import Completion, PolicyVersion
 from tink_rl.vllm_backend import VLLMBackend
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 

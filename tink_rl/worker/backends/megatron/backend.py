@@ -7,7 +7,8 @@ from typing import Any
 
 from tink_rl import errors
 from tink_rl.transport.payloads import NO_LIMITS, Limits, Prompt
-from tink_rl.types import Completion, SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
+from tink_rl.types import Completion
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 from tink_rl.worker.backends.megatron.client import MegatronClient
 from tink_rl.worker.backends.megatron.contract import check_supported

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from tink_rl import errors
-from tink_rl.types import SamplingParams
+from tink_rl.transport.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 

@@ -12,11 +12,13 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.adapters import BASE, CONFIG, WEIGHTS, config_of, tensors_of, write_adapter
 from tests.refusals import refused
 from tink_rl import errors
@@ -40,8 +42,10 @@ class Payload:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A PEFT directory without weights."""
+def folder(tmp_path, monkeypatch):
+    """A PEFT directory without weights; the child that converts it is forked."""
+    named = SimpleNamespace(run=forked.run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(convert_module, "subprocess", named)
     write_adapter(tmp_path / "adapter")
     (tmp_path / "adapter" / WEIGHTS).unlink()
     return tmp_path / "adapter"
@@ -309,6 +313,7 @@ def test_what_the_child_wrote_is_compared_before_it_appears(folder, monkeypatch)
 
 def test_child_that_does_not_end_is_ended(folder, monkeypatch):
     _save(tensors_of(), folder / BIN)
+    monkeypatch.undo()  # the child that users have
     monkeypatch.setattr(convert_module, "CHILD_TIMEOUT_S", 0.01)
     with pytest.raises(errors.DeadlineExceeded):
         convert(folder)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests import forked
 from tests.invariant.running import largest_difference
 from tests.policies import PeftTwin
 from tests.unit import gathering
@@ -90,7 +91,10 @@ def test_root_that_keeps_whole_tensors_after_a_forward_is_seen_as_sharded(model_
 
 
 def test_what_four_ranks_hold_is_read_whole_on_each_however_it_is_cut(tmp_path):
-    torch.multiprocessing.spawn(gathering.read_on, args=(4, str(tmp_path / "store")), nprocs=4)
+    arguments = (4, str(tmp_path / "store"))
+    torch.multiprocessing.start_processes(
+        gathering.read_on, arguments, nprocs=4, start_method=forked.METHOD
+    )
 
 
 def test_rows_of_one_dtype_are_gathered_at_once(mesh, monkeypatch):

@@ -103,6 +103,11 @@ class Replica(Connection):
         self._announced = (outgoing, stage_id)
         sent.wait()
 
+    def forget_channel(self) -> None:
+        """See `Connection`; what was announced over the channel is not known over the next."""
+        self._announced = None
+        super().forget_channel()
+
     def withdraw(self, outgoing: OutgoingPacket) -> None:
         """Let the server forget `outgoing`, if it was announced and not sent; never raises."""
         announced, self._announced = self._announced, None

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from datasets import Dataset
@@ -99,6 +100,8 @@ def reward(job, rank, trainer_of):
             and trainer_of().state.global_step == 2
         ):
             raise ValueError("no reward for this one")
+        if job.get("fail") == "slow rank 1" and rank == 1:
+            time.sleep(0.5)
         return [float(sum(map(ord, text)) % 7) for text in completions]
 
     return noise

@@ -49,6 +49,19 @@ class Runs:
             self._done[kind, fail] = (*launch(KINDS[kind], given, out), out)
         return self._done[kind, fail]
 
+    def ahead(self, kind=None):
+        """Outcome of a run that samples ahead: in one process, or under one of KINDS with a slow rank."""
+        name = f"{kind or 'alone'}-ahead"
+        sync = {"sync": {"max_staleness": 1}}
+        if kind is None:
+            return train(self._job(name, **sync))
+        sizes = {"args": {"per_device_train_batch_size": 8}}
+        given = self._job(name, fail="slow rank 1", **sizes, **sync)
+        out = self.root / name
+        code, ranks, output = launch(KINDS[kind], given, out)
+        assert code == 0, output[-4000:]
+        return outcome(ranks[0]["history"], out, self.model)
+
     def fine(self, kind):
         """Facts by rank and folder of a run that must have ended well."""
         code, ranks, output, out = self.get(kind)
@@ -126,6 +139,13 @@ def test_logprobs_of_the_server_are_those_of_the_trainer(runs, kind):
 def test_two_processes_are_one(runs, kind):
     ranks, out = runs.fine(kind)
     assert_alike(outcome(ranks[0]["history"], out, runs.model), runs.alone()[0])
+
+
+@pytest.mark.long
+def test_processes_that_sample_ahead_are_one_process_that_does_though_one_is_slow(runs):
+    alone = runs.ahead()
+    for kind in KINDS:
+        assert_alike(runs.ahead(kind), alone)
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from tests.policies import (
 )
 from tests.refusals import refused
 from tests.server.faulty import faulty_options
+from tests.trainers import make_trainer, reward_noise, rows, settings
 from tests.warm_server import make_server
 from tink_rl import errors
 from tink_rl.config import SyncConfig
@@ -26,6 +27,8 @@ from tink_rl.publish.publisher import WeightSync
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.probe import Prober
+from tink_rl.training.rollouts import read_rollouts
+from tink_rl.types import ROLLOUT_FILE
 
 pytestmark = [pytest.mark.server, pytest.mark.chaos]
 
@@ -199,6 +202,36 @@ def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mort
     assert tokens == list(cases.values())
     assert generation.last_model == record.name
     sync.close()
+
+
+def test_server_killed_while_rows_are_sampled_ahead_costs_their_time_alone(
+    mortal, model_dir, tmp_path, caplog
+):
+    calls = []
+
+    def kills(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 2:  # the third step's rows are being sampled
+            os.killpg(mortal.pid, signal.SIGKILL)
+            mortal.stop()
+            mortal.start()
+        return reward_noise(completions)
+
+    trainer = make_trainer(
+        mortal,
+        model_dir,
+        tmp_path,
+        sync=settings(mortal, max_staleness=1),
+        extra={"reward_funcs": kills},
+        max_completion_length=200,
+        generation_kwargs={"ignore_eos": True},
+    )
+    trainer.train()
+    assert "sampling ahead failed" in caplog.text
+    assert [row["overlap/hit_share"] for row in rows(trainer)] == [0.0, 1.0, 0.0, 1.0]
+    first = trainer.policy_link.records[0].version
+    sampled = {(r["step"], r["version"] - first) for r in read_rollouts(tmp_path / ROLLOUT_FILE)}
+    assert sampled == {(0, 0), (1, 0), (2, 2), (3, 2)}
 
 
 def _publish_while_it_dies(sync, server, twin, monkeypatch, phase):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.test_rollouts import SeededServer
-from tink_rl import errors
+from tink_rl import PolicySyncCallback, SyncConfig, errors
 from tink_rl.training import lookahead
 from tink_rl.training.batch_feed import BatchFeed
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
@@ -372,3 +372,8 @@ def test_prompts_that_cannot_be_prepared_ahead_are_left_to_the_trainer(new_run, 
     run.source = source
     run.step()
     assert run.ahead_server.requests == [] and "KeyError: 'prompt'" in caplog.text
+
+
+def test_callback_of_a_trainer_that_does_not_train_on_what_it_samples_refuses_it():
+    with pytest.raises(errors.ConfigError, match="max_staleness=1: this trainer does"):
+        PolicySyncCallback(SimpleNamespace(processing_class=None), sync=SyncConfig(max_staleness=1))

@@ -72,6 +72,11 @@ class PolicySyncCallback(PublishCallback):
                 "processing_class=AutoTokenizer.from_pretrained(...)"
             )
         sync = sync or SyncConfig()
+        if sync.max_staleness:
+            raise ConfigError(
+                f"PolicySyncCallback with SyncConfig.max_staleness={sync.max_staleness}: this trainer does "
+                "not train on what is sampled, so nothing is sampled ahead; leave it at 0"
+            )
         self._clients = clients_of(servers, sync, trainer.args)
         super().__init__(trainer, link_to(trainer, self._clients, sync), self._publish, every=every)
         self._prompts, self._sample_every = list(sample_prompts), sample_every

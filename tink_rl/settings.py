@@ -176,7 +176,7 @@ class Settings(BaseSettings):
         try:
             return cls(**given)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+            raise refused(cls, error) from error
 
     # -- what follows -----------------------------------------------------------------------------
 
@@ -246,18 +246,24 @@ def _one_of(values: Iterable[Any]) -> str:
     return f"expected one of {', '.join(map(str, values))}"
 
 
-def _explain(item: Any) -> str:
-    name = str(item["loc"][0]) if item["loc"] else "settings"
+def refused(model: type[BaseSettings], error: ValidationError) -> ConfigError:
+    """Names each variable of `model` that is wrong, its value and what is allowed."""
+    return ConfigError("; ".join(_explain(model, item) for item in error.errors()))
+
+
+def _explain(model: type[BaseSettings], item: Any) -> str:
+    name = str(item["loc"][0]).lower() if item["loc"] else "settings"
     shown = repr(item["input"])
-    if name.lower().endswith("_url"):
+    if name.endswith("_url"):
         shown = re.sub(r"^(.).*@", r"\1...@", shown)  # never a password
-    return f"{name.upper()}={shown}: {_allowed(name.lower(), item)}"
+    prefix = model.model_config["env_prefix"]
+    return f"{prefix}{name.upper()}={shown}: {_allowed(model, name, item)}"
 
 
-def _allowed(name: str, item: Any) -> str:
+def _allowed(model: type[BaseSettings], name: str, item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    schema = Settings.model_json_schema()["properties"].get(name, {})
+    schema = model.model_json_schema()["properties"].get(name, {})
     if "enum" in schema:
         return _one_of(schema["enum"])
     kinds = {schema.get("type")} | {option.get("type") for option in schema.get("anyOf", [])}

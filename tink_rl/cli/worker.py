@@ -8,11 +8,26 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tink_rl import placement
 from tink_rl.cli.console import say
+from tink_rl.worker.options import WorkerOptions, load_options
 
+_FLAGS = {
+    "host": "--host",
+    "port": "--port",
+    "sample_token_file": "--sample-token-file",
+    "admin_token_file": "--token-file",
+    "max_running": "--max-running",
+    "max_queued": "--max-queued",
+    "timeout_s": "--timeout",
+    "drain_s": "--drain",
+    "ledger": "--ledger",
+}
+"""Fields of `WorkerOptions`."""
+_KINDS: dict[object, Callable[[str], Any]] = {int: int, float: float}
 _LAST_S = 1.0
 """What threads get to end by themselves once the worker has stopped."""
 
@@ -26,8 +41,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "Flags win over TINK_WORKER_* and the other settings of .env.example.",
         allow_abbrev=False,
     )
-    worker.add_argument("--host", help="address to listen on (127.0.0.1)")
-    worker.add_argument("--port", type=int, help="port to listen on (8001); 0: any free one")
+    for name, flag in _FLAGS.items():
+        field = WorkerOptions.model_fields[name]
+        shown = "" if field.default is None else f" ({field.default})"
+        kind = _KINDS.get(field.annotation, str)
+        worker.add_argument(flag, dest=name, type=kind, help=f"{field.description}{shown}")
     worker.add_argument("--vllm-url", help="URL of the vLLM server (http://localhost:8000)")
     worker.add_argument(
         "--ca-file", metavar="PEM", help="authorities to trust for https (default: TINK_CA_FILE)"
@@ -39,21 +57,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="adapters below this directory may be registered over HTTP; repeatable",
     )
-    worker.add_argument(
-        "--sample-token-file",
-        metavar="FILE",
-        help="ask for this token when sampling; made if it does not exist",
-    )
-    worker.add_argument(
-        "--token-file",
-        metavar="FILE",
-        help="the admin token; made if it does not exist (default: the one of `tink-rl serve`)",
-    )
-    worker.add_argument("--max-running", type=int, help="sequences at the backend at once (128)")
-    worker.add_argument("--max-queued", type=int, help="requests that may wait; then 429 (256)")
-    worker.add_argument("--timeout", type=float, help="deadline of a request, seconds (300)")
-    worker.add_argument("--drain", type=float, help="seconds for running requests at the end (20)")
-    worker.add_argument("--ledger", metavar="FILE", help="append every request and its end")
     worker.set_defaults(run=run)
 
 
@@ -62,19 +65,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     Ends the process itself if a thread of the backend still waits for its server then.
     """
-    from tink_rl.worker.options import load_options
-
-    options = load_options(
-        host=arguments.host,
-        port=arguments.port,
-        sample_token_file=arguments.sample_token_file,
-        admin_token_file=arguments.token_file,
-        max_running=arguments.max_running,
-        max_queued=arguments.max_queued,
-        timeout_s=arguments.timeout,
-        drain_s=arguments.drain,
-        ledger=arguments.ledger,
-    )
+    options = load_options(**{name: getattr(arguments, name) for name in _FLAGS})
     from tink_rl.worker.http_server import bind, raise_file_limit
 
     taken = bind(options.host, options.port)  # before anything slow is loaded

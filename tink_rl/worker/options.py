@@ -9,8 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import is_loopback
-
-_PREFIX = "TINK_WORKER_"
+from tink_rl.settings import refused
 
 
 class WorkerOptions(BaseSettings):
@@ -20,17 +19,21 @@ class WorkerOptions(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
+        env_prefix="TINK_WORKER_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,  # they are the help of `tink-rl worker`, too
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on; any but a loopback address needs `sample_token_file`."""
+    """Address to listen on; any but a loopback address needs a token for sampling."""
     port: int = Field(default=8001, ge=0, le=65535)
-    """0 takes any free port."""
+    """Port to listen on; 0 takes any free one."""
     sample_token_file: str | None = None
-    """Token for sampling, made (mode 0600) if missing; None: no token on a loopback address."""
+    """File with the token for sampling, made (mode 0600) if missing; unset: none, on a loopback address."""
     admin_token_file: str | None = None
-    """Token for registering, unregistering and metrics; None: the file that `tink-rl serve` uses."""
+    """File with the token for registering and metrics; unset: the one that `tink-rl serve` makes."""
     max_running: int = Field(default=128, ge=1, le=2048)
     """Sequences (prompts x n) that the backend works on at once."""
     max_queued: int = Field(default=256, ge=1, le=4096)
@@ -69,12 +72,7 @@ def load_options(**given: Any) -> WorkerOptions:
     try:
         options = WorkerOptions(**{k: v for k, v in given.items() if v is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "options"
-        raise ConfigError(
-            f"{_PREFIX}{name.upper()}={first['input']!r}: {first['msg'].lower()}; "
-            f"`tink-rl worker --help` and .env.example say what is allowed"
-        ) from error
+        raise refused(WorkerOptions, error) from error
     if not options.is_loopback and options.sample_token_file is None:
         raise ConfigError(
             f"--host {options.host} is reachable from other machines and sampling has no token: give "

@@ -18,6 +18,7 @@ from pathlib import Path
 from tink_rl import errors, gpus, memory_plan
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url, is_loopback
+from tink_rl.plugin_settings import PluginSettings
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import model_to_serve
 from tink_rl.settings import LORA_RANKS, slot_for
@@ -245,15 +246,16 @@ def environment(
     """The server's environment: the current one without what is not for it, plus ours."""
     env = {k: v for k, v in current.items() if not _NOT_FOR_THE_SERVER.match(k)}
     env["VLLM_PLUGINS"] = _plugins(current.get("VLLM_PLUGINS"))
-    env["TINK_SERVER_MODES"] = ",".join(options.modes)
-    env["TINK_SERVER_TOKEN_FILE"] = str(token_file)
-    env["TINK_SERVER_CHANNEL_HOST"] = options.host
-    env["TINK_SERVER_CHANNEL_PORT"] = str(options.channel_port)
-    env["TINK_SERVER_GOLDEN_TIER"] = options.golden_tier
-    # What the server leaves free of a GPU is the trainer's: golden weights go to host memory then.
-    env["TINK_SERVER_SHARED"] = "1" if options.shared_with_trainer else "0"
-    if options.golden_budget_gib is not None:
-        env["TINK_SERVER_GOLDEN_BUDGET_GIB"] = str(options.golden_budget_gib)
+    env |= PluginSettings.load(
+        modes=",".join(options.modes),
+        token_file=str(token_file),
+        channel_host=options.host,
+        channel_port=options.channel_port,
+        golden_tier=options.golden_tier,
+        golden_budget_gib=options.golden_budget_gib,
+        shared=options.shared_with_trainer,
+        waits_asleep=waits_asleep,
+    ).as_environment()
     if host_ip := _host_ip(options):
         env.setdefault("VLLM_HOST_IP", host_ip)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -266,7 +268,6 @@ def environment(
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if server_binding is not None:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", server_binding)
-    env["TINK_SERVER_WAITS_ASLEEP"] = waits_asleep
     return {**env, **options.env}
 
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"errors", "types", "strict_json", "loopback", "gpus", "startup_log", "cpu_limit"},
     {"tokens", "urls", "tls", "post_mortem", "remedies"},
     {"config", "settings", "placement", "watchdog", "download"},
+    {"plugin_settings"},
     {"policy"},
     {"protocol"},
     {"transport", "memory_plan"},

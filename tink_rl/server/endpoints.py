@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from tink_rl.errors import ConfigError
+from tink_rl.plugin_settings import PluginSettings
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
 from tink_rl.server.commits import Commits
@@ -58,9 +58,9 @@ class TinkEndpoints:
         """
         from tink_rl.server.vllm_names import LoRARequest
 
-        config = engine_client.vllm_config
+        config, asked = engine_client.vllm_config, PluginSettings.load()
         check_layout(config, args)
-        modes = offered_modes(config, os.environ.get("TINK_SERVER_MODES"))
+        modes = offered_modes(config, asked.modes)
         model_dir = str(_model_dir(config))
         content = await asyncio.to_thread(ServedContent, model_dir)
         facts = await asyncio.to_thread(_facts, config, model_dir)
@@ -71,22 +71,24 @@ class TinkEndpoints:
             modes=modes,
             facts={**facts, "base_files": content.identity},
         )
-        budget = os.environ.get("TINK_SERVER_GOLDEN_BUDGET_GIB")
         await served.prepare(
             {
                 "modes": list(modes),
                 "model_dir": model_dir,
-                "golden_tier": os.environ.get("TINK_SERVER_GOLDEN_TIER", "auto"),
-                "golden_budget_gib": float(budget) if budget else None,
-                "shared_with_trainer": os.environ.get("TINK_SERVER_SHARED", "1") != "0",
+                "golden_tier": asked.golden_tier,
+                "golden_budget_gib": asked.golden_budget_gib,
+                "shared_with_trainer": asked.shared,
             }
         )
-        state.tink = _control(served, content, LoRARequest)
+        state.tink = _control(served, content, LoRARequest, asked)
         logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(served.status()))
 
 
 def _control(
-    state: ServedState, content: ServedContent, make_lora_request: Callable[..., Any]
+    state: ServedState,
+    content: ServedContent,
+    make_lora_request: Callable[..., Any],
+    asked: PluginSettings,
 ) -> Control:
     updates = FullUpdates(state)
     stages = Stages(state, updates)
@@ -100,14 +102,14 @@ def _control(
             state,
             stages,
             updates,
-            host=_channel_host(os.environ.get("TINK_SERVER_CHANNEL_HOST", "127.0.0.1")),
-            port=int(os.environ.get("TINK_SERVER_CHANNEL_PORT", "0")),
+            host=_channel_host(asked.channel_host),
+            port=asked.channel_port,
         ),
     )
 
 
 def _read_token() -> str:
-    path = os.environ.get("TINK_SERVER_TOKEN_FILE")
+    path = PluginSettings.load().token_file
     if not path:
         raise ConfigError(
             "TINK_SERVER_TOKEN_FILE is not set: the control routes need a token; start the server "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import sys
 import time
 from typing import Any
@@ -58,7 +57,9 @@ def _wait_asleep() -> None:
     message: on two cores that took 80 % of the one that API server, Tink worker and a trainer run on, and
     batches of 64 fell apart into batches of 20 because the requests came late.
     """
-    asked = os.environ.get("TINK_SERVER_WAITS_ASLEEP")
+    from tink_rl.plugin_settings import PluginSettings
+
+    asked = PluginSettings.load().waits_asleep
     process = multiprocessing.current_process().name
     is_engine, is_worker = "EngineCore" in process, "Worker" in process
     if not ((is_engine and asked in ("engine", "all")) or (is_worker and asked == "all")):

@@ -1,0 +1,49 @@
+"""What `tink-rl serve` tells the plugin inside vLLM, in the environment: written and read here."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tink_rl.settings import refused
+
+_PREFIX = "TINK_SERVER_"
+
+
+class PluginSettings(BaseSettings):
+    """`TINK_SERVER_*`. Example: `PluginSettings.load(modes="adapter,full", token_file="token")`"""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
+
+    modes: str | None = None
+    """Sync modes, separated by commas; None: what vLLM's flags allow."""
+    token_file: str | None = None
+    """Token of the control routes; without one the server does not start."""
+    channel_host: str = "127.0.0.1"
+    channel_port: int = Field(default=0, ge=0, le=65535)
+    """0 takes any free one."""
+    golden_tier: str = "auto"
+    golden_budget_gib: float | None = None
+    shared: bool = True
+    """What the server leaves free of a GPU is the trainer's: golden weights go to host memory then."""
+    waits_asleep: str = ""
+    """See `placement.who_waits_asleep`."""
+
+    @classmethod
+    def load(cls, **given: Any) -> Self:
+        """The settings, from `given` over the environment over the defaults.
+
+        Raises:
+            ConfigError: names the variable, its value and what is allowed.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise refused(cls, error) from error
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables that say them."""
+        named = {f"{_PREFIX}{name.upper()}": value for name, value in self if value is not None}
+        return {k: str(int(v)) if isinstance(v, bool) else str(v) for k, v in named.items()}

@@ -1,7 +1,8 @@
-"""The shape of the code in figures: `python -m benchmarks.structure [CHECKOUT] [--json]`.
+"""The shape of the code in figures: `python -m benchmarks.structure [CHECKOUT] [--json] [--hops]`.
 
 Reads the syntax trees of `CHECKOUT/tink_rl` (this one's unless given) and the words of its pages;
 imports nothing of it, so any commit can be measured. Two commits side by side: run it on each.
+With `--hops` the ways of this checkout are walked too (`benchmarks/hops.py`; half a minute).
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ ROWS = {
     "error_classes": "error classes",
     "doc_pages": "pages in docs/",
     "doc_words": "words of README and docs/",
+    "packet": "hops of a packet",
+    "prompt": "hops of a prompt",
+    "caller": "hops of a caller of the service",
 }
 
 
@@ -35,13 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the shape of the code in figures")
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--json", action="store_true", help="JSON, with the files of each circle")
+    parser.add_argument("--hops", action="store_true", help="of this checkout's ways, too")
     args = parser.parse_args()
     found = measure(args.checkout)
+    if args.hops:
+        from benchmarks import hops
+
+        found |= {way: sum(entered.values()) for way, entered in hops.measure().items()}
     print(json.dumps(found, indent=1) if args.json else table(found))
 
 
 def measure(checkout: Path) -> dict[str, Any]:
-    """The figures of `checkout`, keyed as `ROWS`; `circles` is a list of lists of modules."""
+    """The figures of `checkout`, keyed as `ROWS`, but for hops; `circles` is a list of lists of modules."""
     trees = _trees(checkout)
     sizes = {path: len((checkout / path).read_text().splitlines()) for path in trees}
     longest = max(sizes, key=lambda path: sizes[path])
@@ -65,7 +74,7 @@ def measure(checkout: Path) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
     shown = {**found, "circles": len(found["circles"])}
-    rows = [f"| {text} | {shown[key]} |" for key, text in ROWS.items()]
+    rows = [f"| {text} | {shown[key]} |" for key, text in ROWS.items() if key in shown]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from benchmarks import structure
+from benchmarks import hops, structure
+from tink_rl.types import PolicyVersion
 
 FILES = {
     "README.md": "Two words.\n<!-- a mark -->\n```bash\na command\n```\n",
@@ -26,6 +28,8 @@ FILES = {
     "tink_rl/b.py": "def f(self, x: int):\n    from tink_rl import c\n",
     "tink_rl/c.py": "import tink_rl.a\n",
 }
+MOST_HOPS = {"packet": 90, "prompt": 27, "caller": 56}
+"""As measured; lower them when a layer goes."""
 
 
 @pytest.fixture
@@ -65,3 +69,26 @@ def test_program_prints_the_table_and_json(checkout):
     )
     assert "| import circles | 1 |" in shown.stdout
     assert json.loads(read.stdout)["error_classes"] == 3
+
+
+def test_hop_is_a_named_function_of_ours_that_calls_another_one():
+    def go():
+        threading.Thread(target=lambda: PolicyVersion.parse("policy@3")).start()
+
+    walk = hops.Walk(rest_s=0.1)
+    with walk.watched():
+        found = walk.of(go)
+    assert found == {"types.py:PolicyVersion.parse": True, "types.py:PolicyVersion.find": False}
+
+
+@pytest.mark.long
+def test_ways_of_a_packet_a_prompt_and_a_caller_do_not_grow():
+    pytest.importorskip("uvicorn", reason="the server extra is not installed")
+    root = Path(structure.__file__).parents[1]
+    program = [sys.executable, "-m", "benchmarks.hops"]
+    shown = subprocess.run(program, cwd=root, capture_output=True, text=True, check=True).stdout
+    rows = [[word.strip() for word in line.split("|")] for line in shown.splitlines()[2:]]
+    counts = {row[1]: int(row[2]) for row in rows}
+    assert counts.keys() == MOST_HOPS.keys()
+    for way, most in MOST_HOPS.items():
+        assert counts[way] <= most, shown

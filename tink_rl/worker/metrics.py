@@ -14,8 +14,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
-    """What the worker counts. No label carries a name that a client chose."""
+class Metrics(Collector):
+    """What the worker counts, or keeps elsewhere. No label carries a name that a client chose."""
 
     def __init__(
         self,
@@ -24,6 +24,7 @@ class Metrics:
         is_ready: Callable[[], bool],
     ) -> None:
         """Make the registry; `ledger` and `depth` are read when the figures are asked for."""
+        self._ledger, self._depth, self._is_ready = ledger, depth, is_ready
         self.registry = CollectorRegistry()
         self.answers = Counter(
             "tink_worker_http_answers",
@@ -51,25 +52,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_State(ledger, depth, is_ready))
+        self.registry.register(self)
 
     def render(self) -> bytes:
         """The exposition text."""
         return generate_latest(self.registry)
 
-
-class _State(Collector):
-    """Figures that live elsewhere."""
-
-    def __init__(
-        self,
-        ledger: RequestLedger,
-        depth: Callable[[], dict[str, int]],
-        is_ready: Callable[[], bool],
-    ) -> None:
-        self._ledger, self._depth, self._is_ready = ledger, depth, is_ready
-
     def collect(self) -> Iterator[Metric]:
+        """The figures that live elsewhere, as they are now."""
         admitted = CounterMetricFamily("tink_worker_admitted", "Sampling requests admitted.")
         ended = CounterMetricFamily(
             "tink_worker_ended", "Admitted requests that ended, by how.", labels=["state"]

@@ -43,7 +43,12 @@ class RolloutLog:
             digest: Of the version that sampled it.
             scores: Per row what the trainer made of it: `reward`, `rewards`, `advantage`.
         """
-        rows = [self._row(batch, row, digest, score) for row, score in enumerate(scores)]
+        keys = [tuple(turns[0].prompt_ids) for turns in batch.turns]
+        prompts = {key: self._tokenizer.decode(list(key)) for key in set(keys)}  # once a group
+        rows = [
+            self._row(batch, row, digest, prompts[key], score)
+            for row, (key, score) in enumerate(zip(keys, scores, strict=True))
+        ]
         if self._num_others is None:
             self._keep(lambda row, is_own: True)
         with self.path.open("a") as file:
@@ -72,7 +77,7 @@ class RolloutLog:
         self._num_others = num_others
 
     def _row(
-        self, batch: RolloutBatch, row: int, digest: str, score: dict[str, Any]
+        self, batch: RolloutBatch, row: int, digest: str, prompt: str, score: dict[str, Any]
     ) -> dict[str, Any]:
         turns = batch.turns[row]
         sampled = PolicyVersion.parse(batch.model)
@@ -88,7 +93,7 @@ class RolloutLog:
             "policy": sampled.policy,
             "version": sampled.version,
             "digest": digest,
-            "prompt": self._tokenizer.decode(first.prompt_ids),
+            "prompt": prompt,
             "completion": self._tokenizer.decode(everything, skip_special_tokens=True),
             **score,
             "prompt_ids": first.prompt_ids,
@@ -112,15 +117,15 @@ def _turn_json(former: Turn | None, turn: Turn) -> dict[str, Any]:
     return {
         "inserted_ids": [] if former is None else turn.prompt_ids[known:],
         "completion_ids": turn.completion_ids,
-        "logprobs": None if turn.logprobs is None else [_number(x) for x in turn.logprobs],
+        "logprobs": None if turn.logprobs is None else _numbers(turn.logprobs),
         "seed": turn.seed,
         **({} if turn.max_tokens is None else {"max_tokens": turn.max_tokens}),
     }
 
 
-def _number(value: float) -> float | None:
+def _numbers(values: Sequence[float]) -> list[float | None]:
     """Rounded to what float32 holds; None (JSON's null) for a token that vLLM could not score."""
-    return None if math.isnan(value) else round(value, 7)
+    return [None if x != x else round(x, 7) for x in values]  # no call each: thousands in a step
 
 
 def _worth_logging(sampling: dict[str, Any]) -> dict[str, Any]:

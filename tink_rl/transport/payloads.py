@@ -345,11 +345,14 @@ def logprob_rows(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:
     tops = found.get("top_logprobs") or [None] * len(found["tokens"])
     tokens = zip(found["tokens"], found["token_logprobs"], tops, strict=True)
     for (token, logprob, top), token_id in zip(tokens, choice["token_ids"], strict=True):
-        by_id = {_token_id(key): _number(value) for key, value in (top or {}).items()}
-        by_id[_token_id(token)] = _number(logprob)
         if _token_id(token) != token_id:
             raise errors.BackendError(f"token {token!r} came back for id {token_id}")
-        rows.append(dict(sorted(by_id.items(), key=lambda item: -item[1])))
+        row = {token_id: _number(logprob)}
+        # A trainer asks for the sampled token's alone, thousands of times in a step.
+        if top and (len(top) > 1 or token not in top):
+            row = {_token_id(key): _number(value) for key, value in top.items()} | row
+            row = dict(sorted(row.items(), key=lambda item: -item[1]))
+        rows.append(row)
     return rows
 
 

@@ -307,8 +307,8 @@ def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]
     answer = {
         "prompt_ids": [choice["prompt_token_ids"] for choice in choices[::n]],
         "completion_ids": [choice["token_ids"] for choice in choices],
-        "logprobs": [[list(t.values()) for t in row] for row in rows] if asked else None,
-        "logprob_token_ids": [[list(t) for t in row] for row in rows] if asked else None,
+        "logprobs": [[[*t.values()] for t in row] for row in rows] if asked else None,
+        "logprob_token_ids": [[[*t] for t in row] for row in rows] if asked else None,
         "model": model,
         "finish_reasons": [choice["finish_reason"] for choice in choices],
         "texts": [choice["text"] for choice in choices],
@@ -320,4 +320,4 @@ def _as_trl(choices: list[dict[str, Any]], n: int, model: str) -> dict[str, Any]
 
 def _sampled_first(row: dict[int, float], token: int) -> dict[int, float]:
     """As TRL takes the first of a token's logprobs, whatever more was asked for."""
-    return {token: row[token], **row}
+    return row if len(row) == 1 else {token: row[token], **row}

@@ -8,11 +8,6 @@ from pathlib import Path
 # `accelerate launch benchmarks/grpo_on_cpu.py` puts benchmarks/ on the path, not the folder that holds it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tink_rl import placement
-
-if __name__ == "__main__":
-    placement.apply_to_trainer(placement.plan_here())  # before torch is imported
-
 from recipes import grpo
 from tests.multi import fsdp_on_cpu, zero3_on_cpu
 

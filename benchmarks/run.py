@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tink_rl import placement
 
-placement.apply_to_trainer(placement.plan_here())  # before torch is imported
+placement.place_trainer(max_staleness=1)  # server and trainer compute at the same time
 
 import json
 from pathlib import Path

@@ -176,6 +176,4 @@ def check_learns(history: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "vllm":
-        placement.apply_to_trainer(placement.plan_here())  # before torch is imported
     print(json.dumps(_run(sys.argv[1], int(sys.argv[2]))))

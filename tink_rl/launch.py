@@ -173,7 +173,7 @@ class VLLMServer:
             os.environ,
             token_file=self.token_file,
             server_binding=binding,
-            waits_asleep=placement.who_waits_asleep(),
+            waits_asleep=placement.who_waits_asleep(shares_cores=self.options.shared_with_trainer),
             has_gpu=gpu,
         )
         self.log_path, self._oom_kills = self._make_log(), count_oom_kills()

@@ -1,13 +1,17 @@
-"""Which cores the server and the trainer take where both share one small machine. Pure, but `apply`.
+"""Which cores the server and the trainer take where both share one small machine without a GPU.
 
-vLLM pins its worker to a core, and every thread that lands there delays its step: trainer threads made a
-demo step take 1.4 s instead of 0.54 s. So on a machine without a GPU they get different cores. The Tink
-worker, if its vLLM runs on this machine, takes the trainer's.
+vLLM pins its workers; here they get the first half. With `max_staleness=0` a trainer takes every core while
+the server waits, asleep: a demo step of 0.54 s takes 0.43 s then. With more both compute at once, a thread
+that lands on a worker's core delays its step (0.54 s became 1.4 s), and the trainer keeps to the other half.
+So does the Tink worker, if its vLLM runs on this machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tink_rl.cpu_limit import affinity, cores_here
@@ -47,16 +51,16 @@ def plan(*, cores: tuple[int, ...], num_workers: int, has_gpu: bool) -> Placemen
     return Placement(server_binding=binding, trainer_cores=tuple(cores[num_workers * per_worker :]))
 
 
-def who_waits_asleep(*, cores: tuple[int, ...] = CORES) -> str:
+def who_waits_asleep(*, shares_cores: bool = False, cores: tuple[int, ...] = CORES) -> str:
     """Which of vLLM's processes must not spin while they wait for each other, see `server/plugin.py`.
 
     On a small machine without a GPU the engine core shares its core with trainer, API server and their
-    like ("engine"); if nothing is pinned, or there is one core, the workers share theirs too ("all");
-    elsewhere nobody ("").
+    like ("engine"); the workers do too where they share theirs with a trainer, or there is one core
+    ("all"); elsewhere nobody ("").
     """
     if has_gpu() or len(cores) > _SMALL_MACHINE_CORES:
         return ""
-    return "all" if _is_off() or len(cores) == 1 else "engine"
+    return "all" if shares_cores or _is_off() or len(cores) == 1 else "engine"
 
 
 def _is_off() -> bool:
@@ -70,16 +74,34 @@ def plan_here(num_workers: int = 1) -> Placement:
     return plan(cores=CORES, num_workers=num_workers, has_gpu=has_gpu())
 
 
-def apply_to_trainer(placement: Placement) -> None:
-    """Pin this process to the trainer's cores, with one thread per core.
+def place_trainer(*, max_staleness: int) -> str:
+    """Place this process, which trains beside a server on this machine.
 
-    Call it before torch is imported: OpenMP reads its number of threads once, and threads without a
-    core of their own cost a demo step 0.55 s instead of 0.39 s.
+    Returns:
+        Who computes where, in a line for the log; "" where nothing is to be decided.
     """
-    if placement.trainer_cores is None:
-        return
-    apply_to_worker(placement)
-    os.environ["OMP_NUM_THREADS"] = str(len(placement.trainer_cores))
+    own = plan_here()
+    if own.trainer_cores is None or not hasattr(os, "sched_setaffinity"):
+        return ""
+    if max_staleness == 0:
+        return (
+            f"cores: all {len(CORES)} for the trainer, the server waits meanwhile (max_staleness=0)"
+        )
+    keep_to(own.trainer_cores)
+    names = ",".join(str(core) for core in own.trainer_cores)
+    return f"cores: {names} for the trainer, {own.server_binding} for vLLM ({max_staleness=})"
+
+
+def keep_to(cores: Iterable[int]) -> None:
+    """Keep this process to `cores`, with one of torch's threads on each, whenever torch is imported."""
+    wanted = set(cores)
+    # The main thread's mask alone would leave out the threads that run already.
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), wanted)
+    os.environ["OMP_NUM_THREADS"] = str(len(wanted))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(len(wanted))
 
 
 def apply_to_worker(placement: Placement) -> None:

@@ -5,11 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tink_rl import placement
-
-if __name__ == "__main__":
-    placement.apply_to_trainer(placement.plan_here())
-
 from transformers import AutoTokenizer
 from trl import GRPOConfig, TrlParser
 

@@ -216,19 +216,78 @@ def test_failure_of_the_engine_is_told_by_its_cause():
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "gpu", "placed", "asleep"),
+    ("num_cores", "gpu", "placed", "shares", "asleep"),
     [
-        (2, False, "", "engine"),
-        (8, False, "", "engine"),
-        (2, False, "off", "all"),
-        (9, False, "off", ""),
-        (2, True, "", ""),
+        (2, False, "", False, "engine"),
+        (8, False, "", False, "engine"),
+        (2, False, "", True, "all"),
+        (2, False, "off", False, "all"),
+        (9, False, "off", True, ""),
+        (2, True, "", True, ""),
     ],
 )
-def test_who_shares_a_core_waits_asleep(monkeypatch, num_cores, gpu, placed, asleep):
+def test_who_shares_a_core_waits_asleep(monkeypatch, num_cores, gpu, placed, shares, asleep):
     monkeypatch.setattr(placement, "has_gpu", lambda: gpu)
     monkeypatch.setenv("TINK_PLACEMENT", placed)
-    assert placement.who_waits_asleep(cores=tuple(range(num_cores))) == asleep
+    cores = tuple(range(num_cores))
+    assert placement.who_waits_asleep(shares_cores=shares, cores=cores) == asleep
+
+
+@pytest.mark.parametrize(
+    ("options", "binding", "asleep"),
+    [
+        ({}, "0", "all"),
+        ({"shared_with_trainer": False}, None, "engine"),
+        ({"tensor_parallel_size": 2}, "0|1", "all"),
+    ],
+)
+def test_server_beside_a_trainer_keeps_to_its_cores_and_waits_asleep(
+    model_dir, tmp_path, monkeypatch, options, binding, asleep
+):
+    monkeypatch.setattr(placement, "has_gpu", lambda: False)
+    monkeypatch.setattr(placement, "CORES", (0, 1))
+    for name in ("TINK_PLACEMENT", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    started = {}
+    server = VLLMServer(model_dir("qwen3"), token_file=str(tmp_path / "token"), **options)
+    monkeypatch.setattr(server, "_popen", lambda line, *, env, log: started.update(env))
+    server.token_file = tmp_path / "token"
+    server._spawn()
+    assert started.get("VLLM_CPU_OMP_THREADS_BIND") == binding
+    assert started["TINK_SERVER_WAITS_ASLEEP"] == asleep
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "placed", "cores", "said"),
+    [
+        (0, "", None, "all 2 for the trainer"),
+        (1, "", {1}, "1 for the trainer, 0 for vLLM (max_staleness=1)"),
+        (1, "off", None, ""),
+    ],
+)
+def test_trainer_leaves_the_server_its_cores_where_both_compute_at_once(
+    monkeypatch, max_staleness, placed, cores, said
+):
+    kept = []
+    monkeypatch.setattr(placement, "has_gpu", lambda: False)
+    monkeypatch.setattr(placement, "CORES", (0, 1))
+    monkeypatch.setattr(placement, "keep_to", lambda wanted: kept.append(set(wanted)))
+    monkeypatch.setenv("TINK_PLACEMENT", placed)
+    line = placement.place_trainer(max_staleness=max_staleness)
+    assert said in line and bool(said) == bool(line)
+    assert kept == ([cores] if cores else [])
+
+
+def test_every_thread_of_a_trainer_and_torch_keep_to_its_cores():
+    code = (
+        "import os, threading, torch; from tink_rl import placement\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "core = placement.CORES[-1]; placement.keep_to([core])\n"
+        "masks = [os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task')]\n"
+        "print(len(masks) > 1, all(m == {core} for m in masks), torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "1"]
 
 
 def test_two_cores_are_split_between_server_and_trainer():

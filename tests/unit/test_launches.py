@@ -75,7 +75,7 @@ def server_part(options, cards, visible):
         {"VLLM_PLUGINS": ""},
         token_file=Path("TOKEN_FILE"),
         server_binding=plan.server_binding if options.shared_with_trainer else None,
-        waits_asleep="" if has_gpu else "engine",
+        waits_asleep="" if has_gpu else "all" if options.shared_with_trainer else "engine",
         has_gpu=has_gpu,
     )
     memory = memory_plan.plan_memory(shape, options)

@@ -8,6 +8,7 @@ four attributes that TRL's own `__init__` would have set (seam of TRL 1.16, held
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,8 +20,10 @@ import trl
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from tink_rl import placement
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError, from_wire
+from tink_rl.loopback import is_local
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training import checks, live, metrics
 from tink_rl.training.connect import Servers, clients_of, link_to
@@ -37,6 +40,7 @@ from tink_rl.training.scoring import RolloutRecorder
 from tink_rl.training.trl_names import Accelerator, Arguments, RolloutTrainer, State
 from tink_rl.types import PolicyVersion, ServerStatus
 
+logger = logging.getLogger("tink_rl")
 SUPPORTED = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 """What `attach` takes: the trainers that read their rollouts through the seam."""
 
@@ -124,6 +128,7 @@ def attach(
     checks.check_arguments(trainer.args)
     sync = sync or SyncConfig()
     clients = clients_of(servers, sync, trainer.args)
+    _place(trainer, clients, sync)
     link = link_to(trainer, clients, sync)
     trainer.vllm_generation = generation = _generation(trainer, link, clients)
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
@@ -148,6 +153,14 @@ def attach(
     trainer.add_callback(RunLog(trainer))
     trainer.evaluate = _releasing_lease(trainer, link)
     return link
+
+
+def _place(trainer: RolloutTrainer, clients: list[VLLMClient], sync: SyncConfig) -> None:
+    """Who computes where, where a server is on this machine; said by one rank."""
+    if any(is_local(client.base_url) for client in clients):
+        line = placement.place_trainer(max_staleness=sync.max_staleness)
+        if line and trainer.accelerator.is_main_process:
+            logger.info("%s", line)
 
 
 def _releasing_lease(trainer: RolloutTrainer, link: PolicyPublisher) -> Callable[..., Any]:

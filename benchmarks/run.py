@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import publish, sample, step
+from benchmarks import overlap, publish, sample, step
 from benchmarks.provenance import provenance
 
 _HERE = Path(__file__).parent
@@ -25,6 +25,7 @@ def main() -> None:
     write("publish", {**source, **publish.measure(), "bf16_logprob_gap": gap})
     write("step", {**source, "step_seconds": step.measure()})
     write("sample", {**source, **sample.measure()})
+    write("overlap", {**source, **overlap.measure()})
     text = render()
     (_HERE / "RESULTS.md").write_text(text)
     print(text)
@@ -92,6 +93,7 @@ def render() -> str:
             name = "tink_rl, merged" if route == "vllm" else "TRL, use_vllm=False"
             lines.append(f"| {length} | {name} | {parts['step']:.2f} | {rest or '-'} |")
     lines += _render_sample(json.loads((_HERE / "results/sample.json").read_text()))
+    lines += overlap.render(json.loads((_HERE / "results/overlap.json").read_text()))
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ import trl
 from transformers import AutoModelForCausalLM
 
 import tink_rl
-from benchmarks import step
+from benchmarks import grpo_run
 from tests.trainers import PROMPTS, make_trainer, rows, settings
 from tink_rl.training.ratio import LOWEST_RATIO, RATIO
 from tink_rl.training.rollouts import read_rollouts
@@ -161,7 +161,7 @@ def test_completions_that_ignore_the_end_token_are_long_and_leave_the_ratio_alon
 ):
     trainer, moved = run(server, model_dir, tmp_path, generation_kwargs={"ignore_eos": True})
     assert_learned(trainer, moved, caplog)
-    step.check_learns(rows(trainer))  # as the benchmark does
+    grpo_run.check_learns(rows(trainer))  # as the benchmark does
     for row in read_rollouts(tmp_path / "rollouts.jsonl"):
         assert len(row["turns"][0]["completion_ids"]) == 8
         assert "full_logprobs" not in row["sampling"]
@@ -175,4 +175,4 @@ def test_run_whose_ratio_vanishes_says_so(server, model_dir, tmp_path, caplog, m
     (line,) = [text for text in caplog.messages if "next to nothing is learned" in text]
     assert line.startswith("step 1: mean importance ratio")
     with pytest.raises(SystemExit, match="3 of 3 steps"):
-        step.check_learns(rows(trainer))
+        grpo_run.check_learns(rows(trainer))

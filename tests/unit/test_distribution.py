@@ -10,7 +10,7 @@ import httpx
 import pytest
 import trl
 
-from benchmarks import step
+from benchmarks import grpo_run
 from tests.fake_vllm import FakeVLLM
 from tests.fakes import status
 from tink_rl import SyncConfig, VLLMClient, errors
@@ -232,6 +232,6 @@ def test_ratio_that_leaves_a_gradient_or_is_not_there_is_no_news(metrics, caplog
 
 @pytest.mark.parametrize("ratio", [5e-18, 0.9, 1.2, float("nan")])
 def test_benchmark_measures_no_run_without_a_gradient(ratio):
-    step.check_learns([{RATIO: 1.0}, {RATIO: 1.01}, {"reward": 0.5}])
+    grpo_run.check_learns([{RATIO: 1.0}, {RATIO: 1.01}, {"reward": 0.5}])
     with pytest.raises(SystemExit, match="1 of 2 steps"):
-        step.check_learns([{RATIO: 1.0}, {RATIO: ratio}])
+        grpo_run.check_learns([{RATIO: 1.0}, {RATIO: ratio}])

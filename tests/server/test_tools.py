@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import tink_rl
 from tests import calculator
+from tests.multi.launching import accelerate
 from tests.trainers import config, lora, rows, settings
 from tink_rl.training.rollouts import read_rollouts, requests_of
 
 pytestmark = [pytest.mark.server, pytest.mark.home]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -169,22 +165,10 @@ def test_merged_mode_publishes_nothing_in_the_middle_of_a_rollout(
 
 @pytest.mark.timeout(300)
 def test_two_ranks_take_different_numbers_of_turns(server, model_dir, caller, tmp_path):
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml")),
-        *("--main_process_port", "0"),
-        *("-m", "tests.server.run_tools", str(model_dir("qwen3")), str(caller), server.url),
-        *(str(server.token_file), str(tmp_path)),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    script = ["-m", "tests.server.run_tools", str(model_dir("qwen3")), str(caller), server.url]
+    script += [str(server.token_file), str(tmp_path)]
+    code, output = accelerate("accelerate_configs/cpu_2proc.yaml", script, tmp_path)
+    assert code == 0, output[-4000:]
     turns = [json.loads((tmp_path / f"turns-{rank}.json").read_text()) for rank in (0, 1)]
     names = [f"two-ranks@{version}" for version in (1, 2, 3)]
     # Rank 0's prompts need the calculator, rank 1's do not: no rank waits for the other's turns.

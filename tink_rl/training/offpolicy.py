@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from trl.models.utils import disable_gradient_checkpointing
 
+from tink_rl.config import SyncConfig
 from tink_rl.errors import ProbeFailed
 from tink_rl.publish.probe_rules import AGREES, Limits, limits
 from tink_rl.training import metrics
@@ -31,6 +32,8 @@ from tink_rl.types import PolicyVersion
 
 logger = logging.getLogger("tink_rl")
 _EVERY_ROW = 8
+FEW_EFFECTIVE = "the importance weights of older rows leave too little of a batch (offpolicy/ess)"
+"""Why the next rows are sampled by the newest version."""
 
 
 class OffPolicyAccount:
@@ -52,6 +55,14 @@ class OffPolicyAccount:
         self._current = ""
         self.wants_fresh = False
         """The next rows are to be sampled by the newest version; alike on every rank."""
+
+    @classmethod
+    def of(cls, trainer: RolloutTrainer, sync: SyncConfig) -> OffPolicyAccount:
+        """The account of a built trainer, whose model is published as `sync` says."""
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        return cls(
+            trainer, KeptVersions(model, sync.max_staleness + 1), tolerance=sync.probe_tolerance
+        )
 
     def remember(self, name: str) -> None:
         """The version `name`, which the model holds now, was published; every rank must call it."""

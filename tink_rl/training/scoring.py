@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from tink_rl.training import metrics
 from tink_rl.training.generation import PolicyGeneration
+from tink_rl.training.offpolicy import FEW_EFFECTIVE, OffPolicyAccount
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.rollout_log import RolloutLog, scores_of
 from tink_rl.training.rollouts import RolloutBatch
@@ -32,11 +33,21 @@ class RolloutRecorder:
         link: PolicyPublisher,
         log: RolloutLog,
         *,
+        account: OffPolicyAccount | None = None,
         every: int = 1,
     ) -> None:
-        """Store; `install` puts it in place. Every k-th step is logged; `every` 0: none."""
+        """Store; `install` puts it in place.
+
+        Args:
+            trainer: Whose methods these are.
+            generation: Samples its rollouts.
+            link: Knows the versions that did.
+            log: Where rollouts go, with their rewards.
+            account: Looks at every batch that is scored; None: no row is older than the policy.
+            every: Every k-th step is logged; 0: none.
+        """
         self._trainer, self._generation, self._link = trainer, generation, link
-        self._log, self._every = log, every
+        self._log, self._account, self._every = log, account, every
         self._generate: Callable[[Any], dict[str, Any]] = trainer._generate_and_score_completions
         self._score: Callable[..., Any] | None = getattr(trainer, "_calculate_rewards", None)
         self._rewards_BF: Any = None
@@ -65,6 +76,10 @@ class RolloutRecorder:
         if self._every and batch.step % self._every == 0:
             digest = self._link.digest_of(batch.model)
             self.shown = self._log.write(batch, digest, self._scores(batch, output))[:_SHOWN]
+        if self._account is not None:
+            self._account.look(batch, output)
+            if self._account.wants_fresh and self._generation.ahead is not None:
+                self._generation.ahead.next_fresh(FEW_EFFECTIVE)
         return output
 
     def _batch(self) -> RolloutBatch:

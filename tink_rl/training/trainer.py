@@ -30,6 +30,7 @@ from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.lookahead import LookAhead
+from tink_rl.training.offpolicy import OffPolicyAccount
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.prompts import check_prompts
 from tink_rl.training.publishing import PublishCallback, metrics_of
@@ -130,7 +131,9 @@ def attach(
     clients = clients_of(servers, sync, trainer.args)
     _place(trainer, clients, sync)
     link = link_to(trainer, clients, sync)
-    trainer.vllm_generation = generation = _generation(trainer, link, clients)
+    checks.check_off_policy(trainer.args, sync.max_staleness)
+    account = OffPolicyAccount.of(trainer, sync) if sync.max_staleness else None
+    trainer.vllm_generation = generation = _generation(trainer, link, clients, account)
     trainer.use_vllm, trainer.vllm_mode, trainer._last_loaded_step = True, "server", -1
     log = RolloutLog(
         trainer.args.output_dir,
@@ -138,7 +141,9 @@ def attach(
         rank=trainer.accelerator.process_index,
         sampling=generation.settings.as_request(),
     )
-    recorder = RolloutRecorder(trainer, generation, link, log, every=sync.rollout_log_every)
+    recorder = RolloutRecorder(
+        trainer, generation, link, log, account=account, every=sync.rollout_log_every
+    )
     recorder.install()
     if sync.max_staleness:
         checks.check_look_ahead(trainer, sync)
@@ -182,7 +187,10 @@ def _releasing_lease(trainer: RolloutTrainer, link: PolicyPublisher) -> Callable
 
 
 def _generation(
-    trainer: RolloutTrainer, link: PolicyPublisher, clients: list[VLLMClient]
+    trainer: RolloutTrainer,
+    link: PolicyPublisher,
+    clients: list[VLLMClient],
+    account: OffPolicyAccount | None,
 ) -> PolicyGeneration:
     args = trainer.args
     settings = SamplingSettings.of(args)
@@ -195,6 +203,8 @@ def _generation(
         link.start(check)
         generation.settle_rows(link.replaces_in_place)
         metrics.add(trainer._metrics["train"], metrics_of(link.publish(), link))
+        if account is not None:
+            account.remember(link.current)
 
     generation = _MeasuredGeneration(
         clients,

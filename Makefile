@@ -1,7 +1,8 @@
-# Each target sets up .venv by itself. `make demo SEED=1 MODE=adapter` varies the demo.
+# Each target sets up .venv by itself. `make demo SEED=1 MODE=adapter OVERLAP=1` varies the demo.
 PY := .venv/bin/python
 SEED ?= 0
 MODE ?= auto
+OVERLAP ?= 0
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(PY) -m pip --disable-pip-version-check -q
 # Set in many containers: every process of a target would compile its modules anew.
@@ -72,7 +73,7 @@ browser:
 	  echo "browser: no Chromium; install one, or set TINK_BROWSER to its program"
 
 demo: setup
-	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE)
+	$(PY) -m recipes.demo --seed $(SEED) --mode $(MODE) --max_staleness $(OVERLAP)
 
 PYTEST := $(PY) -m pytest -n 2 --dist loadgroup
 

@@ -54,6 +54,12 @@ class RecipeArguments:
     )
     server_max_model_len: int = field(default=0, metadata={"help": "auto server; 0: the model's."})
     sync_mode: str = field(default="auto", metadata={"help": "merged, adapter or auto."})
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "How many versions old rows may be: 1 samples while training. See docs/overlap.md."
+        },
+    )
     policy: str = field(default="policy", metadata={"help": "Name of the policy on the server."})
     token_file: str | None = field(default=None, metadata={"help": "Token of the control routes."})
 
@@ -103,7 +109,10 @@ def server_of(
             with closing(ranks):
                 url, token_file = ranks.on_leader(lambda: _started(recipe, config, base, stack))
         sync = tink_rl.SyncConfig(
-            mode=recipe.sync_mode, policy=recipe.policy, token_file=token_file
+            mode=recipe.sync_mode,
+            max_staleness=recipe.max_staleness,
+            policy=recipe.policy,
+            token_file=token_file,
         )
         yield url, sync
 
@@ -114,6 +123,7 @@ def _started(recipe: RecipeArguments, config: Any, base: str, stack: ExitStack) 
         mode=recipe.server_mode,
         # Above the largest slot merged mode takes it, for which any will do.
         max_lora_rank=slot_for(recipe.lora_r) or LORA_RANKS[-1],
+        max_loras=max(4, recipe.max_staleness + 2),
         dtype=_tiny_dtype(recipe) if recipe.model_name_or_path is None else "auto",
         max_model_len=recipe.server_max_model_len or None,
         token_file=recipe.token_file,

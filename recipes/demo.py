@@ -61,6 +61,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mode", default="auto", choices=("auto", "merged", "adapter"))
+    parser.add_argument("--max_staleness", type=int, default=0, help="1: sample while training")
     parser.add_argument("--max_steps", type=int, default=0, help="0: as in digits.yaml")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     return parser.parse_args()
@@ -74,6 +75,7 @@ def server_options(base: Path, arguments: argparse.Namespace, *, on_gpu: bool) -
         mode=mode,
         dtype=exact_dtype(mode, on_gpu=on_gpu),
         max_lora_rank=16,
+        max_loras=max(4, arguments.max_staleness + 2),
         shared_with_trainer=True,
         log_file=str(arguments.output / "vllm.log"),
     )
@@ -129,6 +131,8 @@ def training_command(
         *("--policy", _POLICY, "--sync_mode", arguments.mode),
         *("--seed", str(arguments.seed), "--output_dir", str(arguments.output)),
     ]
+    if arguments.max_staleness:
+        command += ["--max_staleness", str(arguments.max_staleness)]
     if arguments.max_steps:
         command += ["--max_steps", str(arguments.max_steps)]
     if on_gpu:  # digits.yaml is for CPUs

@@ -97,7 +97,9 @@ def in_environment(env):
 
 def a_demo(cards, mode):
     """`make demo MODE=...`: its server and its trainer."""
-    arguments = argparse.Namespace(mode=mode, seed=0, max_steps=0, output=Path("runs/demo"))
+    arguments = argparse.Namespace(
+        mode=mode, seed=0, max_steps=0, max_staleness=0, output=Path("runs/demo")
+    )
     options = demo.server_options(Path("TINY_BASE"), arguments, on_gpu=bool(cards))
     train = demo.training_command(options, Path("TOKEN_FILE"), arguments, on_gpu=bool(cards))
     return [*server_part(options, cards, {}), *in_lines(train)]
@@ -140,7 +142,9 @@ def test_documented_commands_start_what_the_page_of_the_machine_says(machine):
 @pytest.mark.parametrize("mode", ["auto", "merged", "adapter"])
 def test_demo_trains_in_the_dtype_that_it_serves_on_any_machine(machine, mode):
     cards = MACHINES[machine][1]
-    arguments = argparse.Namespace(mode=mode, seed=0, max_steps=0, output=Path("runs/demo"))
+    arguments = argparse.Namespace(
+        mode=mode, seed=0, max_steps=0, max_staleness=0, output=Path("runs/demo")
+    )
     options = demo.server_options(Path("TINY_BASE"), arguments, on_gpu=bool(cards))
     serve_options._check_device(options, bool(cards))
     train = demo.training_command(options, Path("t"), arguments, on_gpu=bool(cards))
@@ -152,7 +156,9 @@ def test_demo_trains_in_the_dtype_that_it_serves_on_any_machine(machine, mode):
 
 def test_demo_on_a_card_without_bfloat16_takes_float16(monkeypatch):
     monkeypatch.setattr(gpus, "visible_gpus", lambda: [card(16 * GIB, capability=(7, 5))])
-    arguments = argparse.Namespace(mode="auto", seed=0, max_steps=0, output=Path("runs/demo"))
+    arguments = argparse.Namespace(
+        mode="auto", seed=0, max_steps=0, max_staleness=0, output=Path("runs/demo")
+    )
     options = demo.server_options(Path("TINY_BASE"), arguments, on_gpu=True)
     train = demo.training_command(options, Path("t"), arguments, on_gpu=True)
     assert options.dtype == "float16" and "--fp16" in train and "--bf16" not in train

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tink_rl.errors import UnknownAdapter
+from tink_rl.protocol import read_status
 from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.transport.sampling_params import SamplingParams
-from tink_rl.types import PROTOCOL_VERSION, Completion, ServerStatus
+from tink_rl.types import PROTOCOL_VERSION, Completion
 from tink_rl.worker.backends import Admitted, Delta, ModelInfo
 
 VOCAB_SIZE = 64
@@ -204,4 +205,4 @@ def status(modes=("adapter", "merged"), **changes):
         **{"adapter_dtype": "float32", "max_lora_rank": 16, "max_loras": 2, "max_model_len": 256},
         **{"logprobs_mode": "processed_logprobs", "device": "cpu", "served": {}},
     }
-    return ServerStatus.from_json({**base, "a_field_of_a_newer_server": 1, **changes})
+    return read_status({**base, "a_field_of_a_newer_server": 1, **changes})

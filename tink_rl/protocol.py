@@ -29,7 +29,7 @@ from pydantic import (
 
 from tink_rl.errors import ProtocolMismatch
 from tink_rl.policy.packet import CheckedHeader, Dtype, Protocol, malformed
-from tink_rl.types import OnRunning, PolicyVersion, Transport
+from tink_rl.types import OnRunning, PolicyVersion, ServerStatus, Transport
 
 PREFIX = "/tink/v1"
 
@@ -329,8 +329,27 @@ class Route(Generic[Q, A]):
         try:
             return self.answer.model_validate(data)
         except ValidationError as error:
-            wrong = malformed(f"the answer to {self.action!r}", error)
-            raise ProtocolMismatch(wrong.message, **wrong.details) from error
+            raise _unexpected(self.action, error) from error
+
+
+_STATUS = TypeAdapter(ServerStatus)
+
+
+def read_status(data: Mapping[str, Any]) -> ServerStatus:
+    """What `GET status` answered; fields of newer servers are ignored.
+
+    Raises:
+        ProtocolMismatch: a field is missing, or not what it should be; it is named.
+    """
+    try:
+        return _STATUS.validate_python(data)
+    except ValidationError as error:
+        raise _unexpected("status", error) from error
+
+
+def _unexpected(action: str, error: ValidationError) -> ProtocolMismatch:
+    wrong = malformed(f"the answer to {action!r}", error)
+    return ProtocolMismatch(wrong.message, **wrong.details)
 
 
 JOIN = Route("join", JoinRequest, JoinAnswer)
@@ -347,6 +366,8 @@ ABORT = Route("abort", AbortRequest, Empty)
 LEAVE = Route("leave", LeaseRequest, Empty)
 BASE = Route("base", Empty, BaseAnswer)
 FORGET_PREFIXES = Route("forget_prefixes", ForgetPrefixesRequest, Empty)
+LAYOUT = Route("layout", Empty, LayoutAnswer)
+"""With GET, and no body."""
 
 ROUTES: tuple[Route[Any, Any], ...] = (
     *(JOIN, JOINED, HEARTBEAT, STAGE, STAGED, DISCARD, COMMIT, DROP),

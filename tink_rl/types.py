@@ -200,14 +200,6 @@ class ServerStatus:
     no_full_logprobs: str | None = "its tink_rl is older than the trainer's"
     """Why no request may ask for logprobs over the whole vocabulary; None: any may."""
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ServerStatus:
-        """Build from the route's JSON, ignoring fields of newer servers."""
-        known = {k: data[k] for k in cls.__dataclass_fields__ if k in data}
-        known["state"] = ServerState(known["state"])
-        known["modes"] = tuple(SyncMode(m) for m in known["modes"])
-        return cls(**known)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.policies import PeftTwin
 from tink_rl.cli import main
 from tink_rl.policy.support import FEATURES
+from tink_rl.protocol import read_status
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.tools.doctor import environment
 from tink_rl.tools.doctor.adapter import check_adapter
@@ -24,7 +25,7 @@ from tink_rl.tools.doctor.environment import check_cpu, check_import, check_vers
 from tink_rl.tools.doctor.finding import Finding, Level
 from tink_rl.tools.doctor.server import check_server, check_status
 from tink_rl.tools.doctor.trl_sync import check_trl, send
-from tink_rl.types import PROTOCOL_VERSION, ServerStatus
+from tink_rl.types import PROTOCOL_VERSION
 
 REQUIREMENTS = [
     "torch>=2.10",
@@ -151,7 +152,7 @@ def a_status(**changes):
         "versions": {"tink-rl": "0.1.0"},
         **changes,
     }
-    return ServerStatus.from_json(fields)
+    return read_status(fields)
 
 
 @pytest.mark.parametrize(

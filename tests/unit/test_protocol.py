@@ -243,3 +243,8 @@ def test_answer_that_lacks_a_field_names_it():
     answer = {"epoch": 1, "incarnation": "i", "lease_s": 15, "last_version": 0, "transport": "shm"}
     found = protocol.JOIN.read_answer({**answer, "a_field_of_a_newer_server": 1})
     assert json.loads(found.to_json()) == answer
+
+
+def test_status_that_lacks_a_field_names_it():
+    with pytest.raises(errors.ProtocolMismatch, match=r"the answer to 'status'\.protocol"):
+        protocol.read_status({"state": "odd"})

@@ -18,6 +18,7 @@ from tink_rl.protocol import (
     DISCARD,
     DROP,
     FINISH,
+    LAYOUT,
     STAGE,
     STAGED,
     AbortRequest,
@@ -27,7 +28,6 @@ from tink_rl.protocol import (
     DiscardRequest,
     DropRequest,
     FinishRequest,
-    LayoutAnswer,
     PlannedTensor,
     StagedRequest,
     StageRequest,
@@ -239,7 +239,7 @@ class Replica(Connection):
         Raises:
             ModeUnavailable: the server does not offer full mode.
         """
-        return LayoutAnswer.model_validate(self.client.control("layout", timeout_s=30.0)).groups
+        return LAYOUT.read_answer(self.client.control("layout", timeout_s=30.0)).groups
 
     def begin_update(
         self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None

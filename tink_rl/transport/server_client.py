@@ -15,7 +15,15 @@ from typing import Any, Self
 import httpx
 
 from tink_rl import errors, tls
-from tink_rl.protocol import FORGET_PREFIXES, PREFIX, A, ForgetPrefixesRequest, Q, Route
+from tink_rl.protocol import (
+    FORGET_PREFIXES,
+    PREFIX,
+    A,
+    ForgetPrefixesRequest,
+    Q,
+    Route,
+    read_status,
+)
 from tink_rl.transport import payloads
 from tink_rl.types import ServerStatus
 from tink_rl.urls import server_url
@@ -205,9 +213,9 @@ class ServerClient:
         """What the plugin says of its server.
 
         Raises:
-            ServerUnreachable, PluginMissing, BadToken.
+            ServerUnreachable, PluginMissing, BadToken, ProtocolMismatch.
         """
-        return ServerStatus.from_json(self.control("status", timeout_s=timeout_s))
+        return read_status(self.control("status", timeout_s=timeout_s))
 
     def wait_until_reachable(self, timeout_s: float) -> None:
         """Return once `/health` answers; logs every ten seconds what is waited for.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Run:
     seed: int = 0
 
 
-def measure(run: Run, **environment: str) -> dict[str, Any]:
+def measure(run: Run, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The figures of `run`, in a fresh process on all cores of this machine.
 
     Raises:
@@ -72,7 +73,8 @@ def measure(run: Run, **environment: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         timeout=_LIMIT_S,
-        env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | environment,
+        env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        | dict(environment or {}),
         # The benchmark may have pinned itself; each run places itself.
         preexec_fn=lambda: os.sched_setaffinity(0, placement.CORES),
     )

@@ -77,18 +77,19 @@ def _placed(parts: _Parts, base: Run, lengths: tuple[int, ...], name: str) -> Fo
     with _server("merged", PLACEMENTS[name]) as reached:
         for tokens in lengths:
             run = replace(base, tokens=tokens, **reached)
-            routes = {
-                "max_staleness=0": run,
-                "max_staleness=0, own cores": replace(run, own_cores=True),
-                "max_staleness=1": replace(run, max_staleness=1),
-            }
-            if name == "all cores":
-                routes = {"max_staleness=0": run}
-            for route, wanted in routes.items():
+            routes: dict[str, tuple[Run, dict[str, str]]] = {"max_staleness=0": (run, {})}
+            if name != "all cores":
+                routes |= {
+                    "max_staleness=0, one thread": (run, {"OMP_NUM_THREADS": "1"}),
+                    "max_staleness=0, own cores": (replace(run, own_cores=True), {}),
+                    "max_staleness=1": (replace(run, max_staleness=1), {}),
+                }
+            for route, (wanted, environment) in routes.items():
                 parts.add(
                     f"{route}, {tokens} tokens, server {name}",
                     grpo_run.measure,
                     wanted,
+                    environment,
                 )
         if name == "asleep":
             _elsewhere(parts, replace(base, tokens=lengths[-1], **reached))

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tink_rl import placement
+
 _SAMPLE = "/v1/completions"
 _PAUSE_S = 0.05
 """Requests that come closer together belong to one batch."""
@@ -46,6 +48,7 @@ def running(settings: SlowSampler) -> Iterator[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, placement.CORES),
     )
     assert process.stdin is not None and process.stdout is not None
     try:

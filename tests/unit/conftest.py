@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 
+from tests import forked
 from tests.adapters import write_adapter
+from tink_rl.adapters import convert
 from tink_rl.adapters.store import AdapterStore
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.vllm_backend import VLLMBackend
@@ -18,6 +23,13 @@ def store(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def forked_conversions(monkeypatch):
+    """The child that loads a pickle for `tink-rl convert` is forked."""
+    named = SimpleNamespace(run=forked.run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(convert, "subprocess", named)
 
 
 @pytest.fixture

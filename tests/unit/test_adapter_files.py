@@ -567,7 +567,7 @@ def test_adapter_of_a_model_without_its_head_is_told_from_one_of_another_base(st
 
 
 def test_empty_pickle_is_refused_and_one_of_a_raw_state_dict_ends_in_an_adapter(
-    store, tmp_path, capsys
+    store, tmp_path, capsys, forked_conversions
 ):
     source = write_adapter(tmp_path / "run" / "sft")
     (source / WEIGHTS).unlink()

@@ -12,13 +12,11 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import forked
 from tests.adapters import BASE, CONFIG, WEIGHTS, config_of, tensors_of, write_adapter
 from tests.refusals import refused
 from tink_rl import errors
@@ -42,10 +40,8 @@ class Payload:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A PEFT directory without weights; the child that converts it is forked."""
-    named = SimpleNamespace(run=forked.run, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(convert_module, "subprocess", named)
+def folder(tmp_path, forked_conversions):
+    """A PEFT directory without weights."""
     write_adapter(tmp_path / "adapter")
     (tmp_path / "adapter" / WEIGHTS).unlink()
     return tmp_path / "adapter"

@@ -111,7 +111,7 @@ def test_header_that_does_not_describe_its_bytes_is_refused(store, source, data)
 
 
 _MEASURED = """
-import sys, torch
+import sys
 from tink_rl.errors import TinkError
 from tink_rl.adapters.store import AdapterStore
 def peak():
@@ -453,7 +453,7 @@ def test_only_a_pickle_is_refused_with_the_command_that_converts_it(store, sourc
 
 
 _AUDITED = """
-import sys, torch
+import sys
 from tink_rl.adapters.store import AdapterStore
 events = []
 def hook(event, args):

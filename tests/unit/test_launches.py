@@ -154,6 +154,15 @@ def test_demo_trains_in_the_dtype_that_it_serves_on_any_machine(machine, mode):
         assert options.dtype == ("float32" if mode == "merged" else "bfloat16")
 
 
+def test_demo_that_samples_ahead_has_slots_for_its_versions_and_tells_its_trainer():
+    arguments = argparse.Namespace(
+        mode="adapter", seed=0, max_steps=0, max_staleness=3, output=Path("runs/demo")
+    )
+    options = demo.server_options(Path("TINY_BASE"), arguments, on_gpu=False)
+    train = demo.training_command(options, Path("t"), arguments, on_gpu=False)
+    assert options.max_loras == 5 and train[train.index("--max_staleness") + 1] == "3"
+
+
 def test_demo_on_a_card_without_bfloat16_takes_float16(monkeypatch):
     monkeypatch.setattr(gpus, "visible_gpus", lambda: [card(16 * GIB, capability=(7, 5))])
     arguments = argparse.Namespace(

@@ -102,6 +102,8 @@ def check_learns(history: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run what the argument says; print its figures."""
     run = Run(**json.loads(sys.argv[1]))
+    if run.route == "vllm":
+        placement.let_threads_sleep()  # as recipes do; TRL's own route has torch's defaults
     if run.own_cores:
         placement.place_trainer(max_staleness=1)
     with ExitStack() as stack:

@@ -80,6 +80,7 @@ def _placed(parts: _Parts, base: Run, lengths: tuple[int, ...], name: str) -> Fo
             routes: dict[str, tuple[Run, dict[str, str]]] = {"max_staleness=0": (run, {})}
             if name != "all cores":
                 routes |= {
+                    "max_staleness=0, spinning": (run, {"OMP_WAIT_POLICY": "active"}),
                     "max_staleness=0, one thread": (run, {"OMP_NUM_THREADS": "1"}),
                     "max_staleness=0, own cores": (replace(run, own_cores=True), {}),
                     "max_staleness=1": (replace(run, max_staleness=1), {}),

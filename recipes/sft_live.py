@@ -18,6 +18,11 @@ from pathlib import Path
 # `accelerate launch recipes/sft_live.py` puts recipes/ on the path, not the folder that holds it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tink_rl import placement
+
+if __name__ == "__main__":
+    placement.let_threads_sleep()  # before torch is imported
+
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser

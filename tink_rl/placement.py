@@ -92,6 +92,16 @@ def place_trainer(*, max_staleness: int) -> str:
     return f"cores: {names} for the trainer, {own.server_binding} for vLLM ({max_staleness=})"
 
 
+def let_threads_sleep() -> None:
+    """Let torch's threads wait for each other asleep; call it before torch is imported.
+
+    They spin by default, which is fastest where every core is theirs. On a small machine something else
+    runs sooner or later, and two that spin for one which is not running took 7.7 s for a step of 0.4 s.
+    """
+    if not has_gpu() and len(CORES) <= _SMALL_MACHINE_CORES:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def keep_to(cores: Iterable[int]) -> None:
     """Keep this process to `cores`, with one of torch's threads on each, whenever torch is imported."""
     wanted = set(cores)

@@ -278,6 +278,25 @@ def test_trainer_leaves_the_server_its_cores_where_both_compute_at_once(
     assert kept == ([cores] if cores else [])
 
 
+@pytest.mark.parametrize(
+    ("num_cores", "gpu", "given", "policy"),
+    [
+        (2, False, None, "passive"),
+        (2, False, "active", "active"),
+        (64, False, None, None),
+        (2, True, None, None),
+    ],
+)
+def test_threads_of_a_trainer_wait_asleep_on_a_small_machine(
+    monkeypatch, num_cores, gpu, given, policy
+):
+    monkeypatch.setattr(placement, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(placement, "CORES", tuple(range(num_cores)))
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
+    placement.let_threads_sleep()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
 def test_every_thread_of_a_trainer_and_torch_keep_to_its_cores():
     code = (
         "import os, threading, torch; from tink_rl import placement\n"

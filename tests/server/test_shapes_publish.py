@@ -36,8 +36,10 @@ def _rows():
 def test_tokens_equal_pefts_after_every_publish(servers, model_dir, shape, mode, variant):
     server = servers.get(shape, mode="both")
     twin = PeftTwin(model_dir(shape), **VARIANTS[variant])
+    # The third is packed where the first was; once per shape and mode more than the server has slots.
+    num_publishes = 5 if variant == "all-linear" else 3
     with sync_to(server, twin.directory, mode) as sync:
-        for seed in range(5):
+        for seed in range(num_publishes):
             twin.randomise(seed)
             record = sync.publish(twin.model)
             assert (

@@ -94,13 +94,14 @@ def test_n_completions_of_each_prompt_come_in_order(backend):
     assert len({tuple(c.token_ids) for c in rows[0]}) > 1
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_32_adapters_on_2_slots_from_64_threads_each_get_their_own_answer(
-    server, goldens, tmp_path
+    server, goldens, tmp_path, times
 ):
     with make_backend(server, tmp_path / "store", tink_max_resident_adapters=12) as backend:
         for golden in goldens:
             backend.register(golden.name, golden.path)
-        asked = [(g, *case) for g in goldens for case in g.cases.items()] * 4
+        asked = [(g, *case) for g in goldens for case in g.cases.items()] * times
         with ThreadPoolExecutor(64) as pool:
             answers = list(pool.map(lambda one: ask(backend, one[0].name, one[1]), asked))
         wrong = [
@@ -147,7 +148,8 @@ def test_version_can_be_named_and_the_same_bytes_keep_theirs(backend, goldens):
         ask(backend, "m@3", [5, 6])
 
 
-def test_hot_adapters_answer_right_while_others_come_and_go(backend, goldens):
+@pytest.mark.parametrize("times", [10, pytest.param(30, marks=pytest.mark.long)])
+def test_hot_adapters_answer_right_while_others_come_and_go(backend, goldens, times):
     hot, stop, wrong = goldens[:2], threading.Event(), []
     for golden in hot:
         backend.register(golden.name, golden.path)
@@ -164,7 +166,7 @@ def test_hot_adapters_answer_right_while_others_come_and_go(backend, goldens):
     thread = threading.Thread(target=churn)
     thread.start()
     try:
-        for _ in range(30):
+        for _ in range(times):
             for golden in hot:
                 for prompt, expected in golden.cases.items():
                     if ask(backend, golden.name, prompt).token_ids != expected:

@@ -14,8 +14,11 @@ from tests.worker_rig import in_threads
 
 pytestmark = pytest.mark.server
 NUM_CLIENTS = 100
-REQUESTS_EACH = 20
 NUM_COPIES = 7
+# As many requests as `make test` has time for, and as many as a service sees in a minute.
+REQUESTS_EACH = pytest.mark.parametrize(
+    "requests_each", [4, pytest.param(20, marks=pytest.mark.long)]
+)
 
 
 def _register_all(command, goldens):
@@ -65,8 +68,9 @@ def _assert_all_answered(command, results, before, server):
     assert figures(server)["running"] == figures(server)["waiting"] == 0
 
 
+@REQUESTS_EACH
 def test_32_adapters_on_2_slots_give_every_client_its_own_answers(
-    servers, golden_adapters, tmp_path
+    servers, golden_adapters, tmp_path, requests_each
 ):
     server = servers.get("qwen3", mode="adapter", max_loras=2, max_cpu_loras=4)
     with worker_over(server, golden_adapters[0].path.parent, tmp_path) as command:
@@ -76,27 +80,31 @@ def test_32_adapters_on_2_slots_give_every_client_its_own_answers(
             command,
             golden_adapters,
             num_clients=NUM_CLIENTS,
-            requests_each=REQUESTS_EACH,
+            requests_each=requests_each,
             seed=1,
         )
-        assert len(results) == NUM_CLIENTS * REQUESTS_EACH
+        assert len(results) == NUM_CLIENTS * requests_each
         _assert_all_answered(command, results, before, server)
 
 
-def test_hundreds_of_adapters_are_loaded_as_they_are_asked_for(servers, golden_adapters, tmp_path):
+@REQUESTS_EACH
+def test_hundreds_of_adapters_are_loaded_as_they_are_asked_for(
+    servers, golden_adapters, tmp_path, requests_each
+):
     server = servers.get("qwen3", mode="adapter", max_loras=2, max_cpu_loras=4)
     goldens = [replace(g, name=f"{g.name}-{i}") for i in range(NUM_COPIES) for g in golden_adapters]
     random.Random(4).shuffle(goldens)
     with worker_over(server, golden_adapters[0].path.parent, tmp_path) as command:
         _register_all(command, goldens)
-        results = _run(command, goldens, num_clients=16, requests_each=20, seed=4)
+        results = _run(command, goldens, num_clients=16, requests_each=requests_each, seed=4)
         assert [entry for entry in results if entry[1] != 200 or entry[2]] == []
         with command.http() as http:
             assert len(http.get("/api/v1/adapters").json()["adapters"]) == len(goldens) == 224
 
 
-def test_2000_requests_of_100_clients_over_16_adapters_are_all_answered_right(
-    servers, golden_adapters, tmp_path
+@REQUESTS_EACH
+def test_requests_of_100_clients_over_16_adapters_are_all_answered_right(
+    servers, golden_adapters, tmp_path, requests_each
 ):
     server = servers.get("qwen3", mode="adapter", max_loras=4)
     with worker_over(server, golden_adapters[0].path.parent, tmp_path) as command:
@@ -106,10 +114,10 @@ def test_2000_requests_of_100_clients_over_16_adapters_are_all_answered_right(
             command,
             golden_adapters[:16],
             num_clients=NUM_CLIENTS,
-            requests_each=REQUESTS_EACH,
+            requests_each=requests_each,
             seed=2,
         )
-        assert len(results) == NUM_CLIENTS * REQUESTS_EACH
+        assert len(results) == NUM_CLIENTS * requests_each
         _assert_all_answered(command, results, before, server)
 
 

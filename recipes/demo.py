@@ -194,6 +194,7 @@ def summarise(history: list[dict[str, float]]) -> dict[str, float]:
         "step_seconds_median": statistics.median(row["step_seconds"] for row in history),
         "publish_seconds_median": statistics.median(row["sync/seconds"] for row in history),
         "max_logprob_gap": max(row["rollout/logprob_gap"] for row in history),
+        "max_age": max(row.get("offpolicy/age_max", 0.0) for row in history),
     }
 
 
@@ -224,6 +225,11 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 
 
 def _explain(s: dict[str, Any], run: Path) -> None:
+    sampled = (
+        f"one at most {s['max_age']:.0f} versions older than the policy"
+        if s["max_age"]
+        else "the policy"
+    )
     lines = (
         "",
         "A 4-layer model learned to sort four digits by reinforcement learning, on this machine, in "
@@ -237,7 +243,7 @@ def _explain(s: dict[str, Any], run: Path) -> None:
         f"  one step            {s['step_seconds_median']:.2f} s, of which publishing "
         f"{1e3 * s['publish_seconds_median']:.0f} ms (medians)",
         f"Trainer and sampler differ by at most {s['max_logprob_gap']:.1e} in a logprob: the server "
-        "sampled the policy that was trained, at every step.",
+        f"sampled {sampled} that was trained, at every step.",
         f"Report: {run / 'report.html'}   Plot: {run / 'demo.png'}   Figures: {run / 'summary.json'}",
         f"Logs: {run / 'train.log'}, {run / 'vllm.log'}",
     )

@@ -34,8 +34,9 @@ def test_age_of_rows_moves_the_policy_part_and_leaves_numerics_where_they_were(
     assert max(column(trainer, "numerics_gap")) < 1e-4
     kls = column(trainer, "policy_kl")
     assert kls[0] < 1e-9 and min(kls[1:]) > 1e-6
-    gaps = [row["rollout/logprob_gap"] for row in rows(trainer)]
-    assert gaps[0] < 1e-4 and min(gaps[1:]) > 1e-3  # which alone would not say that it is age
+    raw = [row["sampling/sampling_logp_difference/max"] for row in rows(trainer)]
+    assert raw[0] < 1e-4 and min(raw[1:]) > 1e-3  # which alone would not say that it is age
+    assert max(row["rollout/logprob_gap"] for row in rows(trainer)) < 1e-4
     assert all(0.5 < share <= 1.0 for share in column(trainer, "ess"))
     assert all(0.0 <= share < 0.5 for share in column(trainer, "masked_share"))
 

@@ -145,6 +145,7 @@ def test_fresh_rows_are_all_looked_at_without_another_forward(rig):
     found = rig.look(rig.rows())
     assert rig.trainer.scored == []
     assert found.pop("offpolicy/numerics_gap") < 1e-5 and found.pop("offpolicy/ess") > 0.999
+    assert found.pop("rollout/logprob_gap") < 1e-5
     assert found == {
         f"offpolicy/{what}": 0.0 for what in ("age_mean", "age_max", "policy_kl", "masked_share")
     }
@@ -157,7 +158,7 @@ def test_step_of_the_policy_raises_the_policy_part_alone(rig):
         rig.step(size, seed)
         found = rig.look(rows)
         rig.serve()
-        assert found["offpolicy/numerics_gap"] < 1e-5
+        assert max(found["offpolicy/numerics_gap"], found["rollout/logprob_gap"]) < 1e-5
         assert found["offpolicy/age_mean"] == found["offpolicy/age_max"] == 1.0
         kls.append(found["offpolicy/policy_kl"])
     assert kls[0] < kls[1] / 5 < kls[2] / 20 and kls[2] > 0.02

@@ -72,6 +72,8 @@ class Parts:
 
     numerics: float | None = None
     """Mean square of the numerics part; None: no logprob to compare."""
+    largest: float | None = None
+    """Largest |numerics part|."""
     policy_kl: float | None = None
     weights: tuple[float, float, int, int] = field(default=(0.0, 0.0, 0, 0))
     """Sum, sum of squares, number, and number of those that TRL's cap made 0."""
@@ -93,6 +95,7 @@ def split(found: Logprobs, rows: Sequence[int], then: torch.Tensor | None) -> Pa
         return Parts(weights=_sums(found.weights))
     return Parts(
         numerics=float((scored - sampler).square().mean()),
+        largest=float((scored - sampler).abs().max()),
         policy_kl=float(k3(now - scored).mean()),
         weights=_sums(found.weights),
     )
@@ -114,8 +117,11 @@ def _sums(weights: torch.Tensor | None) -> tuple[float, float, int, int]:
     return float(w.sum()), float(w.square().sum()), w.numel(), int((w == 0).sum())
 
 
-def pooled(parts: Sequence[Parts]) -> dict[str, float]:
-    """The metrics of all ranks: root mean square, mean divergence, and shares of all weights."""
+def pooled(parts: Sequence[Parts], *, is_sequence: bool) -> dict[str, float]:
+    """The metrics of all ranks: root mean square, mean divergence, and shares of all weights.
+
+    Also the logprob gap under its name of runs without older rows, where no policy part can be in it.
+    """
     squares = [p.numerics for p in parts if p.numerics is not None]
     divergences = [p.policy_kl for p in parts if p.policy_kl is not None]
     total, of_squares, number, masked = (
@@ -124,6 +130,8 @@ def pooled(parts: Sequence[Parts]) -> dict[str, float]:
     found = {}
     if squares:
         found["offpolicy/numerics_gap"] = math.sqrt(sum(squares) / len(squares))
+        gap = "rollout/sequence_logprob_gap" if is_sequence else "rollout/logprob_gap"
+        found[gap] = max(p.largest for p in parts if p.largest is not None)
         found["offpolicy/policy_kl"] = sum(divergences) / len(divergences)
     if number:
         found["offpolicy/ess"] = effective_share(total, of_squares, number)

@@ -91,7 +91,8 @@ class OffPolicyAccount:
         if logprobs is not None:
             older = sorted(set(names) - {self._current}, key=_number)
             rows, then = self._rescored(batch, output, logprobs, older)
-            found |= pooled(batch.gather([split(logprobs, rows, then)]))
+            parts = batch.gather([split(logprobs, rows, then)])
+            found |= pooled(parts, is_sequence=logprobs.is_sequence)
         metrics.add(self._trainer._metrics["train"], found)
         self._judge_gap(batch, found)
         self._judge_ess(batch, found)

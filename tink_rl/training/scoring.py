@@ -72,7 +72,8 @@ class RolloutRecorder:
         self._rewards_BF = None
         with self._generation.rollout(self._batch()) as batch:
             output = self._generate(inputs)
-        _note_sequence_gap(self._trainer, batch, output)
+        if self._account is None or batch.phase != "train":
+            _note_sequence_gap(self._trainer, batch, output)
         if self._every and batch.step % self._every == 0:
             digest = self._link.digest_of(batch.model)
             self.shown = self._log.write(batch, digest, self._scores(batch, output))[:_SHOWN]

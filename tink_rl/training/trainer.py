@@ -70,7 +70,8 @@ class _RolloutCallback(PublishCallback):
 
     def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """See `PublishCallback`."""
-        _copy_logprob_gap(self._trainer)
+        if self._generation.ahead is None:  # else the account has it, without what age adds
+            _copy_logprob_gap(self._trainer)
         if state.is_world_process_zero:
             self._ratio.look(state.global_step, self._trainer._metrics["train"])
         super().on_step_end(args, state, control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 from types import SimpleNamespace
 
@@ -34,15 +35,25 @@ def forked_conversions(monkeypatch):
 
 @pytest.fixture
 def stock_vllm(monkeypatch):
-    """What the plugin replaces in vLLM is vLLM's own again after the test."""
+    """What the plugin replaces in vLLM is vLLM's own during the test, and afterwards what it was before.
+
+    vLLM loads its plugins in every process that makes engine arguments, so another test of this process
+    may have registered ours.
+    """
     names = pytest.importorskip("tink_rl.server.vllm_names", reason="needs vLLM")
-    for owner, name in (
-        (names.InputProcessor, "process_inputs"),
-        (names.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager"),
-        (names.default_loader, "filter_duplicate_safetensors_files"),
-        (names.shm_broadcast, "sched_yield"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+    from vllm.distributed.utils import sched_yield
+    from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
+
+    process = inspect.unwrap(names.InputProcessor.process_inputs)
+    manager = names.LRUCacheWorkerLoRAManager
+    monkeypatch.setattr(names.InputProcessor, "process_inputs", process)
+    monkeypatch.setattr(names.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", manager)
+    monkeypatch.setattr(
+        names.default_loader,
+        "filter_duplicate_safetensors_files",
+        filter_duplicate_safetensors_files,
+    )
+    monkeypatch.setattr(names.shm_broadcast, "sched_yield", sched_yield)
 
 
 @pytest.fixture(scope="session")

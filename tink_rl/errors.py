@@ -89,6 +89,7 @@ class ConfigError(TinkError, ValueError):
     """A setting is wrong, or two settings contradict each other."""
 
     code, status, blame = "config_invalid", 400, Blame.REGISTERING
+    codes = {"seam_moved": 500}
 
 
 class BadRequest(TinkError, ValueError):

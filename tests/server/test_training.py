@@ -273,8 +273,3 @@ def test_settings_that_bias_the_importance_ratio_are_told(server):
     long = GRPOConfig(use_cpu=True, bf16=False, max_completion_length=4096)
     with pytest.raises(errors.ConfigError, match="--max-model-len"):
         checks.check_sampling(long, status, dropout=0.0)
-
-
-def test_other_trl_minor_is_refused():
-    with pytest.raises(errors.ConfigError, match=r"trl~=1\.16"):
-        checks.check_trl_version("1.17.0")

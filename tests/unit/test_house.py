@@ -16,7 +16,7 @@ ROOT = Path(tink_rl.__file__).parent
 # From the ground up: a room may import from itself and from what stands before it.
 FLOORS = [
     {"errors", "types", "strict_json", "loopback", "gpus", "startup_log", "cpu_limit"},
-    {"tokens", "urls", "tls", "post_mortem", "remedies"},
+    {"tokens", "urls", "tls", "post_mortem", "remedies", "seam"},
     {"config", "settings", "placement", "watchdog", "download"},
     {"plugin_settings"},
     {"policy"},

@@ -6,11 +6,14 @@ import ast
 import inspect
 import multiprocessing
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import trl
+
+from tink_rl.errors import ConfigError
 
 vllm = pytest.importorskip("vllm", reason="the server extra is not installed")
 
@@ -22,17 +25,57 @@ def parameters(function) -> list[str]:
 def test_names_of_vllm_are_where_they_were():
     from tink_rl.server import vllm_names as names
 
-    for name in names.__all__:
+    names.check()
+    for name in names.NAMES:
         assert getattr(names, name) is not None
+    exact = {name.path.partition(":")[2]: list(name.exactly) for name in names.USED}
     load = names.LRUCacheWorkerLoRAManager._load_adapter
     assert parameters(load) == ["self", "lora_request"]
+    assert parameters(load) == exact["LRUCacheWorkerLoRAManager._load_adapter"]
     create = names.LRUCacheWorkerLoRAManager.create_lora_manager
     assert parameters(create) == ["self", "model", "vllm_config"]
+    assert parameters(create) == exact["LRUCacheWorkerLoRAManager.create_lora_manager"]
     wanted = ["lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size"]
     assert parameters(names.LoRAModel.from_lora_tensors)[:6] == wanted
     assert parameters(names.initialize_layerwise_reload) == ["model"]
     assert hasattr(names.lora_model_runner_mixin, "LRUCacheWorkerLoRAManager")
     assert "sched_yield()" in inspect.getsource(names.shm_broadcast.SpinCondition.wait)
+
+
+def test_name_that_is_gone_ends_the_start_of_our_server(monkeypatch, stock_vllm, tmp_path):
+    from vllm.lora import lora_model
+
+    from tink_rl.server.plugin import register
+
+    monkeypatch.setenv("TINK_SERVER_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.delattr(lora_model, "LoRAModel")
+    with pytest.raises(ConfigError, match=r"lora_model:LoRAModel is not there.*Known good: vllm"):
+        register()
+
+
+def test_plain_vllm_that_has_moved_a_name_is_left_alone(monkeypatch, stock_vllm, caplog):
+    from tink_rl.server import vllm_names as names
+    from tink_rl.server.plugin import register
+
+    monkeypatch.delenv("TINK_SERVER_TOKEN_FILE", raising=False)
+    monkeypatch.setattr(
+        names.LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, lora_request, pinned: None
+    )
+    register()
+    assert "takes self, lora_request, pinned; expected self, lora_request" in caplog.text
+    manager = names.lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+    assert manager is names.LRUCacheWorkerLoRAManager
+
+
+def test_vllm_that_was_never_tested_is_told_once(monkeypatch):
+    from tink_rl.server import vllm_names as names
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        names.check()
+        names.check()
+    assert [str(one.message)[:30] for one in told] == ["vllm 0.99.0 was never tested w"]
 
 
 def test_fields_of_a_request_are_vllms():

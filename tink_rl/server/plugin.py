@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+from tink_rl.errors import ConfigError
+from tink_rl.plugin_settings import PluginSettings
 from tink_rl.server.base_files import load_only_the_checkpoint
 from tink_rl.server.id_guard import refuse_unknown_ids
 
@@ -21,11 +23,15 @@ _PAUSE_S = 0.0002
 
 
 def register() -> None:
-    """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager."""
+    """Put the subclass that knows `tink://` paths where vLLM's model runner looks for its manager.
+
+    Raises:
+        ConfigError: this vLLM has moved a name that is needed.
+    """
     from tink_rl.server.amx import ask_for_tiles
 
     ask_for_tiles()
-    if _only_looks_at_a_model():
+    if _only_looks_at_a_model() or not _names_are_there():
         return
     _wait_asleep()
     load_only_the_checkpoint()
@@ -50,6 +56,22 @@ def _only_looks_at_a_model() -> bool:
     return getattr(spec, "name", None) == "vllm.model_executor.models.registry"
 
 
+def _names_are_there() -> bool:
+    """Check the names of vLLM, once per server; False: this is somebody's plain vLLM, which is left alone."""
+    from tink_rl.server import vllm_names
+
+    if multiprocessing.parent_process() is not None:  # started by the process that was checked
+        return True
+    try:
+        vllm_names.check()
+    except ConfigError as error:
+        if PluginSettings.load().token_file:
+            raise
+        logger.warning("tink_rl does nothing here: %s", error)
+        return False
+    return True
+
+
 def _wait_asleep() -> None:
     """Where `placement.who_waits_asleep` says so, wait for the other processes of vLLM asleep.
 
@@ -57,8 +79,6 @@ def _wait_asleep() -> None:
     message: on two cores that took 80 % of the one that API server, Tink worker and a trainer run on, and
     batches of 64 fell apart into batches of 20 because the requests came late.
     """
-    from tink_rl.plugin_settings import PluginSettings
-
     asked = PluginSettings.load().waits_asleep
     process = multiprocessing.current_process().name
     is_engine, is_worker = "EngineCore" in process, "Worker" in process

@@ -13,7 +13,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import ConfigError, SamplingRefused
 from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.generation import SamplingSettings
-from tink_rl.training.trl_names import TESTED_TRL, RolloutTrainer, SamplingArguments
+from tink_rl.training.trl_names import RolloutTrainer, SamplingArguments
 from tink_rl.transport.payloads import NO_LIMITS, Limits, check_payload, given_kwargs
 from tink_rl.transport.request_fields import check_fields
 from tink_rl.types import ServerStatus, SyncMode
@@ -21,19 +21,6 @@ from tink_rl.types import ServerStatus, SyncMode
 logger = logging.getLogger("tink_rl")
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises what is lower, but not 0, to this."""
-
-
-def check_trl_version(version: str) -> None:
-    """Raise unless `version` is the minor release of TRL whose seam was tested.
-
-    Raises:
-        ConfigError: another one is installed.
-    """
-    if not version.startswith(f"{TESTED_TRL}."):
-        raise ConfigError(
-            f"trl {version} is installed; the generation seam was tested on {TESTED_TRL}: "
-            f"pip install 'trl~={TESTED_TRL}.0'"
-        )
 
 
 def check_trainer(trainer: object, supported: tuple[type, ...]) -> None:

@@ -2,7 +2,7 @@
 
 TRL builds its vLLM object by class name and offers no injection point, but reads only `sync_weights()`
 and `generate(...)` of it. So a trainer is built with `use_vllm=False`, then gets our object and the
-four attributes that TRL's own `__init__` would have set (seam of TRL 1.16, held by a contract test).
+four attributes that TRL's own `__init__` would have set (`trl_seam` looks whether they are still there).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError, from_wire
 from tink_rl.loopback import is_local
 from tink_rl.publish.vllm_client import VLLMClient
-from tink_rl.training import checks, live, metrics
+from tink_rl.training import checks, live, metrics, trl_seam
 from tink_rl.training.connect import Servers, clients_of, link_to
 from tink_rl.training.devices import one_device
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
@@ -113,7 +113,7 @@ def attach(
     """Let a trainer that was built with `use_vllm=False` sample from vLLM and publish after each step.
 
     Args:
-        trainer: A TRL 1.16 `GRPOTrainer`, `RLOOTrainer` or `DistillationTrainer` with a PEFT model.
+        trainer: A TRL `GRPOTrainer`, `RLOOTrainer` or `DistillationTrainer` with a PEFT model.
         servers: URL(s) or client(s); None: `sync.servers`, else TRL's `vllm_server_*` arguments.
         sync: Settings.
 
@@ -125,8 +125,8 @@ def attach(
         UnsupportedAdapter: the adapter cannot be published.
         SecondPublisher: this model is published already.
     """
-    checks.check_trl_version(trl.__version__)
     checks.check_trainer(trainer, SUPPORTED)
+    trl_seam.check(trainer)
     checks.check_arguments(trainer.args)
     sync = sync or SyncConfig()
     clients = clients_of(servers, sync, trainer.args)

@@ -1,6 +1,7 @@
 """What is read, called and set of TRL's trainers (and of what they are made of), all of it, in one place.
 
-Checked on TRL 1.16.0. `tests/unit/test_trl_contract.py` fails loudly when one of these names moves.
+`trl_seam.check` looks at them when a trainer is attached; `tests/unit/test_trl_contract.py` holds what else
+is assumed of them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
-
-TESTED_TRL = "1.16"
-"""The minor release."""
 
 
 class Arguments(Protocol):
@@ -110,6 +108,32 @@ class RolloutTrainer(Trainer, Protocol):
     reward_weights: torch.Tensor
     num_generations: int
     num_generations_eval: int
+
+
+SET_BY_US = {"policy_link", "use_vllm", "vllm_mode", "vllm_generation", "_last_loaded_step"}
+"""What `attach` puts into a trainer, beside its own methods."""
+OF_SCORED = {
+    *("_calculate_rewards", "_get_per_token_logps_and_entropies"),
+    *("reward_func_names", "reward_weights", "num_generations", "num_generations_eval"),
+}
+"""What distillation lacks."""
+OF_THE_RATIO = {"vllm_importance_sampling_correction", "vllm_importance_sampling_mode"}
+"""What the arguments of GRPO alone have."""
+READ_OF_GENERATION = {"sync_weights", "generate", "llm", "vllm_client"}
+"""The last two are read in colocate mode, and by a check of TRL's own before ours is there."""
+SAID_WHERE_IT_SAMPLES = (
+    "self.vllm_generation.generate(",
+    "self.state.global_step != self._last_loaded_step",
+)
+METHODS = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate_single_turn": (),
+    "_tokenize_prompts": ("self", "prompts"),
+}
+"""Method of a trainer -> its parameters, where they matter."""
+METHODS_OF_SCORED = {
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+}
 
 
 def generate_every(trainer: RolloutTrainer) -> int:

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from tink_rl import __version__, gpus, placement
 from tink_rl.cpu_limit import affinity
+from tink_rl.seam import KNOWN_GOOD, is_known_good
 from tink_rl.serve_options import port_holder
 from tink_rl.tokens import default_token_file
 from tink_rl.tools.doctor.finding import Finding, blocker, bytes_text, note, ok, warning
@@ -106,10 +107,22 @@ def _group(extra: str, requirements: list[Requirement], version_of: Versions) ->
 
 
 def _misfit(area: str, requirement: Requirement, version: str | None) -> Finding | None:
-    if version is None or requirement.specifier.contains(version, prereleases=True):
+    if version is None:
         return None
+    if requirement.specifier.contains(version, prereleases=True):
+        return _untested(area, requirement.name, version)
     text = f"{requirement.name} {version} is installed; supported is {requirement.specifier}"
     return blocker(area, text, f"pip install '{requirement.name}{requirement.specifier}'")
+
+
+def _untested(area: str, name: str, version: str) -> Finding | None:
+    host = name.removesuffix("-cpu")
+    if host not in KNOWN_GOOD or is_known_good(host, version):
+        return None
+    text = f"{name} {version} was never tested with this tink-rl"
+    return warning(
+        area, text, f"nothing, if it works; else pip install '{name}=={KNOWN_GOOD[host][-1]}.*'"
+    )
 
 
 def _server_package(requirements: list[Requirement], version_of: Versions) -> list[Finding]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import vllm_sources
 from tink_rl import memory_plan
 
-VLLM = Path((find_spec("vllm") or pytest.importorskip("vllm")).submodule_search_locations[0])
+VLLM = vllm_sources.folder() or pytest.importorskip("vllm")
 
 
 def asserted(function, name):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import multiprocessing
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import trl
 
+from tests import vllm_sources
 from tink_rl.errors import ConfigError
 
 vllm = pytest.importorskip("vllm", reason="the server extra is not installed")
@@ -276,65 +275,12 @@ def test_reload_makes_tensors_on_its_device_and_sets_no_mode_for_the_default(dev
     assert torch.empty(1).device.type == "cpu"
 
 
-# -- what holds on a GPU, read in vLLM's sources (the files are in the CPU build too) -----------------
-
-
-def source_of(path: str) -> str:
-    """The text of a file of vLLM; not every one of them can be imported here."""
-    return (Path(vllm.__file__).parent / path).read_text()
-
-
-def function(path: str, name: str) -> str:
-    """The source of one function or class of a file."""
-    for node in ast.walk(ast.parse(source_of(path))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return ast.unparse(node)
-    raise AssertionError(f"{path} has no {name}")
-
-
-def test_model_runner_of_gpus_loads_adapters_through_the_name_that_we_replace():
-    runner = function("v1/worker/gpu/model_runner.py", "GPUModelRunner")
-    assert "LoRAModelRunnerMixin" in runner.splitlines()[0]
-    assert "def get_model(" in runner
-    mixin = function("v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin")
-    assert "LRUCacheWorkerLoRAManager(" in mixin  # a global of that module, looked up when called
-    for name in ("reset_lora_state", "add_lora", "remove_lora"):
-        assert f"def {name}(" in mixin
-
-
-def test_reload_copies_into_the_tensors_that_captured_graphs_know():
-    path = "model_executor/model_loader/reload/layerwise.py"
-    assert ".data.copy_(" in function(path, "_copy_and_restore_kernel_tensors")
-    place = function(path, "_place_kernel_tensors")
-    assert "register_parameter(name, param)" in place  # the same Parameter again
-
-
-def test_unquantised_weight_is_left_as_loaded_on_cuda():
-    text = function("model_executor/layers/linear.py", "UnquantizedLinearMethod")
-    process = text[text.index("def process_weights_after_loading") :]
-    process = process[: process.index("def apply")]
-    assert "is_cpu()" in process and "cuda" not in process
-
-
-def test_slots_on_cuda_take_no_fp32():
-    shrink = function("lora/ops/triton_ops/lora_shrink_op.py", "_lora_shrink")
-    assert "assert inputs.dtype in [torch.float16, torch.bfloat16]" in shrink
-    for text in (shrink, function("lora/ops/triton_ops/lora_expand_op.py", "_lora_expand")):
-        assert "assert weight.dtype in [torch.float16, torch.bfloat16]" in text
-
-
-def test_only_latent_attention_makes_parameters_of_a_weight():
-    folder = Path(vllm.__file__).parent / "model_executor/layers/attention"
-    found = {f.stem for f in folder.glob("*.py") if "replace_parameter(self" in f.read_text()}
-    assert found == {"mla_attention"}
-
-
 def test_prefix_cache_takes_its_connector_along():
     from vllm.v1.engine.async_llm import AsyncLLM
 
     assert "reset_connector" in parameters(AsyncLLM.reset_prefix_cache)
     assert inspect.iscoroutinefunction(AsyncLLM.reset_encoder_cache)
-    scheduler = function("v1/core/sched/scheduler.py", "reset_connector_cache")
+    scheduler = vllm_sources.function("v1/core/sched/scheduler.py", "reset_connector_cache")
     assert "if self.connector is None" in scheduler and "reset_cache() is False" in scheduler
 
 

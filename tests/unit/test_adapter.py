@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.refusals import refused
 from tink_rl import errors
-from tink_rl.policy.adapter import AdapterCollector, check_values, from_peft_dir, from_peft_model
+from tink_rl.policy.adapter import AdapterCollector, check_values, from_peft_dir
 from tink_rl.policy.support import unsupported_reasons
 
 VARIANTS = {
@@ -40,7 +40,7 @@ def _peft(base_dir, **settings):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_base_plus_b_times_a_equals_pefts_merged_weights(base_dir, variant):
     model = _peft(base_dir, **VARIANTS[variant])
-    adapter = from_peft_model(model)
+    adapter = AdapterCollector(model).collect()
     weights = {k: v.clone() for k, v in model.get_base_model().state_dict().items()}
     merged = model.merge_and_unload().state_dict()
     for module in adapter.modules:
@@ -53,7 +53,7 @@ def test_base_plus_b_times_a_equals_pefts_merged_weights(base_dir, variant):
 def test_directory_and_live_model_give_the_same_adapter(base_dir, variant, tmp_path):
     model = _peft(base_dir, **VARIANTS[variant])
     model.save_pretrained(tmp_path)
-    live, saved = from_peft_model(model), from_peft_dir(tmp_path)
+    live, saved = AdapterCollector(model).collect(), from_peft_dir(tmp_path)
     assert (live.rank, set(live.tensors)) == (saved.rank, set(saved.tensors))
     for name, tensor in live.tensors.items():
         torch.testing.assert_close(saved.tensors[name], tensor, atol=0, rtol=1e-6)

@@ -103,7 +103,7 @@ def test_real_peft_bin_is_registered_after_the_command_that_the_refusal_names(
     model_dir, tmp_path, capsys
 ):
     from tests.policies import PeftTwin
-    from tink_rl.policy.adapter import from_peft_dir, from_peft_model
+    from tink_rl.policy.adapter import AdapterCollector, from_peft_dir
     from tink_rl.policy.shapes import BaseShapes
 
     base = model_dir("qwen3")
@@ -119,7 +119,7 @@ def test_real_peft_bin_is_registered_after_the_command_that_the_refusal_names(
     assert "28 tensors" in capsys.readouterr().err
     kept, live = (
         from_peft_dir(store.add(tmp_path / "a", base=shapes).path),
-        from_peft_model(twin.model),
+        AdapterCollector(twin.model).collect(),
     )
     for name, tensor in live.tensors.items():
         torch.testing.assert_close(kept.tensors[name], tensor, atol=0, rtol=1e-6)

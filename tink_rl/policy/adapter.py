@@ -264,13 +264,6 @@ class AdapterCollector:
             write_whole(self._resharded_parameters(), kept)
 
 
-def from_peft_model(
-    model: PeftModel, adapter_name: str | None = None, dtype: torch.dtype = torch.float32
-) -> Adapter:
-    """The adapter of a live PEFT model; see `AdapterCollector`."""
-    return AdapterCollector(model, adapter_name).collect(dtype)
-
-
 class BaseChangeIsNotLowRank(ValueError):
     """The initialisation changed the base by more than a low-rank delta."""
 

@@ -238,6 +238,9 @@ class ModelResolver:
     def with_target(self, model: Model, send: Callable[[Target], T]) -> T:
         """`send(target)`, again if the server turned out not to serve it (it generated nothing).
 
+        The worker does the same in its event loop (`worker/backends/vllm.py`). Through a loop in a thread a
+        request took 0.8 ms of CPU in place of 1.3 ms, but other errors come from there, and it splits none.
+
         Raises:
             EngineUnavailable: it never did.
         """

@@ -58,13 +58,13 @@ _STEPS_SHOWN = 8
 """Of the timeline."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Panel:
     name: str
     title: str
-    note: str
     draw: Callable[[Any, Run], bool]
     """Draws into an axis; False if the run has no such data."""
+    note: str
     x: str = _STEP
 
 
@@ -362,71 +362,26 @@ def _length(axis: Axes, run: Run) -> bool:
 
 
 _PANELS = (
-    _Panel(
-        name="reward",
-        title="Reward",
-        note="Mean over the step's completions, and their standard deviation.",
-        draw=_reward,
-    ),
-    _Panel(
-        name="offpolicy",
-        title="Age and effective sample size",
-        note="How many versions old rows are, and what their importance weights leave of a batch.",
-        draw=_offpolicy,
-    ),
-    _Panel(
-        name="heldout",
-        title="Held-out accuracy",
-        note="Problems that training never saw, sampled through the server.",
-        draw=_heldout,
-    ),
-    _Panel(
-        name="sync_phases",
-        title="Publish time by phase",
-        note="What it took to make each new policy the served one.",
-        draw=_phases,
-    ),
-    _Panel(
-        name="step_shares",
-        title="Where a step's time goes",
-        note="Sampling, syncing, and the trainer's own work.",
-        draw=_shares,
-    ),
-    _Panel(
-        name="timeline",
-        title="The last steps",
-        note="Who works when; white is waiting. Numbers are steps.",
-        draw=_timeline,
-        x="seconds",
-    ),
-    _Panel(
-        name="tokens_per_second",
-        title="Rollout speed",
-        note="Completion tokens per second of sampling.",
-        draw=_tokens,
-    ),
-    _Panel(
-        name="bytes",
-        title="Bytes published",
-        note="To each server: the adapter, never the model.",
-        draw=_bytes,
-    ),
-    _Panel(
-        name="logprob_gap",
-        title="Trainer-sampler logprob gap",
-        note="Near zero: the server samples the policy that is trained.",
-        draw=_gap,
-    ),
-    _Panel(
-        name="staleness",
-        title="Staleness",
-        note="How many versions the sampled policy was behind the trained one.",
-        draw=_staleness,
-    ),
-    _Panel(
-        name="completion_length",
-        title="Completion length",
-        note="In tokens.",
-        draw=_length,
-    ),
-)
+    _Panel("reward", "Reward", _reward,
+           "Mean over the step's completions, and their standard deviation."),
+    _Panel("offpolicy", "Age and effective sample size", _offpolicy,
+           "How many versions old rows are, and what their importance weights leave of a batch."),
+    _Panel("heldout", "Held-out accuracy", _heldout,
+           "Problems that training never saw, sampled through the server."),
+    _Panel("sync_phases", "Publish time by phase", _phases,
+           "What it took to make each new policy the served one."),
+    _Panel("step_shares", "Where a step's time goes", _shares,
+           "Sampling, syncing, and the trainer's own work."),
+    _Panel("timeline", "The last steps", _timeline,
+           "Who works when; white is waiting. Numbers are steps.", "seconds"),
+    _Panel("tokens_per_second", "Rollout speed", _tokens,
+           "Completion tokens per second of sampling."),
+    _Panel("bytes", "Bytes published", _bytes,
+           "To each server: the adapter, never the model."),
+    _Panel("logprob_gap", "Trainer-sampler logprob gap", _gap,
+           "Near zero: the server samples the policy that is trained."),
+    _Panel("staleness", "Staleness", _staleness,
+           "How many versions the sampled policy was behind the trained one."),
+    _Panel("completion_length", "Completion length", _length,
+           "In tokens."),
+)  # fmt: skip

@@ -24,6 +24,14 @@ class Finding:
     text: str
 
 
+def _problem(text: str) -> list[Finding]:
+    return [Finding(good=False, text=text)]
+
+
+def _good(text: str) -> list[Finding]:
+    return [Finding(good=True, text=text)]
+
+
 def find(run: Run) -> list[Finding]:
     """What a reader should know first, problems first."""
     found = [
@@ -57,11 +65,10 @@ def _values(run: Run) -> list[Finding]:
     ]
     if not broken:
         return []
-    text = (
+    return _problem(
         f"Loss or reward is not finite at step {broken[0]} ({len(broken)} steps in all): lower the "
         "learning rate and resume from a checkpoint before it."
     )
-    return [Finding(good=False, text=text)]
 
 
 def _gap(run: Run) -> list[Finding]:
@@ -70,15 +77,13 @@ def _gap(run: Run) -> list[Finding]:
         return []
     worst = max(gaps)
     if worst > _GAP_WARNING:
-        text = (
+        return _problem(
             f"Trainer and server differ by up to {worst:.2g} in a logprob: the importance ratio carries "
             "that. Compare dtypes with `tink-rl doctor URL`, or use adapter mode."
         )
-        return [Finding(good=False, text=text)]
-    text = (
+    return _good(
         f"The server sampled the policy that was trained: logprobs differ by at most {worst:.1e}."
     )
-    return [Finding(good=True, text=text)]
 
 
 def _ratio(run: Run) -> list[Finding]:
@@ -87,8 +92,7 @@ def _ratio(run: Run) -> list[Finding]:
     if not low:
         return []
     step, ratio = min(low, key=lambda found: found[1])
-    text = f"At step {step} (and {len(low) - 1} more), {consequence(ratio)}."
-    return [Finding(good=False, text=text)]
+    return _problem(f"At step {step} (and {len(low) - 1} more), {consequence(ratio)}.")
 
 
 def _offpolicy(run: Run) -> list[Finding]:
@@ -96,34 +100,31 @@ def _offpolicy(run: Run) -> list[Finding]:
     low = [share for share in shares if share < LEAST_ESS]
     if not low:
         return []
-    text = (
+    return _problem(
         f"In {len(low)} of {len(shares)} steps the importance weights left less than {LEAST_ESS:.0%} of the "
         f"batch (once {min(low):.0%}): lower the learning rate or max_staleness, or set "
         "vllm_importance_sampling_mode='token_truncate'."
     )
-    return [Finding(good=False, text=text)]
 
 
 def _spread(run: Run) -> list[Finding]:
     flat = run.values("frac_reward_zero_std")[-_WINDOW:]
     if not flat or statistics.mean(flat) <= _NO_SPREAD_WARNING:
         return []
-    text = (
+    return _problem(
         f"In {statistics.mean(flat):.0%} of the last groups all completions got the same reward, which "
         "teaches nothing: harder (or easier) problems, or more generations per prompt."
     )
-    return [Finding(good=False, text=text)]
 
 
 def _clipped(run: Run) -> list[Finding]:
     clipped = run.values("completions/clipped_ratio")[-_WINDOW:]
     if not clipped or statistics.mean(clipped) <= _CLIPPED_WARNING:
         return []
-    text = (
+    return _problem(
         f"{statistics.mean(clipped):.0%} of the last completions were cut at max_completion_length: "
         "raise it, or reward short answers."
     )
-    return [Finding(good=False, text=text)]
 
 
 def _sync(run: Run) -> list[Finding]:
@@ -132,12 +133,11 @@ def _sync(run: Run) -> list[Finding]:
         return []
     share = statistics.median(shares)
     if share > _SYNC_SHARE_WARNING:
-        text = (
+        return _problem(
             f"Publishing takes {share:.0%} of a step (median): the phases below say which part; a "
             "smaller rank, a faster link, or fewer steps per publish."
         )
-        return [Finding(good=False, text=text)]
-    return [Finding(good=True, text=f"Publishing takes {share:.0%} of a step (median).")]
+    return _good(f"Publishing takes {share:.0%} of a step (median).")
 
 
 def _reward(run: Run) -> list[Finding]:
@@ -146,6 +146,5 @@ def _reward(run: Run) -> list[Finding]:
         return []
     first, last = ends
     if last > first:
-        return [Finding(good=True, text=f"The reward rose from {first:.3g} to {last:.3g}.")]
-    text = f"The reward went from {first:.3g} to {last:.3g}: it did not rise."
-    return [Finding(good=False, text=text)]
+        return _good(f"The reward rose from {first:.3g} to {last:.3g}.")
+    return _problem(f"The reward went from {first:.3g} to {last:.3g}: it did not rise.")

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,7 @@ from tink_rl.adapters import registry as registry_module
 from tink_rl.adapters.registry import FILE_NAME, AdapterRegistry, Registration, check_adapter_id
 from tink_rl.adapters.store import AdapterStore
 
-
-@dataclass(frozen=True)
-class Stored:
-    """Stands for what the store gave."""
-
-    digest: str
-
-
-A, B, C = (Stored(letter * 64) for letter in "abc")
+A, B, C = (letter * 64 for letter in "abc")
 
 
 @pytest.fixture
@@ -46,14 +37,14 @@ def test_first_registration_is_version_one_and_others_follow(registry):
     first = registry.register("math", A, "/data/math", expected_version=0)
     assert (first.version, first.digest, first.lora_path, first.active) == (
         1,
-        A.digest,
+        A,
         "/data/math",
         True,
     )
     assert registry.register("math", B, Path("/data/new"), expected_version=1).version == 2
-    assert registry.current("math").digest == B.digest
+    assert registry.current("math").digest == B
     old = registry.get("math", 1)
-    assert (old.digest, old.active) == (A.digest, False)
+    assert (old.digest, old.active) == (A, False)
     assert registry.get("math", 3) is None and registry.current("other") is None
 
 
@@ -67,7 +58,7 @@ def test_other_bytes_since_the_version_was_read_are_a_conflict(registry):
     registry.register("math", A, "/a", 0)
     with pytest.raises(errors.AdapterConflict, match="version 1") as caught:
         registry.register("math", B, "/b", expected_version=0)
-    assert caught.value.status == 409 and registry.current("math").digest == A.digest
+    assert caught.value.status == 409 and registry.current("math").digest == A
     assert registry.register("math", B, "/b", expected_version=None).version == 2
 
 
@@ -76,7 +67,7 @@ def test_versions_are_not_reused_after_unregister(registry):
     assert registry.unregister("math").version == 1
     assert registry.current("math") is None and registry.list() == []
     again = registry.register("math", A, "/a", 0)
-    assert again.version == 2 and registry.get("math", 1).digest == A.digest
+    assert again.version == 2 and registry.get("math", 1).digest == A
 
 
 def test_unregistering_what_is_not_there_is_unknown(registry):
@@ -90,8 +81,8 @@ def test_list_and_digests_name_what_is_current(registry):
     registry.register("a", B, "/a", 0)
     registry.register("a", C, "/a", 1)
     assert [(r.adapter_id, r.version) for r in registry.list()] == [("a", 2), ("b", 1)]
-    assert registry.digests() == {A.digest, C.digest}
-    assert registry.digests(active_only=False) == {A.digest, B.digest, C.digest}
+    assert registry.digests() == {A, C}
+    assert registry.digests(active_only=False) == {A, B, C}
 
 
 def test_base_of_the_same_bytes_is_that_of_the_last_registration_that_knew_it(registry):
@@ -111,10 +102,10 @@ def test_needed_is_every_version_of_a_registered_id_and_what_was_let_go_since(re
     registry.register("gone", C, "/c")
     before = time.time()
     registry.unregister("gone")
-    assert registry.needed(before - 1) == {A.digest, B.digest, C.digest}
-    assert registry.needed(time.time() + 1) == {A.digest, B.digest}
+    assert registry.needed(before - 1) == {A, B, C}
+    assert registry.needed(time.time() + 1) == {A, B}
     registry.register("gone", A, "/a")
-    assert registry.needed(time.time() + 1) == {A.digest, B.digest, C.digest}
+    assert registry.needed(time.time() + 1) == {A, B, C}
 
 
 _EARLIER_SCHEMA = """
@@ -134,7 +125,7 @@ CREATE UNIQUE INDEX one_active ON versions (adapter_id) WHERE active;
 def test_file_of_an_earlier_release_opens_and_what_was_replaced_ages_from_now(tmp_path):
     with sqlite3.connect(tmp_path / FILE_NAME) as old:
         old.executescript(_EARLIER_SCHEMA)
-        rows = [("a", 1, A.digest, "/a", 1.0, 0), ("b", 1, B.digest, "/b", 1.0, 1)]
+        rows = [("a", 1, A, "/a", 1.0, 0), ("b", 1, B, "/b", 1.0, 1)]
         old.executemany("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", rows)
     old.close()
     before = time.time()
@@ -142,8 +133,8 @@ def test_file_of_an_earlier_release_opens_and_what_was_replaced_ages_from_now(tm
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda registry: registry.current("b"), registries))
     assert {item.base_fingerprint for item in found} == {None}
-    assert registries[0].needed(before - 1) == {A.digest, B.digest}
-    assert registries[0].needed(time.time() + 1) == {B.digest}
+    assert registries[0].needed(before - 1) == {A, B}
+    assert registries[0].needed(time.time() + 1) == {B}
     assert registries[1].register("b", B, "/b", base_fingerprint="f").version == 1
     assert registries[2].current("b").base_fingerprint == "f"
     for registry in registries:
@@ -181,7 +172,7 @@ def test_another_object_sees_every_write_at_once(registry, tmp_path):
     for version, stored in enumerate((A, B, C), start=1):
         registry.register("a", stored, "/a")
         assert other.current("a").version == version
-        assert other.current("a").digest == stored.digest
+        assert other.current("a").digest == stored
     other.unregister("a")
     assert registry.current("a") is None
     other.close()
@@ -196,7 +187,7 @@ def test_registry_survives_closing_and_a_new_process(registry, tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == A.digest
+    assert done.stdout.strip() == A
     assert registry.current("a").version == 1  # opens again by itself
 
 
@@ -206,7 +197,7 @@ def test_twenty_threads_that_register_one_id_have_one_winner(registry):
     def attempt(i):
         start.wait(timeout=30)
         try:
-            return registry.register("a", Stored(f"{i:064x}"), "/a", expected_version=0)
+            return registry.register("a", f"{i:064x}", "/a", expected_version=0)
         except errors.AdapterConflict as error:
             return error
 
@@ -229,7 +220,7 @@ store, registry = AdapterStore(root), AdapterRegistry(root)
 print("ready", flush=True)
 sys.stdin.readline()
 expected = 0
-stored = store.add(source)
+stored = store.add(source).digest
 try:
     print("won", registry.register("a", stored, source, expected).version)
 except AdapterConflict:
@@ -320,7 +311,7 @@ def test_full_disk_leaves_the_current_version_and_a_later_try_works(registry):
     with pytest.raises(errors.StorageFull, match="full"):
         for i in range(1000):
             registry.register(f"b{i}", B, "/long" * 200)
-    assert registry.current("a").digest == A.digest
+    assert registry.current("a").digest == A
     connection.execute("PRAGMA max_page_count = 100000")
     assert registry.register("a", C, "/c").version == 2
 
@@ -359,13 +350,13 @@ class RegistryMachine(RuleBasedStateMachine):
     def _register(self, which, name, stored, expected):
         versions, current = self.versions.setdefault(name, []), self.active.get(name, 0)
         registry = self.objects[which]
-        if current and versions[current - 1] == stored.digest:
+        if current and versions[current - 1] == stored:
             assert registry.register(name, stored, "/p", expected).version == current
         elif current and expected not in (None, current):
             with pytest.raises(errors.AdapterConflict):
                 registry.register(name, stored, "/p", expected)
         else:
-            versions.append(stored.digest)
+            versions.append(stored)
             self.active[name] = len(versions)
             assert registry.register(name, stored, "/p", expected).version == len(versions)
 
@@ -404,4 +395,4 @@ def test_older_versions_of_an_unregistered_id_are_needed_for_as_long_as_the_last
     time.sleep(0.01)
     before = time.time()
     registry.unregister("math")
-    assert registry.needed(before) == {A.digest, B.digest}
+    assert registry.needed(before) == {A, B}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tink_rl.errors import (
     AdapterConflict,
@@ -57,11 +57,6 @@ WHERE replaced_at > ? OR adapter_id IN (SELECT adapter_id FROM versions WHERE ac
 """
 
 
-class _HasDigest(Protocol):
-    @property
-    def digest(self) -> str: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Registration:
     """One version of one adapter id.
@@ -74,7 +69,8 @@ class Registration:
     version: int
     """From 1, never reused."""
     digest: str
-    """Names the bytes in the store."""
+    """Names the bytes in the store, of whatever base; a server has another one for the packet that is made of
+    them, in its dtype and for its base."""
     lora_path: str
     """The caller's words; nothing is read from there any more."""
     registered_at: float
@@ -154,17 +150,17 @@ class AdapterRegistry:
     def register(
         self,
         adapter_id: str,
-        stored: _HasDigest,
+        digest: str,
         lora_path: str | Path,
         expected_version: int | None = None,
         *,
         base_fingerprint: str | None = None,
     ) -> Registration:
-        """Let `adapter_id` mean `stored`. The same bytes keep their version; others become the next one.
+        """Let `adapter_id` mean `digest`. The same bytes keep their version; others become the next one.
 
         Args:
             adapter_id: See `check_adapter_id`.
-            stored: What `AdapterStore.add` gave.
+            digest: Of what `AdapterStore.add` stored.
             lora_path: The caller's words, for listings.
             expected_version: The current version (0: none) as read before the bytes were copied; None
                 takes whatever is there.
@@ -179,7 +175,7 @@ class AdapterRegistry:
         check_adapter_id(adapter_id)
         with self._connections.transaction() as connection:
             current = _one(connection.execute(_CURRENT, (adapter_id,)).fetchall())
-            if current is not None and current.digest == stored.digest:
+            if current is not None and current.digest == digest:
                 return _checked_against(connection, current, base_fingerprint)
             if current is not None and expected_version not in (None, current.version):
                 raise AdapterConflict(
@@ -188,7 +184,7 @@ class AdapterRegistry:
                     adapter_id=adapter_id,
                     version=current.version,
                 )
-            row = (stored.digest, _text(lora_path), time.time(), True, base_fingerprint)
+            row = (digest, _text(lora_path), time.time(), True, base_fingerprint)
             return _insert(connection, adapter_id, row)
 
     def unregister(self, adapter_id: str) -> Registration:
@@ -293,12 +289,19 @@ class _Connections:
     @contextmanager
     def lent(self) -> Iterator[sqlite3.Connection]:
         """A connection of one's own for as long as the block lasts."""
+        self._forget_parents()
         with _readable(self._path):
-            connection = self._take()
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = _connect(self._path)
             try:
                 yield connection
             finally:
-                self._give_back(connection)
+                if connection.in_transaction or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
+                    connection.close()
+                else:
+                    self._idle.append(connection)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -333,19 +336,6 @@ class _Connections:
         if self._pid != os.getpid():
             self._inherited = self._idle
             self._idle, self._writing, self._pid = deque(), threading.Lock(), os.getpid()
-
-    def _take(self) -> sqlite3.Connection:
-        self._forget_parents()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return _connect(self._path)
-
-    def _give_back(self, connection: sqlite3.Connection) -> None:
-        if connection.in_transaction or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
-            connection.close()
-        else:
-            self._idle.append(connection)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

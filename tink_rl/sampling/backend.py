@@ -139,7 +139,7 @@ class VLLMBackend:
         stored = self.store.add(lora_path, roots=allowed, base=shapes, max_rank=self._max_rank())
         found = self.registry.register(
             adapter_id,
-            stored,
+            stored.digest,
             lora_path,
             expected_version=before.version if before is not None else 0,
             base_fingerprint=base.fingerprint,

@@ -202,7 +202,8 @@ def _step_ended(publisher: Any, model: Any) -> Callable[[], None]:
 def _app(base: Path, model: Any) -> Any:
     from fastapi import FastAPI
 
-    from tink_rl.server.gate import GATE, GateMiddleware
+    from tink_rl.server.admission import GateMiddleware
+    from tink_rl.server.gate import GATE
     from tink_rl.server.routes import router
 
     app = FastAPI()

@@ -96,7 +96,12 @@ class BadRequest(TinkError, ValueError):
     """A request does not have the form that the route expects."""
 
     code, status, blame = "bad_request", 400, Blame.REGISTERING
-    codes = {"invalid_json": 400, "unsupported_media_type": 415, "request_id_reused": 409}
+    codes = {
+        "invalid_json": 400,
+        "body_timeout": 408,
+        "unsupported_media_type": 415,
+        "request_id_reused": 409,
+    }
 
 
 class UnsupportedAdapter(TinkError, ValueError):

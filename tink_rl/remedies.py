@@ -47,7 +47,7 @@ unknown_modules | of … modules are not in the base … | the adapter was train
 shape_mismatch | was the adapter trained on this base? | the same | the same
 dtype_mismatch | tensor … is …, the server's slots take … | published in another dtype than the slots | `WeightSync` casts by itself; by hand: the dtype that the status names
 incomplete_group | which vLLM keeps in the same module | full mode: q without k and v, one expert without the others | send every tensor of the group that is named, unchanged ones too
-drain_timeout | requests still run after … s; nothing was written | requests ran longer than the deadline | `SyncConfig(drain_timeout_s=...)` or `on_running="abort"`
+drain_timeout | requests still run after … s, the oldest for … s | requests ran longer than the deadline | `SyncConfig(drain_timeout_s=...)` or `on_running="abort"`
 commit_failed | the commit of … failed midway | an error while weights were written | publish again (done once by itself), drop the version, or restart the server
 not_ready | this server is NOT READY: … | its weights are in no defined state | publish again, or restart the server
 workers_differ | a worker holds digest …, expected … | tensor parallel workers were given different packets | publish again
@@ -82,6 +82,7 @@ cancelled | the client went away | it closed its connection | nothing
 shutting_down | the worker is stopping | SIGTERM | send it to another worker
 request_id_reused | was used for another request | one `request_id`, two bodies | a new request takes a new id
 wrong_scope | this token is for sampling | the sample token where the admin's is needed | the file that the worker's first lines name
+body_timeout | the body was not complete after … s | a client stopped, or a network did, while it sent | send it again, whole
 invalid_json | is not a JSON number | NaN, duplicate keys, or not JSON | send strict JSON
 unsupported_media_type | the body is … | compressed, or not JSON by its header | `Content-Type: application/json`
 """

@@ -148,6 +148,21 @@ class PublishRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PendingRequest:
+    """A request to a server that has not ended: `PendingRequest(state="held", what="POST
+    /v1/completions", address="10.0.0.7:51234", age_s=3.2)`"""
+
+    state: str
+    """"receiving" its body, "held" because a commit waits or writes, or "running"."""
+    what: str
+    """Method and path."""
+    address: str
+    """Of the client."""
+    age_s: float
+    """Since its first byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerStatus:
     """What `GET /tink/v1/status` says of one server."""
 
@@ -192,11 +207,13 @@ class ServerStatus:
     base_files: str | None = None
     """Which files the base was loaded from (`policy.content.files_identity`); None: not known."""
     draining: dict[str, int] = field(default_factory=dict)
-    """Dropped names whose host copy waits for running requests."""
+    """Dropped versions whose host copy waits for requests that may name them, and how many those are."""
     running: int = 0
     """Requests that were admitted and have not ended."""
     holding: bool = False
     """Whether new requests are held, because a commit waits for the running ones or writes."""
+    pending: tuple[PendingRequest, ...] = ()
+    """The oldest requests that have not ended."""
     no_full_logprobs: str | None = "its tink_rl is older than the trainer's"
     """Why no request may ask for logprobs over the whole vocabulary; None: any may."""
 

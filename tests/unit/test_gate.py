@@ -11,15 +11,15 @@ from tink_rl.server.gate import Gate
 from tink_rl.server.state import ServedState
 
 
-def test_gate_waits_for_the_requests_up_to_a_ticket_however_many_come_after_it():
+def test_gate_waits_for_the_requests_that_it_is_given_however_many_come_after_them():
     async def run():
         gate = Gate()
         old = await gate.enter()
-        last = gate.last_ticket
+        before = gate.running()
         await gate.enter()
-        assert not await gate.drained(0.01, last)
+        assert not await gate.drained(0.01, before)
         gate.leave(old)
-        assert await gate.drained(0.01, last)
+        assert await gate.drained(0.01, before)
         assert not await gate.drained(0.01)
 
     asyncio.run(run())

@@ -19,9 +19,10 @@ from tink_rl.errors import ConfigError
 from tink_rl.plugin_settings import PluginSettings
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import commit_of, local_model_dir
+from tink_rl.server.admission import GateMiddleware
 from tink_rl.server.commits import Commits
 from tink_rl.server.content import ServedContent
-from tink_rl.server.gate import GATE, GateMiddleware
+from tink_rl.server.gate import GATE
 from tink_rl.server.offered import check_layout, offered_modes
 from tink_rl.server.routes import Control, router
 from tink_rl.server.stages import Stages

@@ -34,6 +34,8 @@ _STILL_RUNNING_S = 60.0
 """After so long a replaced version says that it waits for its requests."""
 _ABORT_AGAIN_S = 0.1
 """How long what was aborted may take to end before what came after it is aborted too."""
+_CUT_AFTER_S = 5.0
+"""How long a request may outlive its end in the engine before its handler is ended too."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +90,8 @@ class ServedState:
         self.incarnation = uuid.uuid4().hex
         self.base_name: str = models.base_model_paths[0].name
         self._base_paths = list(models.base_model_paths)
-        self._draining: dict[str, Served] = {}
+        self._draining: dict[str, frozenset[int]] = {}
+        """Paths of replaced versions, and the tickets of the requests that may run on each."""
         self._background: set[asyncio.Task[None]] = set()
 
     async def prepare(self, options: dict[str, Any]) -> None:
@@ -127,9 +130,12 @@ class ServedState:
             served={v.name: v.digest for v in self.served.values()},
             merged=held.get(SyncMode.MERGED),
             full=held.get(SyncMode.FULL),
-            draining=dict.fromkeys(self._draining, 1),
+            draining={
+                path: len(tickets & self.gate.running()) for path, tickets in self._draining.items()
+            },
             running=self.gate.num_running,
             holding=self.gate.is_holding,
+            pending=self.gate.pending(),
         )
 
     # -- what may be changed ------------------------------------------------------------------------
@@ -200,29 +206,33 @@ class ServedState:
         self.gate.close()
         ended = self._aborted if on_running == "abort" else self.gate.drained
         if not await ended(drain_timeout_s):
+            oldest = self.gate.pending("running")[0]
             raise errors.DrainTimeout(
-                f"{self.gate.num_running} requests still run after {drain_timeout_s:g} s; "
-                "nothing was written. Raise SyncConfig(drain_timeout_s=...) or set "
-                "on_running='abort'"
+                f"{self.gate.num_running} requests still run after {drain_timeout_s:g} s, the oldest "
+                f"for {oldest.age_s:.0f} s ({oldest.what} from {oldest.address}); nothing was written. "
+                "Raise SyncConfig(drain_timeout_s=...) or set on_running='abort'"
             )
 
     async def _aborted(self, timeout_s: float) -> bool:
         """Abort what runs until nothing does; whether that was so within `timeout_s`.
 
         vLLM aborts what is in the engine, and a paused one keeps what comes after: a request that had
-        passed the gate and was not there yet is let in, and aborted the next time.
+        passed the gate and was not there yet is let in, and aborted the next time. One that does not end
+        with it is cut.
         """
-        deadline = time.monotonic() + timeout_s
+        start = time.monotonic()
         while self.gate.num_running:
             try:
                 await self.engine.pause_generation(mode="abort", clear_cache=False)
             finally:
                 await self.engine.resume_generation()
-            left = deadline - time.monotonic()
+            left = start + timeout_s - time.monotonic()
             if await self.gate.drained(max(0.0, min(_ABORT_AGAIN_S, left))):
                 return True
             if left <= 0:
                 return False
+            if timeout_s - left > min(_CUT_AFTER_S, timeout_s / 2):
+                self.gate.cut()
         return True
 
     async def forget_prefixes(self, request: ForgetPrefixesRequest) -> Empty:
@@ -306,11 +316,11 @@ class ServedState:
         task.add_done_callback(self._background.discard)
 
     async def _release(self, served: Served) -> None:
-        """Free an adapter once every request that was admitted while it had its name has ended."""
-        self._draining[served.path] = served
-        last = self.gate.last_ticket  # later ones found it under its name no more
+        """Free an adapter once every request that was admitted for it while it had its name has ended."""
+        tickets = self.gate.running(served.name)  # later ones found it under its name no more
+        self._draining[served.path] = tickets
         try:
-            while not await self.gate.drained(_STILL_RUNNING_S, last):
+            while not await self.gate.drained(_STILL_RUNNING_S, tickets):
                 logger.info("tink_rl: %s waits for running requests", served.name)
             await self.workers.ask("tink_release", served.path, served.lora_id)
         finally:

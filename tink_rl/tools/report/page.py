@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from tink_rl import __version__
@@ -180,19 +180,13 @@ def _versions(run: Run) -> list[VersionSamples]:
         known = [known[round(i * last / (_MAX_VERSIONS - 1))] for i in range(_MAX_VERSIONS)]
     found = []
     for version in known:
-        samples = [_shortened(sample) for sample in run.samples[version]]
+        samples = [
+            replace(sample, prompt=_cut(sample.prompt), completion=_cut(sample.completion))
+            for sample in run.samples[version]
+        ]
         mean = run.rewards.get(version)
         found.append(VersionSamples(version=version, samples=samples, mean_reward=mean))
     return found
-
-
-def _shortened(sample: Sample) -> Sample:
-    return Sample(
-        version=sample.version,
-        prompt=_cut(sample.prompt),
-        completion=_cut(sample.completion),
-        reward=sample.reward,
-    )
 
 
 def _cut(text: str) -> str:

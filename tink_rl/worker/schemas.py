@@ -101,28 +101,20 @@ def _no_top_k(value: int) -> int:
     return max(value, 0)
 
 
+def _array(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
+    return {"type": "array", **bounds, "items": items}
+
+
+_IDS = _array({"type": "integer", "minimum": 0, "maximum": MAX_INT}, minItems=1)
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 Prompts = Annotated[
     list[str] | list[list[int]],
     BeforeValidator(_check_prompts),
     WithJsonSchema(
         {
             "oneOf": [
-                {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                    "items": {"type": "string", "minLength": 1},
-                },
-                {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                    "items": {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
-                    },
-                },
+                _array(items, minItems=1, maxItems=MAX_PROMPTS)
+                for items in ({"type": "string", "minLength": 1}, _IDS)
             ],
             "description": "Texts, or lists of token ids; one kind per request.",
         }
@@ -132,18 +124,7 @@ Stops = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)], ...],
     BeforeValidator(_as_texts),
     Field(max_length=MAX_STOPS),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-                {
-                    "type": "array",
-                    "maxItems": MAX_STOPS,
-                    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [_STOP, _array(_STOP, maxItems=MAX_STOPS)]}),
 ]
 Biases = Annotated[
     dict[int, float] | None,

@@ -23,7 +23,7 @@ from tink_rl.training.ratio import RATIO
 
 RATIO_SLACK = 0.05
 """Of the mean importance ratio from 1: both sides compute in fp32."""
-_LIMIT_S = 1800
+_LIMIT_S = 600
 _LOGGED = {
     "rollout": "rollout/seconds",
     "publish": "sync/seconds",
@@ -53,8 +53,10 @@ class Run:
     max_staleness: int = 0
     own_cores: bool = False
     """Keep to the cores beside vLLM's also where max_staleness would not."""
+    nice: int = 0
+    """How far the trainer stands back where others want its cores."""
     train_s: float = 0.0
-    """Added to every backward pass, asleep: training that is done elsewhere."""
+    """What a step's training takes at least, asleep for what is left: it is done elsewhere."""
     learns: bool = False
     """Train as the demo does, to its end, instead of timing steps whose reward is noise."""
     seed: int = 0
@@ -102,6 +104,7 @@ def check_learns(history: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run what the argument says; print its figures."""
     run = Run(**json.loads(sys.argv[1]))
+    os.nice(run.nice)
     if run.route == "vllm":
         placement.let_threads_sleep()  # as recipes do; TRL's own route has torch's defaults
     if run.own_cores:
@@ -220,8 +223,10 @@ def _timed(trainer: Any, train_s: float) -> list[dict[str, float]]:
         return run
 
     def backward(*args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
         work(*args, **kwargs)
-        time.sleep(train_s)
+        spent = parts.get("old logprobs", 0.0) + parts["forward"] + time.perf_counter() - start
+        time.sleep(max(0.0, train_s - spent))
 
     def score(model: Any, *args: Any, **kwargs: Any) -> Any:
         # TRL scores a batch for its importance ratio without a gradient; its loss has one.

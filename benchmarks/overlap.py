@@ -1,14 +1,14 @@
-"""What sampling ahead buys (`python -m benchmarks.overlap [--quick]`) and costs in learning (`--learning`).
+"""What sampling ahead buys (`python -m benchmarks.overlap [--quick | --placements]`), in twelve routes of one
+run on the same cores, each in a process of its own; and costs in learning (`--learning`).
 
-Every route in one run on the same cores, each in a process of its own. A part that fails is reported, and
-the rest is measured and written all the same.
+What is measured is written after every route. One that fails is reported, and the others are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,119 +30,133 @@ PLACEMENTS: dict[str, dict[str, str]] = {
 }
 """The server's environment: as `tink-rl serve` has it (vLLM's worker on its cores, waiting asleep); the
 worker spinning there, for a trainer that keeps to the others; the worker on every core."""
-SEEDS = (0, 1, 2)
-HELD, OVER = 0.9, 5
-"""Learned: the mean reward of so many steps reaches this."""
-_FULL = Run(num_steps=24, num_warm_up=4)
+ELSEWHERE_S, UNEVEN_S = 1.5, 1.0
+"""Seconds of sampling, and of training, that are done elsewhere: of both halves of a step alike, and more
+than this machine's server and trainer need for their tokens side by side."""
+_FULL = Run(num_steps=22, num_warm_up=2)
 _QUICK = Run(num_steps=4, num_warm_up=1, completions=32)
 _QUICK_PATH = Path("runs/overlap_quick.json")
 Found = dict[str, Any]
+Keep = Callable[[Found], None]
 
 
-class _Parts:
-    """Measured parts by name, printed as they come; `failed` says which could not be."""
+class Parts:
+    """Measured parts by name, printed and kept as they come; `failed` says which could not be."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[], None] = lambda: None) -> None:
         self.found: Found = {}
         self.failed: dict[str, str] = {}
+        self._keep, self._lock = keep, threading.Lock()
 
-    def add(self, name: str, measure: Callable[..., Found], *given: Any) -> Found | None:
-        """What `measure(*given)` gives, or None if it fails."""
+    def add(self, name: str, measure: Callable[..., Found], *given: Any) -> None:
+        """What `measure(*given)` gives, if it does not fail."""
         print(f"overlap: {name}", flush=True)
+        with self._noting(name):
+            found = measure(*given)
+            print(f"  {name}: {_in_line(found)}", flush=True)
+            with self._lock:
+                self.found[name] = found
+                self._keep()
+
+    def add_on(self, server: str, measure: Callable[[], None]) -> None:
+        """The parts that `measure` adds, or that there is no `server` to measure them on."""
+        with self._noting(server):
+            measure()
+
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
         try:
-            found = self.found[name] = measure(*given)
+            yield
         except Exception as error:  # noqa: BLE001 - the other parts are still worth their minutes
-            self.failed[name] = f"{type(error).__name__}: {error}"
             print(f"FAILED {name}\n{traceback.format_exc(limit=2)[-2500:]}", flush=True)
-            return None
-        print(f"  {_in_line(found)}", flush=True)
-        return found
+            with self._lock:
+                self.failed[name] = f"{type(error).__name__}: {error}"
+                self._keep()
 
 
-def measure(*, quick: bool = False) -> Found:
-    """Median seconds of a step and of its parts, by route."""
-    parts, base = _Parts(), _QUICK if quick else _FULL
-    lengths = (8,) if quick else (8, 64)
+def measure(keep: Keep, *, quick: bool = False) -> None:
+    """Median seconds of a step and of its parts, by route; all that is found so far goes to `keep`."""
+    parts = Parts(lambda: keep(_found(parts)))
+    base, lengths = (_QUICK, (8,)) if quick else (_FULL, (8, 64))
     for tokens in lengths:
-        run = replace(base, tokens=tokens)
-        parts.add(f"trl, {tokens} tokens", grpo_run.measure, replace(run, route="trl"))
-    for name in ("asleep",) if quick else PLACEMENTS:
-        # Where the server's threads go is compared on short rows: long ones would take another half hour.
-        measured = lengths if name == "asleep" else lengths[:1]
-        parts.add(f"server {name}", _placed, parts, base, measured, name)
-    parts.add("server adapter", _uneven, parts, base)
+        parts.add(
+            f"trl, {tokens} tokens", grpo_run.measure, replace(base, tokens=tokens, route="trl")
+        )
+    parts.add_on("server merged", lambda: _on_this_machine(parts, base, lengths))
+    parts.add_on("server adapter", lambda: _uneven(parts, base))
+
+
+def measure_placements(keep: Keep) -> None:
+    """Where threads of server and trainer go, on short rows."""
+    parts = Parts(lambda: keep(_found(parts)))
+    for name in PLACEMENTS:
+        parts.add_on(f"server {name}", lambda name=name: _placed(parts, name))
+
+
+def _found(parts: Parts) -> Found:
     return {"steps": parts.found, "failed": parts.failed, "ratios": ratios(parts.found)}
 
 
-def _placed(parts: _Parts, base: Run, lengths: tuple[int, ...], name: str) -> Found:
+def _placed(parts: Parts, name: str) -> None:
+    with server_of("merged", PLACEMENTS[name]) as reached:
+        run = replace(_FULL, **reached)
+        routes: dict[str, tuple[Run, dict[str, str]]] = {
+            "max_staleness=0": (run, {}),
+            "max_staleness=0, spinning": (run, {"OMP_WAIT_POLICY": "active"}),
+            "max_staleness=0, one thread": (run, {"OMP_NUM_THREADS": "1"}),
+            "max_staleness=0, own cores": (replace(run, own_cores=True), {}),
+            "max_staleness=1": (replace(run, max_staleness=1), {}),
+            "max_staleness=1, nice, all cores": (
+                replace(run, max_staleness=1, nice=10),
+                {"TINK_PLACEMENT": "off"},
+            ),
+        }
+        for route, (wanted, environment) in routes.items():
+            parts.add(f"{route}, server {name}", grpo_run.measure, wanted, environment)
+
+
+def _on_this_machine(parts: Parts, base: Run, lengths: tuple[int, ...]) -> None:
     """The routes on one server in merged mode."""
-    with _server("merged", PLACEMENTS[name]) as reached:
+    with server_of("merged") as reached:
         for tokens in lengths:
             run = replace(base, tokens=tokens, **reached)
-            routes: dict[str, tuple[Run, dict[str, str]]] = {"max_staleness=0": (run, {})}
-            if name != "all cores":
-                routes |= {
-                    "max_staleness=0, spinning": (run, {"OMP_WAIT_POLICY": "active"}),
-                    "max_staleness=0, one thread": (run, {"OMP_NUM_THREADS": "1"}),
-                    "max_staleness=0, own cores": (replace(run, own_cores=True), {}),
-                    "max_staleness=1": (replace(run, max_staleness=1), {}),
-                }
-            for route, (wanted, environment) in routes.items():
-                parts.add(
-                    f"{route}, {tokens} tokens, server {name}",
-                    grpo_run.measure,
-                    wanted,
-                    environment,
-                )
-        if name == "asleep":
-            _elsewhere(parts, replace(base, tokens=lengths[-1], **reached))
-    return {"routes": float(len(lengths))}
+            for k in (0, 1):
+                wanted = replace(run, max_staleness=k)
+                parts.add(f"max_staleness={k}, {tokens} tokens", grpo_run.measure, wanted)
+        # Each side alone on its half of the cores: what overlap is held against, and half as often is enough.
+        alone = replace(run, own_cores=True, num_steps=(run.num_steps + run.num_warm_up) // 2)
+        parts.add(f"each side alone, {tokens} tokens", grpo_run.measure, alone)
+        even = replace(base, train_s=ELSEWHERE_S, own_cores=True, **reached)
+        _elsewhere(parts, "sampler elsewhere", even, (0, 1), 0.0)
 
 
-def _elsewhere(parts: _Parts, run: Run) -> None:
-    """A sampler that takes as long as training and publishing, and no core of this machine's."""
-    alone = parts.found.get(f"max_staleness=0, own cores, {run.tokens} tokens, server asleep")
-    if alone is None:
-        return
-    train_s = alone["step"] - alone["rollout"]
-    slow = SlowSampler(target=run.url, token_s=max(train_s, alone["rollout"]) / run.tokens)
-    with running(slow) as url:
-        for k in (0, 1):
-            wanted = replace(run, url=url, max_staleness=k, own_cores=True)
-            parts.add(
-                f"max_staleness={k}, sampler elsewhere, {run.tokens} tokens",
-                grpo_run.measure,
-                wanted,
-            )
-
-
-def _uneven(parts: _Parts, base: Run) -> Found:
+def _uneven(parts: Parts, base: Run) -> None:
     """In adapter mode: every other batch is sampled in half the time of training, those between in 3/2."""
-    with _server("adapter", {}) as reached:
-        run = replace(base, tokens=8, completions=32, mode="adapter", **reached)
-        alone = parts.add("adapter, 32 x 8 tokens", grpo_run.measure, run)
-        if alone is None:
-            return {"routes": 0.0}
-        # Even the shorter half leaves this machine's server the time that it needs.
-        even_s = 2.5 * alone["rollout"]
-        train_s = max(0.0, even_s - (alone["step"] - alone["rollout"]))
-        slow = SlowSampler(target=run.url, token_s=even_s / run.tokens, spread=0.5)
-        with running(slow) as url:
-            for k in (0, 1, 2):
-                wanted = replace(run, url=url, max_staleness=k, train_s=train_s, own_cores=True)
-                parts.add(
-                    f"max_staleness={k}, uneven sampler elsewhere",
-                    grpo_run.measure,
-                    wanted,
-                )
-    return {"even_seconds": even_s}
+    with server_of("adapter") as reached:
+        run = replace(
+            base, completions=32, mode="adapter", train_s=UNEVEN_S, own_cores=True, **reached
+        )
+        _elsewhere(parts, "uneven sampler elsewhere", run, (0, 1, 2), 0.5)
+
+
+def _elsewhere(parts: Parts, name: str, run: Run, stale: tuple[int, ...], spread: float) -> None:
+    """A sampler that takes as long as training does, on no core of this machine's."""
+    slow = SlowSampler(target=run.url, token_s=run.train_s / run.tokens, spread=spread)
+    with running(slow) as url:
+        for k in stale:
+            wanted = replace(run, url=url, max_staleness=k)
+            parts.add(f"max_staleness={k}, {name}", grpo_run.measure, wanted)
 
 
 @contextmanager
-def _server(mode: str, environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def server_of(mode: str, environment: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
     """How a run reaches a server of the tiny base."""
     with VLLMServer(
-        ensure_tiny_base(), mode=mode, dtype="float32", max_lora_rank=16, env=dict(environment)
+        ensure_tiny_base(),
+        mode=mode,
+        dtype="float32",
+        max_lora_rank=16,
+        env=dict(environment or {}),
     ) as server:
         yield {"url": server.url, "token_file": str(server.token_file)}
 
@@ -157,60 +171,26 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float]:
 
     for tokens in (8, 64):
         trl = found.get(f"trl, {tokens} tokens", {}).get("step")
-        alone = found.get(f"max_staleness=0, own cores, {tokens} tokens, server asleep")
-        bound = alone and max(alone["rollout"], alone["step"] - alone["rollout"])
         for k in (0, 1):
-            step = f"max_staleness={k}, {tokens} tokens, server asleep"
-            put(f"max_staleness={k} / TRL, {tokens} tokens", step, trl)
-        put(f"max_staleness=1 / max(sample, train + publish), {tokens} tokens", step, bound)
-        for k in (0, 1):
-            step = f"max_staleness={k}, sampler elsewhere, {tokens} tokens"
             put(
-                f"max_staleness={k} / train + publish, sampler elsewhere, {tokens} tokens",
-                step,
-                bound,
+                f"max_staleness={k} / TRL, {tokens} tokens",
+                f"max_staleness={k}, {tokens} tokens",
+                trl,
             )
-    even_s = found.get("server adapter", {}).get("even_seconds")
-    for k in (0, 1, 2):
-        step = f"max_staleness={k}, uneven sampler elsewhere"
-        put(f"max_staleness={k} / mean of sampling = training, uneven", step, even_s)
+        bound = _longer_side(found.get(f"each side alone, {tokens} tokens"))
+        name = f"max_staleness=1 / max(sample, train + publish), {tokens} tokens"
+        put(name, f"max_staleness=1, {tokens} tokens", bound)
+    for where, stale in (("sampler elsewhere", (0, 1)), ("uneven sampler elsewhere", (0, 1, 2))):
+        bound = _longer_side(found.get(f"max_staleness=0, {where}"))
+        for k in stale:
+            name = f"max_staleness={k} / max(sample, train + publish), {where}"
+            put(name, f"max_staleness={k}, {where}", bound)
     return made
 
 
-# -- learning ---------------------------------------------------------------------------------------
-
-
-def measure_learning() -> Found:
-    """The demo's seeds under each staleness: reward at the end, samples until it was learned."""
-    parts = _Parts()
-    for mode, stale in (("merged", (0, 1)), ("adapter", (2,))):
-        with _server(mode, {}) as reached:
-            for k in stale:
-                for seed in SEEDS:
-                    run = Run(learns=True, max_staleness=k, seed=seed, mode=mode, **reached)
-                    parts.add(
-                        f"max_staleness={k}, seed {seed}",
-                        _learned,
-                        run,
-                    )
-    return {"learning": parts.found, "failed": parts.failed, "held": HELD, "over_steps": OVER}
-
-
-def _learned(run: Run) -> Found:
-    rewards = grpo_run.measure(run)["rewards"]
-    return {
-        "reward_last5": statistics.mean(rewards[-5:]),
-        "samples_to_hold": samples_to_hold(rewards, run.completions),
-        "rewards": rewards,
-    }
-
-
-def samples_to_hold(rewards: list[float], per_step: int) -> int | None:
-    """Samples until the mean of `OVER` steps in a row first reached `HELD`; None: it never did."""
-    for end in range(OVER, len(rewards) + 1):
-        if statistics.mean(rewards[end - OVER : end]) >= HELD:
-            return end * per_step
-    return None
+def _longer_side(alone: Mapping[str, float] | None) -> float | None:
+    """Of a run in which the sides took turns: sampling, or all else."""
+    return alone and max(alone["rollout"], alone["step"] - alone["rollout"])
 
 
 # -- shown ------------------------------------------------------------------------------------------
@@ -230,20 +210,6 @@ def render(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def render_learning(found: Mapping[str, Any]) -> str:
-    """A row for each staleness, its seeds side by side."""
-    lines = [
-        f"| max_staleness | reward, last 5 steps | samples until {HELD} over {OVER} steps |",
-        "|---|---|---|",
-    ]
-    for k in (0, 1, 2):
-        runs = [found["learning"].get(f"max_staleness={k}, seed {seed}") for seed in SEEDS]
-        rewards = ", ".join(f"{run['reward_last5']:.3f}" for run in runs if run)
-        samples = ", ".join(str(run["samples_to_hold"]) for run in runs if run)
-        lines.append(f"| {k} | {rewards} | {samples} |")
-    return "\n".join(lines)
-
-
 def _in_line(parts: Mapping[str, Any]) -> str:
     numbers = {k: v for k, v in parts.items() if k != "step" and isinstance(v, (int, float))}
     return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
@@ -251,26 +217,39 @@ def _in_line(parts: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, write."""
+    from benchmarks import learning
     from benchmarks.run import write  # it places this process when it is imported
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a rehearsal: few steps, nothing kept")
-    parser.add_argument("--learning", action="store_true", help="the table of seeds instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="a rehearsal: few steps, nothing kept")
+    what.add_argument("--learning", action="store_true", help="the table of seeds instead")
+    what.add_argument("--placements", action="store_true", help="who computes where instead")
     arguments = parser.parse_args()
     flags = [f"--{name}" for name, given in vars(arguments).items() if given]
     source = {**provenance(), "command": " ".join(["python -m benchmarks.overlap", *flags])}
+    last: Found = {}
+
+    def keep(name: str, found: Found) -> None:
+        last.update(found)
+        if name == "quick":
+            _QUICK_PATH.parent.mkdir(exist_ok=True)
+            _QUICK_PATH.write_text(json.dumps(found, indent=1) + "\n")
+        else:
+            write(name, {**source, **found})
+
     if arguments.learning:
-        found = measure_learning()
-        write("overlap_learning", {**source, "seed": list(SEEDS), **found})
-        print(render_learning(found))
+        learning.measure(
+            lambda found: keep("overlap_learning", {"seed": list(learning.SEEDS), **found})
+        )
+        print(learning.render(last))
         return
-    found = measure(quick=arguments.quick)
-    if arguments.quick:
-        _QUICK_PATH.parent.mkdir(exist_ok=True)
-        _QUICK_PATH.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.placements:
+        measure_placements(lambda found: keep("overlap_placements", found))
     else:
-        write("overlap", {**source, **found})
-    print("\n".join(render(found)))
+        name = "quick" if arguments.quick else "overlap"
+        measure(lambda found: keep(name, found), quick=arguments.quick)
+    print("\n".join(render(last)))
 
 
 if __name__ == "__main__":

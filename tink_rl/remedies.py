@@ -12,7 +12,7 @@ from tink_rl.errors import LaunchFailed, TinkError, by_code
 TABLE = """
 ### Training
 config_invalid | …: expected one of … | a setting is wrong, or two contradict each other | what the message allows
-seam_moved | … … has moved what tink_rl leans on: … | a release of TRL or vLLM without a name that is needed | a release that the message names, or a newer tink-rl
+seam_moved | … … has moved what tink_rl leans on: … | a release of TRL or vLLM without a name that is needed | a [release that was tested](compat.md), which the message names, or a newer tink-rl
 unsupported_adapter | … cannot be published: … | no mode can express what the adapter does | change the peft setting that the message names
 second_publisher | this model is already published as policy … | two trainers, callbacks or `attach()` on one model | keep one, or `close()` the other
 nonfinite_weights | tensor … holds NaN or infinity; training diverged | training diverged | a lower learning rate or clipped gradients; resume from an earlier checkpoint

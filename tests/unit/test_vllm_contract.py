@@ -17,6 +17,10 @@ from tink_rl.errors import ConfigError
 vllm = pytest.importorskip("vllm", reason="the server extra is not installed")
 
 
+LATER = {"mm_payload", "return_mm_kwargs", "return_weight_versions"}
+"""Fields of 0.32 and 0.33: of images, and of an answer that is not read here. They are never sent."""
+
+
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -83,8 +87,8 @@ def test_fields_of_a_request_are_vllms():
 
     from tink_rl.transport.request_fields import CHAT_FIELDS, ELSEWHERE, FIELDS
 
-    assert set(FIELDS) == set(CompletionRequest.model_fields)
-    assert set(CHAT_FIELDS) == set(ChatCompletionRequest.model_fields)
+    assert set(FIELDS) == set(CompletionRequest.model_fields) - LATER
+    assert set(CHAT_FIELDS) == set(ChatCompletionRequest.model_fields) - LATER
     assert not set(ELSEWHERE) & set(FIELDS)
 
 

@@ -270,7 +270,7 @@ class AdapterPathMissing(TinkError, ValueError):
 
 
 class StorageFull(TinkError, OSError):
-    """The adapter store cannot be written."""
+    """The adapter store, or a checkpoint, cannot be written."""
 
     code, status, blame = "insufficient_storage", 507, Blame.REGISTERING
 

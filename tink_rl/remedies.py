@@ -68,7 +68,7 @@ adapter_corrupt | save the adapter again | the weights file is damaged | copy or
 adapter_incomplete | holds no tensor of LoRA; save the adapter again | a module has one of its two tensors, or none | save it again
 rank_mismatch | its config says rank … | tensors and config do not belong together | save it again
 adapter_too_large | register an adapter of lower rank or fewer modules | beyond a limit, which is named | a lower rank, or fewer modules
-insufficient_storage | free space | the store cannot be written | free space, or `TINK_STORE_DIR`
+insufficient_storage | free space | the store, or a checkpoint, cannot be written | free space, or `TINK_STORE_DIR`, or another `output_dir`
 store_damaged | move it away and register the adapters again | the store does not hold what was written | as it says
 unknown_adapter | no adapter is registered as … | a wrong id, or unregistered | register it; `GET /api/v1/adapters` lists them
 name_exists | was registered with other bytes meanwhile | two registrations of one id at once | look at the list, then register again

@@ -18,6 +18,7 @@ from tink_rl.publish.vllm_client import VLLMClient
 from tink_rl.training.connect import clients_of
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.ranks import Ranks
+from tink_rl.training.saving import whole_or_none
 from tink_rl.training.trainer import _releasing_lease
 from tink_rl.types import SyncMode
 
@@ -45,6 +46,37 @@ def test_trls_host_may_be_an_ipv6_address():
     (client,) = clients_of(None, SyncConfig(token="t" * 20), args)
     assert client.base_url == "http://[::1]:8001"
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), errors.StorageFull),
+        (RuntimeError("[enforce fail] PytorchStreamWriter: file write failed"), errors.StorageFull),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("was_there", [False, True])
+def test_save_that_fails_leaves_no_half_checkpoint(tmp_path, error, raised, was_there):
+    folder = tmp_path / "checkpoint-3"
+    if was_there:
+        folder.mkdir()
+
+    def save(model, trial):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").touch()
+        raise error
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(global_step=3),
+        _save_checkpoint=save,
+    )
+    with pytest.raises(raised) as caught:
+        whole_or_none(trainer)(None, trial=None)
+    assert folder.exists() is was_there
+    assert type(caught.value) is raised
+    assert raised is RuntimeError or "checkpoint-3 cannot be written" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,30 @@ def test_value_that_no_sender_of_ours_sends_is_named(action, change, http, serve
     assert not server.given
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"3", b"\xff"])
+DEEP = 20_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[]", b"{", b"3", b"\xff"),
+        pytest.param(b"[" * DEEP + b"]" * DEEP, id="deep lists"),
+        pytest.param(b'{"header":' * DEEP + b"1" + b"}" * DEEP, id="deep objects"),
+    ],
+)
 @pytest.mark.parametrize("action", MESSAGES)
 def test_body_that_is_no_json_object_is_a_bad_request(action, body, http, server):
     response = http.post(f"/tink/v1/{action}", content=body)
     assert response.status_code == 400 and response.json()["error"]["code"] == "bad_request"
     assert not server.given
+
+
+@pytest.mark.parametrize("offset", ["", "x", "1.5"])
+def test_chunk_at_no_offset_is_a_bad_request_in_the_form_of_all(offset, http, server):
+    response = http.post(f"/tink/v1/stage/s/chunk?offset={offset}", content=b"1")
+    error = errors.from_wire(response.json(), response.status_code)
+    assert type(error) is errors.BadRequest and "offset" in error.message
+    assert response.status_code == 400 and not server.given
 
 
 @pytest.mark.parametrize("action", ["join", "stage"])

@@ -230,6 +230,18 @@ def test_a_queued_request_that_ends_lets_a_smaller_one_behind_it_start(queue, en
     assert ledger.ends == {State.EXPIRED if end == "expires" else State.CANCELLED: 1}
 
 
+def test_ledger_of_two_lives_tells_their_jobs_apart(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    for _ in range(2):  # the second one after a kill -9: nothing was closed
+        life = RequestLedger(path)
+        life.admitted(1, "r")
+        life.ended(1, "r", State.DONE)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["event"] for line in found] == ["admitted", "done"] * 2
+    lives = [line["life"] for line in found]
+    assert lives[0] == lives[1] != lives[2] == lives[3]
+
+
 def test_a_client_that_vanishes_is_noticed_and_its_place_given_on(queue):
     backend = FakeBackend(latency_s=5.0)
     jobs, _, ledger = queue(backend, max_running=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
@@ -50,8 +51,11 @@ class _Answering(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
-            except TinkError as error:
-                return JSONResponse(error.to_wire(), status_code=error.status)
+            except RequestValidationError as wrong:
+                error: TinkError = BadRequest(f"{request.url.path}: {wrong.errors()}"[:500])
+            except TinkError as refused:
+                error = refused
+            return JSONResponse(error.to_wire(), status_code=error.status)
 
         return answer
 

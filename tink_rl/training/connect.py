@@ -21,6 +21,7 @@ from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.probe import Prober
 from tink_rl.training.publishing import leaving_checkpoint
 from tink_rl.training.ranks import Ranks
+from tink_rl.training.saving import whole_or_none
 from tink_rl.training.trl_names import Arguments, Trainer
 
 logger = logging.getLogger("tink_rl")
@@ -103,6 +104,7 @@ def link_to(trainer: Trainer, clients: list[VLLMClient], sync: SyncConfig) -> Po
     trainer.policy_link = link
     live.keep_offline_without_login(trainer.args)
     trainer.train = _closing_on_error(trainer, link)
+    trainer._save_checkpoint = whole_or_none(trainer)
     return link
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from tink_rl.errors import NonFiniteWeights, RankFailed, SamplingRefused, TinkError
+from tink_rl.errors import NonFiniteWeights, RankFailed, SamplingRefused, StorageFull, TinkError
 from tink_rl.training.policy_publisher import PolicyPublisher
 from tink_rl.training.trl_names import Arguments, State, Trainer
 from tink_rl.types import PublishRecord
 
-_NO_CHECKPOINT = (NonFiniteWeights, RankFailed)
-"""Broken weights are to be resumed from an earlier step; saving needs every rank, and one is gone."""
+_NO_CHECKPOINT = (NonFiniteWeights, RankFailed, StorageFull)
+"""Broken weights are to be resumed from an earlier step; saving needs every rank, and room."""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -46,6 +47,7 @@ class RequestLedger:
             ConfigError: it cannot be written.
         """
         self._lock = threading.Lock()
+        self._life = uuid.uuid4().hex[:12]  # job numbers begin at 1 again in the same file
         self.num_admitted = 0
         self.ends: Counter[State] = Counter()
         self._stream: IO[str] | None = None
@@ -81,7 +83,8 @@ class RequestLedger:
         if self._stream is None:
             return
         try:
-            line = {"time": time.time(), "event": event, "job": job, "request_id": request_id}
+            line = {"time": time.time(), "life": self._life, "event": event, "job": job}
+            line["request_id"] = request_id
             self._stream.write(json.dumps(line) + "\n")
         except OSError:  # a full disk must not stop the answers
             _LOG.exception("the ledger cannot be written any more; it ends here")

@@ -65,27 +65,23 @@ class FaultyExtension(TinkWorkerExtension):
         finally:
             writer._model.__dict__.pop("load_weights", None)
 
-    def tink_serve(self, stage_id: Any, name: Any, path: Any, lora_id: Any) -> Any:
-        """Refuse on one of two ranks (`serve`)."""
+    def tink_serve(self, stage_id: Any, digest: Any, patience_s: Any, *slot: Any) -> Any:
+        """Refuse on one of two ranks (`serve`); serve zeros under the right digest (`drop-adapters`)."""
         worker: Any = self
         if _fault() == "serve" and worker.rank == 1:
             return {"ok": False, **TinkError("injected: no slot on rank 1").to_wire()}
-        return super().tink_serve(stage_id, name, path, lora_id)
-
-    def _tink_fill(self, stage_id: Any, *slot: Any) -> Any:
-        """Serve an adapter of zeros under the right digest (`drop-adapters`)."""
+        self._tink_damage(stage_id)
         if _fault() == "drop-adapters":
-            for tensor in self._tink().inbox.stages[stage_id].tensors.values():
-                tensor.zero_()
-        return super()._tink_fill(stage_id, *slot)
+            inbox = self._tink().inbox
+            inbox.seal(stage_id, digest)
+            if inbox.state(stage_id, patience_s) == "done":
+                for tensor in inbox.stages[stage_id].tensors.values():
+                    tensor.zero_()
+        return super().tink_serve(stage_id, digest, patience_s, *slot)
 
     def tink_sent(self, stage_id: Any, digest: Any, patience_s: Any) -> Any:
         self._tink_damage(stage_id)
         return super().tink_sent(stage_id, digest, patience_s)
-
-    def tink_sent_and_serve(self, stage_id: Any, *rest: Any) -> Any:
-        self._tink_damage(stage_id)
-        return super().tink_sent_and_serve(stage_id, *rest)
 
     def _tink_damage(self, stage_id: Any) -> None:
         """Damage a byte of a packet that came over HTTP (`damage`)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -157,20 +157,6 @@ _HEADER: TypeAdapter[PacketHeader] = TypeAdapter(CheckedHeader)
 _SPECS = TypeAdapter(list[TensorSpec])
 
 
-def _plan(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorSpec, ...], int]:
-    specs, offset = [], 0
-    for name, tensor in tensors:
-        spec = TensorSpec(
-            name=name,
-            shape=tuple(tensor.shape),
-            dtype=cast(Dtype, str(tensor.dtype).removeprefix("torch.")),
-            offset=offset,
-        )
-        specs.append(spec)
-        offset += _aligned(spec.num_bytes)
-    return tuple(specs), offset
-
-
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
@@ -208,13 +194,22 @@ def layout(
     Raises:
         KeyError: a tensor has a dtype that does not travel (float32, float16, bfloat16 do).
     """
-    specs, num_bytes = _plan(sorted(tensors.items()))
+    specs, num_bytes = [], 0
+    for name, tensor in sorted(tensors.items()):
+        spec = TensorSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=cast(Dtype, str(tensor.dtype).removeprefix("torch.")),
+            offset=num_bytes,
+        )
+        specs.append(spec)
+        num_bytes += _aligned(spec.num_bytes)
     return PacketHeader(
         protocol=PROTOCOL_VERSION,
         mode=mode,
         base_fingerprint=base_fingerprint,
         rank=rank,
-        tensors=specs,
+        tensors=tuple(specs),
         num_bytes=num_bytes,
         digest="",
         policy="",
@@ -335,7 +330,14 @@ class Hasher:
                 expected=header.num_bytes,
                 code="truncated_packet",
             )
-        _compare(header, self.digest())
+        found = self.digest()
+        if found != header.digest:
+            raise DigestMismatch(
+                f"the bytes of {header.policy}@{header.version} hash to {found[:12]}, the header says "
+                f"{header.digest[:12]}: they changed on the way; publish again",
+                given=found,
+                expected=header.digest,
+            )
 
 
 class DigestChain:
@@ -368,20 +370,3 @@ def specs_from_plan(plan: Any) -> list[TensorSpec]:
     if len({spec.name for spec in specs}) != len(specs):
         raise BadRequest("two tensors of the plan have the same name")
     return specs
-
-
-def check_bytes(header: PacketHeader, buffer: torch.Tensor) -> None:
-    """Raise unless `buffer` is what the sealed `header` announces; see `Hasher.check`."""
-    hasher = Hasher(header)
-    hasher.update(buffer)
-    hasher.check(header)
-
-
-def _compare(header: PacketHeader, found: str) -> None:
-    if found != header.digest:
-        raise DigestMismatch(
-            f"the bytes of {header.policy}@{header.version} hash to {found[:12]}, the header says "
-            f"{header.digest[:12]}: they changed on the way; publish again",
-            given=found,
-            expected=header.digest,
-        )

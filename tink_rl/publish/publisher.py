@@ -127,11 +127,8 @@ class WeightSync:
             self._base.check_served(status)
             check_content(self.fleet, self._base.directory)
             self._status = status
-        self._join()
-        return self._status
-
-    def _join(self) -> None:
         self.fleet.each(lambda replica: replica.ensure_channel())
+        return self._status
 
     @property
     def status(self) -> ServerStatus:
@@ -289,7 +286,7 @@ class WeightSync:
     def _attempt(self, transfer: Transfer, watch: Stopwatch, retire: Sequence[str]) -> float:
         """Every replica serves it, with its digest, and `retire` no more; the longest hold in seconds."""
         with watch(Phase.JOIN):
-            self._join()
+            self.fleet.each(lambda replica: replica.ensure_channel())
         with watch(Phase.STAGE):
             transfer.stage()
         with watch(Phase.COMMIT):

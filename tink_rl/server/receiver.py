@@ -245,32 +245,23 @@ class TinkWorkerExtension:
     # -- commit -----------------------------------------------------------------------------------
 
     @_answers
-    def tink_serve(self, stage_id: str, name: str, path: str, lora_id: int) -> str:
-        """Adapter mode: put the staged tensors into a slot; the digest.
+    def tink_serve(
+        self, stage_id: str, digest: str, patience_s: float, name: str, path: str, lora_id: int
+    ) -> str | None:
+        """Adapter mode: `tink_sent`, then put the tensors into a slot; the digest (None: they still come).
 
         vLLM's LoRA manager finds them again under `path` whenever it evicted them.
 
         Raises:
-            TinkError: vLLM refuses them.
+            TinkError: the packet is not right, or vLLM refuses it.
         """
-        return self._tink_fill(stage_id, name, path, lora_id)
-
-    @_answers
-    def tink_sent_and_serve(
-        self, stage_id: str, digest: str, patience_s: float, name: str, path: str, lora_id: int
-    ) -> str | None:
-        """`tink_sent`, and `tink_serve` if the packet is here and right; None: it is on its way."""
-        inbox = self._tink().inbox
-        inbox.seal(stage_id, digest)
-        if inbox.state(stage_id, patience_s) != "done":
-            return None
-        return self._tink_fill(stage_id, name, path, lora_id)
-
-    def _tink_fill(self, stage_id: str, name: str, path: str, lora_id: int) -> str:
         from tink_rl.server.vllm_names import LoRARequest
 
         worker: Any = self
         inbox = self._tink().inbox
+        inbox.seal(stage_id, digest)
+        if inbox.state(stage_id, patience_s) != "done":
+            return None
         stage = inbox.get(stage_id)
         staged_adapters.put(
             path,

@@ -116,12 +116,11 @@ class Stages:
         Raises:
             TinkError: what is wrong with the packet, or why vLLM refuses it.
         """
-        if not staged.checked:
-            held = await self._sent("tink_sent_and_serve", staged, digest, *slot)
-            if held != [None]:
-                return held
+        held = await self._sent("tink_serve", staged, digest, *slot)
+        if None in held:
             await self._until_received(staged, timeout_s)
-        return await self._workers.ask("tink_serve", staged.stage_id, *slot)
+            held = await self._sent("tink_serve", staged, digest, *slot)
+        return held
 
     def is_checked_as_served(self, staged: Staged) -> bool:
         """Whether checking and serving may be one call.

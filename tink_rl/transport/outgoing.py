@@ -30,11 +30,10 @@ class OutgoingPacket:
         """Begin to hash the bytes, which must be complete, if nobody did. Never holds a header up."""
         with self._lock:
             if self._digest is None:
-                self._digest = in_thread(self._hash)
+                self._digest = in_thread(
+                    lambda: self.header.digest or packet.digest_of(self.header, self.buffer)
+                )
             return self._digest
-
-    def _hash(self) -> str:
-        return self.header.digest or packet.digest_of(self.header, self.buffer)
 
     def digest(self) -> str:
         """blake3, hex."""

@@ -269,7 +269,7 @@ class JobQueue:
 
     async def _sample(self, job: Job) -> list[Completion]:
         work = job.work
-        async with asyncio.timeout_at(self._loop_time(job.deadline)):
+        async with asyncio.timeout(job.deadline - time.monotonic()):
             completions = await self._backend.sample(
                 work.request,
                 timeout_s=max(0.001, job.deadline - time.monotonic()),
@@ -294,9 +294,6 @@ class JobQueue:
             self._start_next()
         if state is State.DONE:
             self.on_success()
-
-    def _loop_time(self, deadline: float) -> float:
-        return self._loop.time() + deadline - time.monotonic()
 
     def _pass_on(self, job: Job, delta: Delta) -> None:
         self.on_delta()

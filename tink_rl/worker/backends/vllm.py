@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -109,12 +109,16 @@ class VLLMSampler:
                     view = await self._in_thread(self._server.view)
                     self.backend.check(admitted.prompts, admitted.params, view)
                 model = admitted.model or await self._find(admitted.model_id)
-
-                async def send(target: Target) -> list[Completion]:
-                    left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-                    return await self._send(target, admitted, max(0.001, left_s), on_delta)
-
-                return await self._with_target(model, send)
+                for _ in range(MAX_TRIES):
+                    target = self._resolver.acquire_now(model) or await self._acquire(model)
+                    try:
+                        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
+                        return await self._send(target, admitted, max(0.001, left_s), on_delta)
+                    except errors.UnknownVersion:
+                        self._resolver.refused(target)
+                    finally:
+                        self._resolver.release(target)
+                raise self._resolver.gave_up(model)
         except errors.TinkError:
             raise
         except TimeoutError as error:
@@ -179,20 +183,6 @@ class VLLMSampler:
             f"{self._sampler.base_url}; GET /api/v1/models lists what is, POST /api/v1/adapters "
             "registers an adapter"
         )
-
-    async def _with_target(
-        self, model: Model, send: Callable[[Target], Awaitable[list[Completion]]]
-    ) -> list[Completion]:
-        """`ModelResolver.with_target`, in the loop."""
-        for _ in range(MAX_TRIES):
-            target = self._resolver.acquire_now(model) or await self._acquire(model)
-            try:
-                return await send(target)
-            except errors.UnknownVersion:
-                self._resolver.refused(target)
-            finally:
-                self._resolver.release(target)
-        raise self._resolver.gave_up(model)
 
     async def _acquire(self, model: Model) -> Target:
         """A target; if the task is cancelled meanwhile, the pin that the thread takes is given back."""

@@ -216,18 +216,18 @@ def test_every_transport_carries_both_modes(server, twin, transport):
                 assert_served(server, name, twin.clear_cases())
 
 
-def test_header_that_was_announced_and_not_sent_is_withdrawn(server, twin, monkeypatch):
+def test_packet_that_cannot_be_packed_is_not_sent(server, twin, monkeypatch):
     with sync_to(server, twin.directory, "adapter", transport="shm") as sync:
         [replica] = sync.fleet.replicas
-        stages, announce = [], replica._send_header
-        replica._send_header = lambda *args: stages.append(announce(*args)) or stages[-1]
+        stages, send = [], replica.send
+        replica.send = lambda *args: stages.append(send(*args)) or stages[-1]
         twin.randomise(6)
         name, cases = sync.publish(twin.model).name, twin.clear_cases()
-        assert not sync.publish(twin.model).published  # what is served already is not announced
+        assert not sync.publish(twin.model).published  # what is served already is not sent
         monkeypatch.setattr(packet, "fill", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sync.publish(random_adapter(twin, 7))
-        assert len(stages) == 2
+        assert len(stages) == 1
         for stage_id in stages:
             with pytest.raises(errors.UnknownVersion, match="nothing is staged"):
                 replica.commit(stage_id)

@@ -218,27 +218,19 @@ def layout(
     )
 
 
-def fill(
-    header: PacketHeader,
-    buffer: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor],
-    progress: Callable[[int], None] | None = None,
-) -> None:
+def fill(header: PacketHeader, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy `tensors` to where `header`, which is their layout, says.
 
     Args:
         header: What `layout` gave.
         buffer: `[num_bytes] uint8` on the CPU.
         tensors: By name, on any device.
-        progress: Called with the number of bytes up to which the buffer is complete.
     """
     for spec, target in zip(header.tensors, _views(buffer, header.tensors), strict=True):
         target.copy_(tensors[spec.name].detach())
         end, aligned = spec.offset + spec.num_bytes, spec.offset + _aligned(spec.num_bytes)
         if end < aligned:
             buffer[end:aligned] = 0  # padding is hashed too
-        if progress is not None:
-            progress(aligned)
 
 
 def seal(header: PacketHeader, buffer: torch.Tensor) -> PacketHeader:

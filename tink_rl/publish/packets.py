@@ -38,14 +38,9 @@ class Packer:
         self._spare = buffer
 
     def pack(self, header: packet.PacketHeader, adapter: Adapter) -> OutgoingPacket:
-        """The adapter as a packet; its header may be on its way already (a full update has its own)."""
+        """The adapter as a packet."""
         outgoing = OutgoingPacket(header, self.allocate(header.num_bytes))
-        try:
-            progress = None if header.mode is SyncMode.FULL else self._fleet.announce(outgoing)
-            packet.fill(header, outgoing.buffer, adapter.tensors, progress)
-        except BaseException:
-            self._fleet.withdraw(outgoing)
-            raise
+        packet.fill(header, outgoing.buffer, adapter.tensors)
         return outgoing
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,7 +94,7 @@ class Inbox:
         if transport is Transport.SHM:
             spec = SegmentSpec.from_json(options["segment"])
             segment = self._channels.segment(header.epoch, spec, header.num_bytes)
-            return functools.partial(_copied, segment, options["timeout_s"])
+            return functools.partial(_copied, segment)
         channel = self._channels.joined(header.epoch)
         return functools.partial(
             communicator.transfer, channel, src=options["src"], timeout_s=options["timeout_s"]
@@ -181,21 +180,17 @@ class Inbox:
         self._spare = [*self._spare, buffer][-_NUM_SPARE_BUFFERS:]
 
 
-def _copied(segment: Segment, timeout_s: float, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Copy the packet into `buffer`, where nobody else can write to it, as it is being filled.
+def _copied(segment: Segment, buffer: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Copy the packet into `buffer`, where nobody else can write to it.
 
     Gives each piece in turn, while it is still in the cache.
     """
-    deadline = time.monotonic() + timeout_s
     pieces = zip(
         torch.split(buffer, _COPIED_BYTES),
         torch.split(segment.buffer[: buffer.numel()], _COPIED_BYTES),
         strict=True,
     )
-    end = 0
     for piece, theirs in pieces:
-        end += piece.numel()
-        segment.wait_until_filled(end, deadline)
         yield piece.copy_(theirs)
 
 

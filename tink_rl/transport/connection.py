@@ -6,8 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tink_rl import errors
 from tink_rl.config import SyncConfig
@@ -173,15 +172,8 @@ class Connection:
         with contextlib.suppress(TinkError):
             self._control(LEAVE, LeaseRequest(policy=self._config.policy, epoch=epoch), 5.0)
 
-    def _control(
-        self,
-        route: Route[Q, A],
-        message: Q,
-        timeout_s: float,
-        when_sent: Callable[[], Any] | None = None,
-    ) -> A:
-        timeout_s += _HTTP_SLACK_S
-        return self.client.ask(route, message, timeout_s=timeout_s, when_sent=when_sent)
+    def _control(self, route: Route[Q, A], message: Q, timeout_s: float) -> A:
+        return self.client.ask(route, message, timeout_s=timeout_s + _HTTP_SLACK_S)
 
     @property
     def epoch(self) -> int:

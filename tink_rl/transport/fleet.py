@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tink_rl import errors
 from tink_rl.errors import TinkError
-from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.replica import Replica
 from tink_rl.transport.shared_memory import SegmentPool
 from tink_rl.types import ServerStatus
@@ -73,24 +72,6 @@ class Fleet:
             for replica in sharing:
                 replica.do_without_shared_memory(error)
         return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def announce(self, outgoing: OutgoingPacket) -> Callable[[int], None] | None:
-        """Send the header of a packet that is still to be packed, where nobody waits for another replica.
-
-        Returns:
-            To be called with the number of bytes that are packed; None: nothing was announced.
-        """
-        segment = self._segments.holding(outgoing.buffer)
-        if segment is None or len(self.replicas) > 1 or not self.replicas[0].shares_memory:
-            return None
-        segment.fill(0)
-        self.replicas[0].announce(outgoing)
-        return segment.fill
-
-    def withdraw(self, outgoing: OutgoingPacket) -> None:
-        """Let the servers forget what was announced and is not sent; never raises."""
-        for replica in self.replicas:
-            replica.withdraw(outgoing)
 
     def free_buffer(self, buffer: torch.Tensor) -> None:
         """Let go of memory that `allocate_buffer` gave and that nobody packs into again."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -30,19 +29,13 @@ class OutgoingPacket:
         """Begin to hash the bytes, which must be complete, if nobody did. Never holds a header up."""
         with self._lock:
             if self._digest is None:
-                self._digest = in_thread(
+                pool = ThreadPoolExecutor(1, thread_name_prefix="tink-packet")
+                self._digest = pool.submit(
                     lambda: self.header.digest or packet.digest_of(self.header, self.buffer)
                 )
+                pool.shutdown(wait=False)
             return self._digest
 
     def digest(self) -> str:
         """blake3, hex."""
         return self.start_digest().result()
-
-
-def in_thread(work: Callable[[], str]) -> Future[str]:
-    """What `work` will have given, in a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="tink-packet")
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    return future

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tink_rl import errors
@@ -33,7 +31,7 @@ from tink_rl.protocol import (
     StageRequest,
 )
 from tink_rl.transport.connection import Connection
-from tink_rl.transport.outgoing import OutgoingPacket, in_thread
+from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.sampling_client import SamplingClient
 from tink_rl.transport.shared_memory import Segment, SegmentPool
 from tink_rl.types import Transport
@@ -51,8 +49,6 @@ class Replica(Connection):
         super().__init__(client, config, writer=writer)
         self.segments = SegmentPool()
         """Shared memory that packets are packed into; a fleet's replicas have one."""
-        self._announced: tuple[OutgoingPacket, Future[str]] | None = None
-        """A packet whose header was sent before its bytes were packed, and its stage's id."""
 
     # -- one packet -------------------------------------------------------------------------------
 
@@ -67,74 +63,31 @@ class Replica(Connection):
         return stage_id
 
     def send(self, outgoing: OutgoingPacket, update_id: str | None = None) -> str:
-        """Send header, unless it was announced, and bytes; the stage's id.
+        """Send header and bytes; the stage's id.
 
         They are checked when the digest follows.
 
         Raises:
             TinkError: what is wrong with the header; the server serves what it served before.
         """
-        announced, self._announced = self._announced, None
-        if announced is not None and announced[0] is outgoing:
-            outgoing.start_digest()
-            return announced[1].result()
-        buffer, transport = outgoing.buffer, self._opened.transport
-        segment = self._segment_with(buffer) if transport is Transport.SHM else None
-        stage_id = self._send_header(outgoing, segment, update_id)
-        outgoing.start_digest()
-        # The header was accepted and every worker is receiving: only now do bytes travel.
-        if transport is Transport.HTTP:
-            self._send_chunks(stage_id, buffer, self._config.stage_timeout_s)
-        elif segment is None:
-            self._broadcast(stage_id, buffer, self._config.stage_timeout_s)
-        return stage_id
-
-    def announce(self, outgoing: OutgoingPacket) -> None:
-        """Send the header of a packet that is still to be packed into memory of `segments`.
-
-        A server takes milliseconds to read a header, as packing and hashing take here: on one machine they
-        go on at the same time, and workers copy as the memory is filled. Returns when the header was
-        written, or could not be: a thread that packs leaves no other one the turn. What is wrong with the
-        header is raised by `send`.
-        """
-        segment, sent = self.segments.holding(outgoing.buffer), threading.Event()
-        stage_id = in_thread(lambda: self._send_header(outgoing, segment, None, sent.set))
-        stage_id.add_done_callback(lambda _: sent.set())
-        self._announced = (outgoing, stage_id)
-        sent.wait()
-
-    def forget_channel(self) -> None:
-        """See `Connection`; what was announced over the channel is not known over the next."""
-        self._announced = None
-        super().forget_channel()
-
-    def withdraw(self, outgoing: OutgoingPacket) -> None:
-        """Let the server forget `outgoing`, if it was announced and not sent; never raises."""
-        announced, self._announced = self._announced, None
-        if announced is None or announced[0] is not outgoing:
-            return
-        with contextlib.suppress(Exception):  # what ended the packing is to be heard
-            self.discard(announced[1].result())
-            segment = self.segments.holding(outgoing.buffer)
-            if segment is not None:
-                segment.fill(outgoing.buffer.numel())  # workers wait for it
-
-    def _send_header(
-        self,
-        outgoing: OutgoingPacket,
-        segment: Segment | None,
-        update_id: str | None,
-        when_sent: Callable[[], Any] | None = None,
-    ) -> str:
-        header, timeout_s = outgoing.header, self._config.stage_timeout_s
+        header, buffer = outgoing.header, outgoing.buffer
+        joined, timeout_s = self._opened, self._config.stage_timeout_s
+        segment = self._segment_with(buffer) if joined.transport is Transport.SHM else None
         request = StageRequest(
-            header=header.named(header.policy, header.version, self.epoch),
-            transport=self._opened.transport,
+            header=header.named(header.policy, header.version, joined.epoch),
+            transport=joined.transport,
             timeout_s=timeout_s,
             update_id=update_id,
             segment=None if segment is None else segment.spec,
         )
-        return self._control(STAGE, request, timeout_s, when_sent).stage_id
+        stage_id = self._control(STAGE, request, timeout_s).stage_id
+        outgoing.start_digest()
+        # The header was accepted and every worker is receiving: only now do bytes travel.
+        if joined.transport is Transport.HTTP:
+            self._send_chunks(stage_id, buffer, timeout_s)
+        elif segment is None:
+            self._broadcast(stage_id, buffer, timeout_s)
+        return stage_id
 
     def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
         request = StagedRequest(
@@ -150,7 +103,6 @@ class Replica(Connection):
         """
         packed_in = self.segments.holding(buffer)
         if packed_in is not None:
-            packed_in.fill(buffer.numel())
             return packed_in
         if self._segment is None or self._segment.buffer.numel() < buffer.numel():
             try:
@@ -159,7 +111,6 @@ class Replica(Connection):
                 self.do_without_shared_memory(error)
                 raise
         self._segment.buffer[: buffer.numel()].copy_(buffer)
-        self._segment.fill(buffer.numel())
         return self._segment
 
     def _broadcast(self, stage_id: str, buffer: torch.Tensor, timeout_s: float) -> None:

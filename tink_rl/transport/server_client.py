@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
@@ -155,11 +155,8 @@ class ServerClient:
         timeout_s: float,
         content: bytes | None = None,
         params: Mapping[str, Any] | None = None,
-        when_sent: Callable[[], Any] | None = None,
     ) -> dict[str, Any]:
         """POST (GET without body) to a control route; its JSON.
-
-        `when_sent` is called when the last byte is on its way, to do something while the server does.
 
         Raises:
             PluginMissing: the server runs without the tink_rl plugin.
@@ -171,8 +168,6 @@ class ServerClient:
             kwargs |= {"content": content, "params": params}
         elif body is not None:
             kwargs["json"] = body
-        if when_sent is not None:
-            kwargs["extensions"] = {"trace": _at_the_end_of_sending(when_sent)}
         method = "GET" if body is None and content is None else "POST"
         response = self._send(method, f"{PREFIX}/{action}", timeout_s=timeout_s, **kwargs)
         data = payloads.json_or_text(response.text)
@@ -195,18 +190,9 @@ class ServerClient:
             "404); start it with `tink-rl serve MODEL` (its Python needs `pip install tink-rl`)"
         )
 
-    def ask(
-        self,
-        route: Route[Q, A],
-        message: Q,
-        *,
-        timeout_s: float,
-        when_sent: Callable[[], Any] | None = None,
-    ) -> A:
+    def ask(self, route: Route[Q, A], message: Q, *, timeout_s: float) -> A:
         """Send `message` to its route; what the server answered. See `control`."""
-        answer = self.control(
-            route.action, content=message.to_json(), timeout_s=timeout_s, when_sent=when_sent
-        )
+        answer = self.control(route.action, content=message.to_json(), timeout_s=timeout_s)
         return route.read_answer(answer)
 
     def status(self, timeout_s: float = 10.0) -> ServerStatus:
@@ -366,13 +352,3 @@ class ServerClient:
             payloads.check_key(response.status_code, data, self.base_url)
             text = payloads.error_text(data)
             raise errors.BackendError(f"vLLM at {self.base_url} did not unload {name}: {text}")
-
-
-def _at_the_end_of_sending(call: Callable[[], Any]) -> Callable[[str, Any], None]:
-    """An httpx trace that calls `call` when a request has been written."""
-
-    def trace(event: str, _: Any) -> None:
-        if event.endswith("send_request_body.complete"):
-            call()
-
-    return trace

@@ -13,21 +13,17 @@ import fcntl
 import os
 import secrets
 import stat
-import time
 import weakref
 from typing import TYPE_CHECKING
 
-from tink_rl.errors import ChannelLost, SegmentUnreachable
+from tink_rl.errors import SegmentUnreachable
 from tink_rl.protocol import SegmentSpec
 
 if TYPE_CHECKING:
     import torch
 
 _NONCE_BYTES = 64
-_HEAD_BYTES = 128
-"""The nonce, then how far the packet is filled; the packet's bytes after them stay aligned."""
-_LOOK_AGAIN_S = (0.0002, 0.005)
-"""Between two looks at how far a packet is filled: at first, and after a while."""
+"""At the head of a segment; the packet's bytes after it stay aligned."""
 MAX_SEGMENTS = 4
 """Of one publisher, at once, on either side."""
 
@@ -36,34 +32,9 @@ class Segment:
     """A mapped segment. The mapping lives as long as `buffer` is referred to."""
 
     def __init__(self, spec: SegmentSpec, memory: torch.Tensor) -> None:
-        import torch
-
         self.spec = spec
-        self.buffer = memory[_HEAD_BYTES:]
+        self.buffer = memory[_NONCE_BYTES:]
         """`[num_bytes] uint8`, shared."""
-        self._filled_1 = memory[_NONCE_BYTES : _NONCE_BYTES + 8].view(torch.int64)
-
-    def fill(self, num_bytes: int) -> None:
-        """Say that the packet is in `buffer` up to byte `num_bytes`; 0: it is to come."""
-        self._filled_1.fill_(num_bytes)
-
-    def wait_until_filled(self, num_bytes: int, deadline: float) -> None:
-        """Return when the other side has said so.
-
-        A reader that is too early all the same finds another digest.
-
-        Raises:
-            ChannelLost: it has not by `deadline` (of `time.monotonic`).
-        """
-        pause_s, longest_s = _LOOK_AGAIN_S
-        while int(self._filled_1) < num_bytes:
-            if time.monotonic() > deadline:
-                raise ChannelLost(
-                    f"the trainer filled {int(self._filled_1)} of {num_bytes} bytes in time; is it "
-                    "alive? publish again"
-                )
-            time.sleep(pause_s)
-            pause_s = min(longest_s, 1.2 * pause_s)
 
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
@@ -72,7 +43,7 @@ class Segment:
         Raises:
             SegmentUnreachable: there is no shared memory here, or too little of it.
         """
-        nonce, size = secrets.token_hex(_NONCE_BYTES // 2), _HEAD_BYTES + num_bytes
+        nonce, size = secrets.token_hex(_NONCE_BYTES // 2), _NONCE_BYTES + num_bytes
         try:
             handle = os.memfd_create("tink-packet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except (OSError, AttributeError) as error:
@@ -100,7 +71,7 @@ class Segment:
         Raises:
             SegmentUnreachable: it cannot be opened here, or is something else.
         """
-        size = _HEAD_BYTES + spec.num_bytes
+        size = _NONCE_BYTES + spec.num_bytes
         try:
             flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
             handle = os.open(f"/proc/{spec.pid}/fd/{spec.handle}", flags)

@@ -15,38 +15,13 @@ import zipfile
 from tink_rl.errors import AdapterFilesInvalid
 
 _OPCODES = frozenset(
-    {
-        "PROTO",
-        "EMPTY_DICT",
-        "EMPTY_TUPLE",
-        "EMPTY_LIST",
-        "MARK",
-        "BINUNICODE",
-        "GLOBAL",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "TUPLE",
-        "TUPLE1",
-        "TUPLE2",
-        "TUPLE3",
-        "BINPERSID",
-        "NEWTRUE",
-        "NEWFALSE",
-        "NONE",
-        "REDUCE",
-        "SETITEM",
-        "SETITEMS",
-        "APPEND",
-        "APPENDS",
-        "BUILD",
-        "BINPUT",
-        "LONG_BINPUT",
-        "BINGET",
-        "LONG_BINGET",
-        "STOP",
-    }
+    (
+        *("PROTO", "EMPTY_DICT", "EMPTY_TUPLE", "EMPTY_LIST", "MARK", "BINUNICODE"),
+        *("GLOBAL", "BININT", "BININT1", "BININT2", "LONG1", "TUPLE"),
+        *("TUPLE1", "TUPLE2", "TUPLE3", "BINPERSID", "NEWTRUE", "NEWFALSE"),
+        *("NONE", "REDUCE", "SETITEM", "SETITEMS", "APPEND", "APPENDS"),
+        *("BUILD", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "STOP"),
+    )
 )
 _GLOBALS = frozenset(
     {

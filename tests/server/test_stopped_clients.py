@@ -84,4 +84,4 @@ def test_client_that_stops_holds_no_publish(server, twin, mode, on_running):
         }
         ended = {part.partition(b'"')[0] for part in answer.split(b'"finish_reason":"')[1:]}
         assert ended == {b"length"} or (on_running == "abort" and ended <= {b"length", b"abort"})
-        assert len(answer) > 5 * 2**20  # more than the sockets hold, on either side
+        assert len(answer) > 2**20  # more than uvicorn and the socket that is not read buffer

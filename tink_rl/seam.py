@@ -17,7 +17,7 @@ from typing import Any
 from tink_rl.errors import ConfigError
 
 KNOWN_GOOD = {"trl": ("1.13", "1.14", "1.15", "1.16"), "vllm": ("0.31", "0.32")}
-"""Minor releases of which a row of `docs/compat.md` says what was run, without a failure; newest last."""
+"""Minor releases on which the contract tests passed, newest last; `make compat` says more of a pair."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # its processes inherit the one that it made
+    _hub = tempfile.TemporaryDirectory(prefix="tink-rl-hub-")
+    os.environ["HF_HUB_CACHE"] = _hub.name
 os.environ.setdefault("WANDB_MODE", "disabled")
 from tests import cores
 

@@ -46,7 +46,7 @@ _END_S = 10.0
 
 CAN_FORK = not has_gpu()
 """What is forked here is vLLM's CPU build; a process that holds a GPU cannot be."""
-_READ_EARLY = ("ATEN_CPU_CAPABILITY", "HF_HUB_CACHE", "ONEDNN_MAX_CPU_ISA")
+_READ_EARLY = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 """Variables that are read while importing: servers that differ in one have parents of their own."""
 
 

@@ -47,7 +47,8 @@ def test_demo_trains_publishes_and_writes_its_files(tmp_path):
         assert f'id="{figure}"' in page
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_recipe_starts_and_stops_a_server_of_its_own(model_dir, tmp_path):
     [block] = [
         b

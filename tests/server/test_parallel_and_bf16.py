@@ -27,14 +27,21 @@ from tink_rl.training.probe import Prober
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture
-def tensor_parallel(servers, switch):
-    """Two workers, computing as on a CPU with AVX2 and nothing newer; what the switch says fails in them."""
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+@pytest.fixture(
+    params=[pytest.param({}, id="as it is"), pytest.param(AVX2, id="AVX2", marks=pytest.mark.long)]
+)
+def tensor_parallel(request, servers, switch):
+    """Two workers, also computing as on a CPU with AVX2 and nothing newer; the switch lets them fail."""
     options = faulty_options(switch)
-    options["env"] |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    options["env"] |= request.param
     return servers.get("qwen3", mode="both", tensor_parallel_size=2, **options)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("tensor_parallel", [AVX2], ids=["AVX2"], indirect=True)
 def test_workers_compute_with_the_instructions_that_they_are_held_to(tensor_parallel):
     # The tests below compare their tokens with those of this process, which computes as the CPU can.
     environments = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,12 +39,9 @@ def crowded(directory):
 @pytest.fixture(scope="module")
 def hub(model_dir, tmp_path_factory):
     """`acme/tiny`: v2 is served, main holds other weights of the same shapes."""
-    root = tmp_path_factory.mktemp("hub")
-    v2 = crowded(root / "v2")
-    cache_snapshot(root / "cache", "acme/tiny", model_dir("qwen3"), "main")
-    return SimpleNamespace(
-        cache=root / "cache", v2=v2, snapshot=cache_snapshot(root / "cache", "acme/tiny", v2, "v2")
-    )
+    cache, v2 = Path(constants.HF_HUB_CACHE), crowded(tmp_path_factory.mktemp("hub") / "v2")
+    cache_snapshot(cache, "acme/tiny", model_dir("qwen3"), "main")
+    return SimpleNamespace(v2=v2, snapshot=cache_snapshot(cache, "acme/tiny", v2, "v2"))
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +55,9 @@ def pinned(hub, tmp_path_factory):
         max_lora_rank=16,
         token_file=str(tmp_path_factory.mktemp("pinned") / "token"),
         extra_args=("--served-model-name", "pol", "--api-key", KEY),
-        env={"HF_HUB_CACHE": str(hub.cache)},  # HF_HUB_OFFLINE is set for all tests
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.cache))
-        with server:
-            yield server
+    with server:
+        yield server
 
 
 def trainer_of(pinned, path, *, revision, lora_changes=None, **sync):

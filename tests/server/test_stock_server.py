@@ -232,6 +232,7 @@ def trl_server(model_dir, tmp_path_factory):
     server.stop()
 
 
+@pytest.mark.long  # its three processes import TRL and vLLM, each by itself
 def test_trl_vllm_serve_samples_and_says_how_adapters_could_be_loaded(
     trl_server, goldens, tmp_path
 ):

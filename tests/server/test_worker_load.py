@@ -17,7 +17,7 @@ NUM_CLIENTS = 100
 NUM_COPIES = 7
 # As many requests as `make test` has time for, and as many as a service sees in a minute.
 REQUESTS_EACH = pytest.mark.parametrize(
-    "requests_each", [4, pytest.param(20, marks=pytest.mark.long)]
+    "requests_each", [2, pytest.param(20, marks=pytest.mark.long)]
 )
 
 

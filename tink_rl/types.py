@@ -12,6 +12,8 @@ PROTOCOL_VERSION = 3
 
 FULL_LOGPROBS = "tink_full_logprobs"
 """In a request's `vllm_xargs`: send the sampled tokens' logprobs as they were before top-k, a grammar, ..."""
+IDS_ONLY = "tink_ids_only"
+"""In a request's `vllm_xargs`: nobody reads its texts, so no token is decoded."""
 
 METRICS_FILE = "metrics.jsonl"
 """A run writes a line of it per logged step; `tink-rl report` reads it."""

@@ -18,11 +18,12 @@ from tink_rl.training import checks
 from tink_rl.training.generation import PolicyGeneration, SamplingSettings
 from tink_rl.training.ratio import RATIO, RatioWatch
 from tink_rl.training.rollout_log import RolloutLog
-from tink_rl.training.rollouts import RolloutBatch, requests_of
+from tink_rl.training.rollouts import Ask, RolloutBatch, requests_of
+from tink_rl.training.sampler import Sampler as TurnSampler
 from tink_rl.transport.fleet import Fleet
 from tink_rl.transport.payloads import Limits
 from tink_rl.transport.replica import Replica
-from tink_rl.types import FULL_LOGPROBS
+from tink_rl.types import FULL_LOGPROBS, IDS_ONLY
 
 NARROWED = [
     {"top_k": 20},
@@ -85,6 +86,16 @@ def test_request_that_draws_from_the_whole_policy_is_what_it_always_was(changes,
     settings = SamplingSettings.of(arguments(**changes))
     client.generate([[1]], model="base", **{**settings.as_request(), "logprobs": None})
     assert "vllm_xargs" not in bodies[0] and "full_logprobs" not in settings.as_request()
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}], ids=str)
+def test_trainer_asks_for_no_texts_whatever_it_draws_from(changes, answers):
+    client, bodies = answers
+    settings = SamplingSettings.of(arguments(**changes))
+    ask = Ask(prompt_ids=[1], rows=[0], seed=3)
+    options = {**settings.as_request(), "logprobs": None}
+    TurnSampler([client]).sample([ask], model="base", arguments=options)
+    assert bodies[0]["vllm_xargs"] == {IDS_ONLY: 1} | ({FULL_LOGPROBS: 1} if changes else {})
 
 
 class Sampler:

@@ -148,6 +148,24 @@ def test_ids_beyond_the_embedding_are_refused_before_the_engine_sees_them():
             ask(*bad)
 
 
+def test_request_for_ids_alone_is_not_decoded_unless_a_stop_string_is_looked_for():
+    from vllm import SamplingParams
+    from vllm.v1.engine.output_processor import RequestState
+
+    from tink_rl.server.ids_only import leave_out_texts
+    from tink_rl.types import IDS_ONLY
+
+    asked = {"extra_args": {IDS_ONLY: 1}}
+    for given, decodes in ((asked, False), ({}, True), ({**asked, "stop": ["x"]}, True)):
+        params = SamplingParams(**given)
+        leave_out_texts(params)
+        assert params.detokenize is decodes
+    leave_out_texts(None)
+    # One switch for both: the text of a completion, and that of each logprob.
+    source = inspect.getsource(RequestState.from_new_request)
+    assert "if not sampling_params.detokenize:\n                tokenizer = None" in source
+
+
 def test_engine_client_has_the_methods_that_a_commit_needs():
     from vllm.v1.engine.async_llm import AsyncLLM
 

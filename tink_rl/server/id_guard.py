@@ -11,9 +11,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from tink_rl.server.ids_only import leave_out_texts
 
-def refuse_unknown_ids() -> None:
-    """Let vLLM's input processor answer such a request with a 400, on every route; idempotent."""
+
+def look_at_requests() -> None:
+    """Let vLLM's input processor answer such a request with a 400, on every route; idempotent.
+
+    What nobody reads of an answer is left out there too.
+    """
     from tink_rl.server.vllm_names import InputProcessor
 
     process = InputProcessor.process_inputs
@@ -24,6 +29,7 @@ def refuse_unknown_ids() -> None:
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
         check_request(request, self.model_config.get_vocab_size())
+        leave_out_texts(request.sampling_params)
         return request
 
     checked.checks_ids = True  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 from tink_rl.errors import ConfigError
 from tink_rl.plugin_settings import PluginSettings
 from tink_rl.server.base_files import load_only_the_checkpoint
-from tink_rl.server.id_guard import refuse_unknown_ids
+from tink_rl.server.id_guard import look_at_requests
 
 logger = logging.getLogger("tink_rl.server")
 _PAUSE_S = 0.0002
@@ -35,7 +35,7 @@ def register() -> None:
         return
     _wait_asleep()
     load_only_the_checkpoint()
-    refuse_unknown_ids()
+    look_at_requests()
     from tink_rl.server.vllm_names import LRUCacheWorkerLoRAManager, lora_model_runner_mixin
 
     current = lora_model_runner_mixin.LRUCacheWorkerLoRAManager

@@ -115,6 +115,7 @@ class Sampler:
             [ask.prompt_ids for _, ask in items],
             n=n,
             model=model,
+            ids_only=True,
             **{**arguments, "generation_kwargs": kwargs},
         )
         rows = []

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from tink_rl.errors import SamplingRefused
-from tink_rl.types import FULL_LOGPROBS
+from tink_rl.types import FULL_LOGPROBS, IDS_ONLY
 
 MAX_INT = 2**31 - 1
 Shown = Callable[[str], str]
@@ -149,7 +149,13 @@ FIELDS: dict[str, Field] = {
     ),
     # -- never sent -----------------------------------------------------------------------------------
     # But for what the client asks of our own plugin.
-    "vllm_xargs": _refused(Effect.NEVER, _UNCHECKED, {FULL_LOGPROBS: 1}),
+    "vllm_xargs": _refused(
+        Effect.NEVER,
+        _UNCHECKED,
+        {FULL_LOGPROBS: 1},
+        {IDS_ONLY: 1},
+        {FULL_LOGPROBS: 1, IDS_ONLY: 1},
+    ),
     "kv_transfer_params": _refused(Effect.NEVER, _UNCHECKED),
     "ec_transfer_params": _refused(Effect.NEVER, _UNCHECKED),
 }

@@ -13,7 +13,7 @@ from tink_rl import errors
 from tink_rl.transport import payloads
 from tink_rl.transport.payloads import NO_LIMITS, Limits
 from tink_rl.transport.server_client import ServerClient
-from tink_rl.types import FULL_LOGPROBS
+from tink_rl.types import FULL_LOGPROBS, IDS_ONLY
 
 
 class SamplingClient(ServerClient):
@@ -132,12 +132,14 @@ class SamplingClient(ServerClient):
         *,
         model: str | None = None,
         full_logprobs: bool = False,
+        ids_only: bool = False,
     ) -> dict[str, Any]:
         """`n` completions per prompt, prompt-major, from the version `model` (None: the first served).
 
         With `full_logprobs`, logprobs are log softmax(logits / temperature) over the
         whole vocabulary, whatever top_k, a grammar, ... left of it to draw from; a server whose status
-        says `no_full_logprobs` ignores this.
+        says `no_full_logprobs` ignores this. With `ids_only`, `texts` may be empty: the server need not
+        decode what nobody reads.
 
         Returns:
             TRL's keys: `prompt_ids` [P][T], `completion_ids` [P*n][T], `logprobs` and
@@ -171,8 +173,9 @@ class SamplingClient(ServerClient):
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        if full_logprobs:
-            payload["vllm_xargs"] = {FULL_LOGPROBS: 1}
+        asked = {FULL_LOGPROBS: full_logprobs, IDS_ONLY: ids_only}
+        if any(asked.values()):
+            payload["vllm_xargs"] = {name: 1 for name, is_asked in asked.items() if is_asked}
         # The prefix cache must never answer one version with another one's keys and values.
         payload["cache_salt"] = payloads.salt(payload["model"])
         n = payload.get("n", 1)

@@ -57,7 +57,7 @@ class TinkEndpoints:
             ConfigError: a parallel layout that is not proven, or the receiver is missing.
             ModeUnavailable: merged mode does not fit.
         """
-        from tink_rl.server.vllm_names import LoRARequest
+        from tink_rl.server.vllm_names import LoRARequest, envs
 
         config, asked = engine_client.vllm_config, PluginSettings.load()
         check_layout(config, args)
@@ -82,6 +82,8 @@ class TinkEndpoints:
             }
         )
         state.tink = _control(served, content, LoRARequest, asked)
+        # As vLLM does in its other processes: this one would read the environment for every token.
+        envs.enable_envs_cache()
         logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(served.status()))
 
 

@@ -66,6 +66,7 @@ USED = (
     Name(NAMES["initialize_layerwise_reload"], exactly=("model",)),
     Name(f"{NAMES['default_loader']}:{_FILTER}", exactly=_FILES),
     Name(f"{NAMES['InputProcessor']}.process_inputs"),
+    Name(f"{NAMES['envs']}:enable_envs_cache"),
     Name(f"{NAMES['lora_model_runner_mixin']}:LRUCacheWorkerLoRAManager"),
     Name(f"{NAMES['shm_broadcast']}:sched_yield"),
     Name(f"{_ENGINE}.pause_generation", accepts=("mode",)),

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tink_rl.settings import refused
 
+KEEP_IDLE_S = 86400.0
 _PREFIX = "TINK_SERVER_"
 
 
@@ -28,6 +29,8 @@ class PluginSettings(BaseSettings):
     golden_budget_gib: float | None = None
     shared: bool = True
     """What the server leaves free of a GPU is the trainer's: golden weights go to host memory then."""
+    keep_idle_s: float = Field(default=KEEP_IDLE_S, ge=0)
+    """For so long what nobody owns or samples stays served; 0: until something needs its place."""
     waits_asleep: str = ""
     """See `placement.who_waits_asleep`."""
 

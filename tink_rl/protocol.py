@@ -131,6 +131,8 @@ class JoinRequest(_Carried):
     policy: PolicyName
     writer: str
     """Names the publisher: the same one may join again at any time, another one when the lease ended."""
+    lasting: bool = False
+    """What it publishes is in use after it leaves, and beside other versions: nobody else replaces it."""
 
 
 class JoinAnswer(Message):

@@ -18,7 +18,7 @@ from pathlib import Path
 from tink_rl import errors, gpus, memory_plan
 from tink_rl.errors import ConfigError
 from tink_rl.loopback import http_url, is_loopback
-from tink_rl.plugin_settings import PluginSettings
+from tink_rl.plugin_settings import KEEP_IDLE_S, PluginSettings
 from tink_rl.policy.fingerprint import base_fingerprint
 from tink_rl.policy.model_dir import model_to_serve
 from tink_rl.settings import LORA_RANKS, slot_for
@@ -58,6 +58,8 @@ class ServerOptions(memory_plan.ServePlan):
     max_cpu_loras: int | None = None
     token_file: str | None = None
     golden_budget_gib: float | None = None
+    keep_idle_s: float = KEEP_IDLE_S
+    """For so long a policy stays served that nobody publishes or samples; 0: until its place is needed."""
     channel_port: int = 0
     startup_timeout_s: float | None = None
     """None: 600, or 1800 with a GPU (compiling, capturing graphs) or a hub id; downloading is not in it."""
@@ -253,6 +255,7 @@ def environment(
         channel_port=options.channel_port,
         golden_tier=options.golden_tier,
         golden_budget_gib=options.golden_budget_gib,
+        keep_idle_s=options.keep_idle_s,
         shared=options.shared_with_trainer,
         waits_asleep=waits_asleep,
     ).as_environment()

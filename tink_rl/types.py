@@ -165,6 +165,24 @@ class PendingRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedPolicy:
+    """What a server serves of one policy: `ServedPolicy(policy="math", mode=SyncMode.ADAPTER,
+    versions=("math@3", "math@4"), owner=None, lease_s=None, num_bytes=786432, idle_s=41.5)`"""
+
+    policy: str
+    mode: SyncMode
+    versions: tuple[str, ...]
+    owner: str | None
+    """Who publishes or keeps it; None: whoever needs its place may take it."""
+    lease_s: float | None
+    """Until the owner's lease ends unless renewed; None: nobody holds one."""
+    num_bytes: int
+    """Of the versions' packets; 0 for whole tensors."""
+    idle_s: float
+    """Since a version was asked for or published last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerStatus:
     """What `GET /tink/v1/status` says of one server."""
 
@@ -214,6 +232,8 @@ class ServerStatus:
     """Requests that were admitted and have not ended."""
     holding: bool = False
     """Whether new requests are held, because a commit waits for the running ones or writes."""
+    policies: tuple[ServedPolicy, ...] = ()
+    """What of each policy is served, and whose it is."""
     pending: tuple[PendingRequest, ...] = ()
     """The oldest requests that have not ended."""
     no_full_logprobs: str | None = "its tink_rl is older than the trainer's"

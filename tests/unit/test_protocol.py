@@ -35,6 +35,7 @@ MESSAGES = {
         "protocol": PROTOCOL_VERSION,
         "policy": "p",
         "writer": "w",
+        "lasting": True,
         "transport": "shm",
         "timeout_s": 1.5,
         "segment": SEGMENT,
@@ -68,7 +69,7 @@ MESSAGES = {
 }
 MAY_BE_MISSING = {
     *("join segment", "stage segment", "stage update_id", "commit retire", "commit digest"),
-    *("begin plan", "abort reason"),
+    *("begin plan", "abort reason", "join lasting"),
 }
 WRONG = [[[]]]
 """Of no field's type."""

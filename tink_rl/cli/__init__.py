@@ -17,7 +17,7 @@ from tink_rl.errors import LaunchFailed, TinkError
 
 __all__ = ["Heartbeat", "main", "show_wait"]
 
-_COMMANDS = ("serve", "status", "report", "doctor", "export", "worker", "convert")
+_COMMANDS = ("serve", "status", "drop", "report", "doctor", "export", "worker", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

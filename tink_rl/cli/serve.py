@@ -69,6 +69,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     serve.add_argument("--golden-tier", default="auto", help="auto, device, host or file")
     serve.add_argument(
+        "--keep-idle",
+        dest="keep_idle_s",
+        type=float,
+        metavar="SECONDS",
+        help="how long a policy stays served that nobody publishes or samples; default: 86400, a day; "
+        "0: until another needs its place",
+    )
+    serve.add_argument(
         "--channel-port", type=int, help="default: VLLM_GROUP_PORT, else 0, which is any free port"
     )
     serve.add_argument(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tink_rl.config import SyncConfig
 from tink_rl.transport.sampling_client import SamplingClient
+from tink_rl.types import PendingRequest, ServedPolicy
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,6 +23,24 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     status.set_defaults(run=run)
 
 
+def _policies(found: Sequence[ServedPolicy]) -> Iterator[str]:
+    for p in found:
+        lease = "" if p.lease_s is None else f", lease {p.lease_s:.0f} s"
+        yield (
+            f"{', '.join(p.versions)}: {p.mode.value}, {p.num_bytes / 2**20:.1f} MiB, "
+            f"{p.owner or 'nobody owns it'}{lease}, last used {p.idle_s:.0f} s ago"
+        )
+
+
+def _pending(found: Sequence[PendingRequest]) -> Iterator[str]:
+    for p in found:
+        yield f"{p.state} for {p.age_s:.1f} s: {p.what} from {p.address}"
+
+
+_ROWS: dict[str, Callable[[Any], Iterator[str]]] = {"policies": _policies, "pending": _pending}
+"""Fields of which every entry has a line of its own."""
+
+
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print every field; 1 if the server is not ready."""
     token = SyncConfig(token_file=arguments.token_file).read_token()
@@ -27,5 +48,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         status = client.status()
     for name in status.__dataclass_fields__:
         value = getattr(status, name)
-        sys.stdout.write(f"{name:18} {value}\n")
+        rows = _ROWS[name](value) if name in _ROWS and value else [value]
+        for row in rows:
+            sys.stdout.write(f"{name:18} {row}\n")
     return 0 if status.reason is None else 1

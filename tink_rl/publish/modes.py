@@ -41,8 +41,10 @@ def choose_mode(
         raise _not_offered(
             f"{because} needs mode {' or '.join(needed.modes)}", needed.modes[0], status
         )
-    others = {PolicyVersion.parse(name).policy for name in status.served if "@" in name} - {policy}
-    slots = sorted(set(status.served) - {status.merged, status.full})
+    unowned = {n for p in status.policies if p.owner is None for n in p.versions}
+    kept = set(status.served) - unowned  # what nobody owns makes room
+    others = {PolicyVersion.parse(name).policy for name in kept if "@" in name} - {policy}
+    slots = sorted(kept - {status.merged, status.full})
     too_large = needed.rank > status.max_lora_rank and SyncMode.ADAPTER in status.modes
     if too_large and SyncMode.ADAPTER not in fitting:
         reason = f"rank {needed.rank} is above the server's slots ({status.max_lora_rank})"

@@ -18,7 +18,7 @@ from tink_rl import errors
 from tink_rl.config import SyncConfig
 from tink_rl.publish.probe_rules import Limits, coarser, largest_gap, limits, share_applied
 from tink_rl.transport.fleet import Fleet
-from tink_rl.types import ServerStatus, SyncMode
+from tink_rl.types import PolicyVersion, ServerStatus, SyncMode
 
 logger = logging.getLogger("tink_rl")
 NUM_DECODED = 4
@@ -239,8 +239,8 @@ class ProbeCheck:
             if status.full is not None:
                 return (
                     f"the server holds the whole tensors of {status.full!r} in place of its base, and slots "
-                    "add to those: publish to a server without a full version, or end that run and drop "
-                    "its version first"
+                    "add to those: publish to a server without a full version, or end that run, then "
+                    f"`tink-rl drop URL {PolicyVersion.parse(status.full).policy}`"
                 )
         return None
 

@@ -127,8 +127,21 @@ class WeightSync:
             self._base.check_served(status)
             check_content(self.fleet, self._base.directory)
             self._status = status
-        self.fleet.each(lambda replica: replica.ensure_channel())
+            self._replace_full()
+        self._join()
         return self._status
+
+    def _replace_full(self) -> None:
+        """With mode "auto", end what an earlier run left of this policy in full mode: slots exclude it."""
+        full, auto = self.status.full, self.config.wanted_mode == "auto"
+        if auto and full and PolicyVersion.parse(full).policy == self.config.policy:
+            self._join()
+            self._drop(full)
+            self._status = self.fleet.check_alike()
+            self._modes.open(self._status)
+
+    def _join(self) -> None:
+        self.fleet.each(lambda replica: replica.ensure_channel())
 
     @property
     def status(self) -> ServerStatus:
@@ -286,7 +299,7 @@ class WeightSync:
     def _attempt(self, transfer: Transfer, watch: Stopwatch, retire: Sequence[str]) -> float:
         """Every replica serves it, with its digest, and `retire` no more; the longest hold in seconds."""
         with watch(Phase.JOIN):
-            self.fleet.each(lambda replica: replica.ensure_channel())
+            self._join()
         with watch(Phase.STAGE):
             transfer.stage()
         with watch(Phase.COMMIT):

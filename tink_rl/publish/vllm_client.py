@@ -150,6 +150,43 @@ class VLLMClient(SamplingClient):
         if update is not None:
             update.finish()
 
+    def drop(self, name: str) -> list[str]:
+        """Stop serving a policy, or one version of it (`policy@N`), that nobody publishes.
+
+        Requests that run on it end on it. Where it was in the weights the base comes back.
+
+        Returns:
+            Names of the versions that were served.
+
+        Raises:
+            LeaseHeld: somebody publishes it, who is named.
+            UnknownVersion: no such version is served.
+        """
+        version = PolicyVersion.find(name)
+        policy = name if version is None else version.policy
+        versions = [v for p in self.status().policies if p.policy == policy for v in p.versions]
+        chosen = versions if version is None else [v for v in versions if v == name]
+        if not chosen:
+            served = sorted(self.status().served)
+            raise errors.UnknownVersion(
+                f"{name} is not served; served are {', '.join(served) or 'none'}",
+                replica=self.base_url,
+            )
+        config = SyncConfig(policy=policy, transport="http", lease_wait_s=0.0)
+        replica = Replica(self, config, writer=f"drop-{uuid.uuid4().hex[:12]}")
+        try:
+            replica.ensure_channel()
+            for served_name in chosen:
+                replica.drop(served_name)
+        finally:
+            replica.close()
+        return chosen
+
+    def drop_idle(self) -> list[str]:
+        """`drop` every policy that nobody publishes or keeps; names of the versions that were served."""
+        idle = [found.policy for found in self.status().policies if found.owner is None]
+        return [version for policy in idle for version in self.drop(policy)]
+
     def _replica(self) -> Replica:
         if self._fleet is None:
             config = SyncConfig(policy=self.policy, mode=SyncMode.FULL)

@@ -118,7 +118,8 @@ class PluginLoader:
         config = SyncConfig(
             policy=PolicyVersion.parse(name).policy, transport="http", lease_wait_s=0.0
         )
-        return Replica(self._client, config, writer=f"sampling-{uuid.uuid4().hex[:12]}")
+        writer = f"sampling-{uuid.uuid4().hex[:12]}"
+        return Replica(self._client, config, writer=writer, lasting=True)
 
     def drop(self, name: str) -> None:
         """See `Loader.drop`. A version that somebody else is loading at this moment stays."""

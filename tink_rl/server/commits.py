@@ -6,6 +6,7 @@ Full versions end in `updates.py`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,14 @@ from tink_rl.errors import TinkError
 from tink_rl.protocol import CommitAnswer, CommitRequest, DropRequest, Empty
 from tink_rl.server.caches import forget_caches
 from tink_rl.server.rpc import check_alike
+from tink_rl.server.served import Served, owner_of
 from tink_rl.server.staged_adapters import SCHEME
 from tink_rl.server.stages import Staged, Stages
-from tink_rl.server.state import Served, ServedState
+from tink_rl.server.state import ServedState
 from tink_rl.types import OnRunning, PolicyVersion, ServerState, SyncMode
+
+logger = logging.getLogger("tink_rl.server")
+_DRAIN_S = 30.0
 
 
 class Commits:
@@ -50,7 +55,7 @@ class Commits:
             CommitFailed: the server is NOT READY.
         """
         staged = self._stages.find(request.stage_id)
-        self._state.leases.check(staged.header.policy, staged.header.epoch)
+        lease = self._state.leases.check(staged.header.policy, staged.header.epoch)
         if not staged.checked:
             if not request.digest:
                 raise errors.BadRequest(f"{staged.name} was not received whole; call staged first")
@@ -66,6 +71,7 @@ class Commits:
         async with self._state.lock:
             self._state.leases.check(staged.header.policy, staged.header.epoch)
             self._state.check_mode(staged.header.mode, staged.header.policy)
+            await self._make_room(staged, request)
             # From here on, whatever becomes of it: who joins meanwhile counts on from this number.
             digest = staged.header.digest if staged.checked else str(request.digest)
             self._state.numbers.take(staged.name, digest)
@@ -74,12 +80,34 @@ class Commits:
             else:
                 work = self._commit_merged(staged, request.drain_timeout_s, request.on_running)
             held_s: float = await self._stages.all_or_none(staged, work)
-            for name in request.retire:
+            served = self._state.served[staged.name]
+            served.writer, served.lasting = lease.writer, lease.lasting
+            served.num_bytes = staged.header.num_bytes
+            for name in (*request.retire, *self._left_by_others(served)):
                 self._state.retire_slot(name)
         self._stages.pop(staged)
         full = next((v.name for v in self._state.served.values() if v.mode is SyncMode.FULL), None)
         digest = self._state.served[staged.name].digest
         return CommitAnswer(held_seconds=held_s, digest=digest, full=full)
+
+    async def _make_room(self, staged: Staged, request: CommitRequest) -> None:
+        """Drop what nobody owns and what excludes the version that comes."""
+        for old in self._state.in_the_way(staged.header.mode, staged.header.policy):
+            logger.info("tink_rl: %s, which nobody owns, makes room for %s", old.name, staged.name)
+            await self._end(old, request.drain_timeout_s, request.on_running)
+
+    def _left_by_others(self, new: Served) -> list[str]:
+        """Versions of the policy of `new` in slots that another writer published: its heir ends them.
+
+        Not for version 0, which a probe tries before the heir has proven that it can publish.
+        """
+        if new.lasting or PolicyVersion.parse(new.name).version == 0:
+            return []
+        return [
+            old.name
+            for old in self._state.served.values()
+            if old.policy == new.policy and old.writer != new.writer and not old.lasting
+        ]
 
     async def _commit_adapter(self, staged: Staged, digest: str, timeout_s: float) -> float:
         name = staged.name
@@ -143,8 +171,22 @@ class Commits:
                 raise errors.UnknownVersion(
                     f"{name} is not served; served are {sorted(self._state.served) or 'none'}"
                 )
-            if served.mode is not SyncMode.ADAPTER:
-                await self._commit_merged(None, request.drain_timeout_s, request.on_running)
-            else:
-                self._state.retire_slot(name)
+            await self._end(served, request.drain_timeout_s, request.on_running)
         return Empty()
+
+    async def drop_unowned(self, policy: str) -> None:
+        """Stop serving every version of `policy`, unless somebody owns it by now.
+
+        Raises:
+            DrainTimeout, CommitFailed: the base could not be brought back.
+        """
+        async with self._state.lock:
+            for served in list(self._state.served.values()):
+                if served.policy == policy and owner_of(served, self._state.leases) is None:
+                    await self._end(served, _DRAIN_S, "drain")
+
+    async def _end(self, served: Served, drain_timeout_s: float, on_running: OnRunning) -> None:
+        if served.mode is SyncMode.ADAPTER:
+            self._state.retire_slot(served.name)
+        else:
+            await self._commit_merged(None, drain_timeout_s, on_running)

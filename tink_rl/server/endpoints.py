@@ -23,6 +23,7 @@ from tink_rl.server.admission import GateMiddleware
 from tink_rl.server.commits import Commits
 from tink_rl.server.content import ServedContent
 from tink_rl.server.gate import GATE
+from tink_rl.server.leftovers import Leftovers
 from tink_rl.server.offered import check_layout, offered_modes
 from tink_rl.server.routes import Control, router
 from tink_rl.server.stages import Stages
@@ -81,9 +82,11 @@ class TinkEndpoints:
                 "shared_with_trainer": asked.shared,
             }
         )
-        state.tink = _control(served, content, LoRARequest, asked)
+        state.tink = control = _control(served, content, LoRARequest, asked)
         # As vLLM does in its other processes: this one would read the environment for every token.
         envs.enable_envs_cache()
+        if asked.keep_idle_s:
+            served.in_background(Leftovers(served, control.commits, asked.keep_idle_s).watch())
         logger.info("tink_rl: ready, modes %s%s", list(served.modes), _golden_text(served.status()))
 
 

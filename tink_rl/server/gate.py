@@ -52,6 +52,8 @@ class Gate:
         self._tickets = itertools.count(1)
         self._waiting: set[Arrival] = set()
         self._running: dict[int, Arrival] = {}
+        self.last_admitted = 0.0
+        """When (monotonic seconds)."""
         self.refusal: TinkError | None = None
         """Why sampling is refused, or None."""
 
@@ -86,7 +88,7 @@ class Gate:
         if self.refusal is not None:
             raise self.refusal
         ticket = next(self._tickets)
-        arrival.state = "running"
+        arrival.state, self.last_admitted = "running", time.monotonic()
         self._waiting.discard(arrival)
         self._running[ticket] = arrival
         return ticket

@@ -20,6 +20,8 @@ class Lease:
     writer: str
     epoch: int
     expires: float
+    lasting: bool = False
+    """What is published under it belongs to its writer afterwards too: a sampling service's adapters."""
 
 
 class Leases:
@@ -31,7 +33,9 @@ class Leases:
         self._epochs = itertools.count(time.time_ns() // 1_000_000)
         self._leases: dict[str, Lease] = {}
 
-    def take(self, policy: str, writer: str) -> tuple[Lease, Lease | None]:
+    def take(
+        self, policy: str, writer: str, *, lasting: bool = False
+    ) -> tuple[Lease, Lease | None]:
         """A lease with a fresh epoch, and the one that it replaces (whose channel must be closed).
 
         Raises:
@@ -52,6 +56,7 @@ class Leases:
             writer=writer,
             epoch=next(self._epochs),
             expires=self._clock() + LEASE_S,
+            lasting=lasting,
         )
         self._leases[policy] = lease
         return lease, old
@@ -75,6 +80,15 @@ class Leases:
         """Whether the lease of `epoch` is the current one and has not expired."""
         lease = self._leases.get(policy)
         return lease is not None and lease.epoch == epoch and lease.expires > self._clock()
+
+    def holder(self, policy: str) -> Lease | None:
+        """The lease of `policy`, if it has not expired."""
+        lease = self._leases.get(policy)
+        return lease if lease is not None and lease.expires > self._clock() else None
+
+    def left_s(self, lease: Lease) -> float:
+        """Seconds until `lease` expires unless it is renewed."""
+        return lease.expires - self._clock()
 
     def release(self, policy: str, epoch: int) -> None:
         """End the lease, if it is still this one."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from typing import Any
 
 from tink_rl import errors
@@ -20,10 +20,12 @@ from tink_rl.server.gate import Gate
 from tink_rl.server.leases import Leases
 from tink_rl.server.numbers import Numbers
 from tink_rl.server.rpc import Workers
+from tink_rl.server.served import Served, Slots, owner_of, served_policies
 from tink_rl.types import (
     PROTOCOL_VERSION,
     OnRunning,
     PolicyVersion,
+    ServedPolicy,
     ServerState,
     ServerStatus,
     SyncMode,
@@ -36,22 +38,6 @@ _ABORT_AGAIN_S = 0.1
 """How long what was aborted may take to end before what came after it is aborted too."""
 _CUT_AFTER_S = 5.0
 """How long a request may outlive its end in the engine before its handler is ended too."""
-
-
-@dataclass(kw_only=True)
-class Served:
-    """A version that can be sampled."""
-
-    name: str
-    digest: str
-    mode: SyncMode
-    path: str = ""
-    lora_id: int = 0
-
-    @property
-    def policy(self) -> str:
-        """The policy that this is a version of."""
-        return PolicyVersion.parse(self.name).policy
 
 
 class ServedState:
@@ -77,6 +63,7 @@ class ServedState:
         """
         self.engine, self.gate, self.modes = engine, gate, modes
         self._models, self._facts = models, facts
+        self._models.lora_requests = Slots(models.lora_requests, self._was_asked_for)
         self.workers, self.leases, self.numbers = Workers(engine), Leases(), Numbers()
         self.lock = asyncio.Lock()
         """Held by whoever changes what is served."""
@@ -135,8 +122,13 @@ class ServedState:
             },
             running=self.gate.num_running,
             holding=self.gate.is_holding,
+            policies=self.policies(),
             pending=self.gate.pending(),
         )
+
+    def policies(self) -> tuple[ServedPolicy, ...]:
+        """What is served of each policy, and whose it is."""
+        return tuple(served_policies(self.served.values(), self.leases, self.gate))
 
     # -- what may be changed ------------------------------------------------------------------------
 
@@ -172,13 +164,25 @@ class ServedState:
                 f"this server is NOT READY: {self.reason}; a slot does not heal the weights under it: "
                 "publish in full or merged mode, or restart the server"
             )
+        self.in_the_way(mode, policy)
+
+    def in_the_way(self, mode: SyncMode, policy: str) -> list[Served]:
+        """What must go before a version of `policy` is served in `mode`, and belongs to nobody else.
+
+        Raises:
+            ModeUnavailable: something must that is another writer's, or of another kind.
+        """
+        found = []
         for served in self.served.values():
+            owner = None if served.policy == policy else owner_of(served, self.leases)
             if {mode, served.mode} == {SyncMode.ADAPTER, SyncMode.MERGED}:
-                raise errors.ModeUnavailable(
-                    f"mode {mode.value!r}: this server serves {served.name} in "
-                    f"{served.mode.value} mode, and a slot adapter would add to merged weights; "
-                    "drop that policy first, or use a second server"
-                )
+                if owner is not None:
+                    raise errors.ModeUnavailable(
+                        f"mode {mode.value!r}: this server serves {served.name} of {owner} in "
+                        f"{served.mode.value} mode, and a slot adapter would add to merged weights; "
+                        "wait until that ends (`tink-rl status URL`), or use a second server"
+                    )
+                found.append(served)
             if (
                 mode is SyncMode.ADAPTER
                 and served.mode is SyncMode.FULL
@@ -186,14 +190,15 @@ class ServedState:
             ):
                 raise errors.ModeUnavailable(
                     f"mode 'adapter': policy {policy!r} is served in full mode as {served.name}, and a "
-                    "policy has one kind at a time; drop that version first, or choose another name "
-                    "with SyncConfig(policy=...)"
+                    f"policy has one kind at a time; `tink-rl drop URL {policy}` first, or choose another "
+                    "name with SyncConfig(policy=...)"
                 )
-            if SyncMode.ADAPTER not in (mode, served.mode) and served.policy != policy:
+            if SyncMode.ADAPTER not in (mode, served.mode) and owner is not None:
                 raise errors.ModeUnavailable(
-                    f"{mode.value} mode holds one policy and {served.name} is served; use "
+                    f"{mode.value} mode holds one policy and {served.name} of {owner} is served; use "
                     "SyncConfig(mode='adapter') for several policies, or a second server"
                 )
+        return found
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -250,6 +255,10 @@ class ServedState:
         return Empty()
 
     # -- what is served now -----------------------------------------------------------------------
+
+    def _was_asked_for(self, name: str) -> None:
+        if name in self.served:
+            self.served[name].was_used()
 
     def fill_slot(self, served: Served, request: Any) -> None:
         """Serve a version that every worker holds in a slot; `request` is vLLM's record of it."""
@@ -311,7 +320,11 @@ class ServedState:
         self._release_when_idle(served)
 
     def _release_when_idle(self, served: Served) -> None:
-        task = asyncio.create_task(self._release(served))
+        self.in_background(self._release(served))
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` for as long as it takes, in this server's life."""
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

@@ -49,7 +49,7 @@ class Writers:
         if request.transport is Transport.SHM:  # before anything changes: can every worker map it?
             assert request.segment is not None, "what was read holds a segment"
             await self._workers.ask("tink_attach", request.segment.to_json())
-        lease, old = self._leases.take(policy, request.writer)
+        lease, old = self._leases.take(policy, request.writer, lasting=request.lasting)
         if old is not None:
             await self._workers.ask("tink_close", old.epoch)
         await self._stages.forget_policy(policy)  # its writer died before the commit

@@ -69,6 +69,7 @@ class PolicyPublisher:
             UnsupportedAdapter: the adapter cannot be published.
             SecondPublisher: the model has a publisher already.
         """
+        self.ranks = ranks
         self.collector = collector_for(model, base_model or None)
         check_fits(config.wanted_mode, self.collector.needs)
         self.sync = WeightSync(clients, base_model=base_model, config=config)
@@ -81,7 +82,6 @@ class PolicyPublisher:
         """Optimizer steps that were done when training began; None: it has not."""
         self.is_training = False
         """Whether `train` is under way: it gives the lease back when it ends."""
-        self.ranks = ranks
         self._model, self._accelerator, self._prober = model, accelerator, prober
         self._config, self._base_model, self._tokenizer = config, base_model, tokenizer
         self._current = ""
@@ -205,7 +205,7 @@ class PolicyPublisher:
             raise errors.BaseMismatch(
                 f"{name} is a slot on a server that now holds {weights}; this run was proven on {proven}, so "
                 "what is sampled is no longer the policy that is trained. Give one of the two runs a server "
-                "of its own, or drop that version, then resume"
+                "of its own, or `tink-rl drop URL NAME` that version once its run has ended, then resume"
             )
 
     def _probes_now(self) -> bool:

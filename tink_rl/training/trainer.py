@@ -124,11 +124,24 @@ def attach(
         ConfigError: an argument under which the run would be wrong.
         UnsupportedAdapter: the adapter cannot be published.
         SecondPublisher: this model is published already.
+        In any case the trainer is as it was, and the model free for another attempt.
     """
     checks.check_trainer(trainer, SUPPORTED)
     trl_seam.check(trainer)
     checks.check_arguments(trainer.args)
-    sync = sync or SyncConfig()
+    before = dict(vars(trainer))
+    try:
+        return _attach(trainer, servers, sync or SyncConfig())
+    except BaseException:
+        link = vars(trainer).get("policy_link")
+        if link is not None and link is not before.get("policy_link"):
+            link.close()
+        vars(trainer).clear()
+        vars(trainer).update(before)
+        raise
+
+
+def _attach(trainer: RolloutTrainer, servers: Servers, sync: SyncConfig) -> PolicyPublisher:
     clients = clients_of(servers, sync, trainer.args)
     _place(trainer, clients, sync)
     link = link_to(trainer, clients, sync)

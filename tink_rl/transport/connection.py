@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 from tink_rl import errors
@@ -40,17 +41,20 @@ _HTTP_SLACK_S = 5.0
 class Connection:
     """The right to publish to one server, and what carries the bytes there."""
 
-    def __init__(self, client: SamplingClient, config: SyncConfig, *, writer: str) -> None:
+    def __init__(
+        self, client: SamplingClient, config: SyncConfig, *, writer: str, lasting: bool = False
+    ) -> None:
         self.client = client
         self.url = client.base_url
         self.last_version = 0
-        self._config, self._writer = config, writer
+        self._config, self._writer, self._lasting = config, writer, lasting
         self._channel: Channel | None = None
         self._joined: JoinAnswer | None = None
         self._transport = Transport(config.transport)
         self._segment: Segment | None = None
         """Shared memory for packets that lie elsewhere, and to find out whether it is shared."""
-        self._stop_heartbeat: threading.Event | None = None
+        self._stop_heartbeat: weakref.finalize[..., Connection] | None = None
+        """Ends the heartbeat; called too when nobody has this connection any more."""
 
     @property
     def incarnation(self) -> str | None:
@@ -111,6 +115,7 @@ class Connection:
             protocol=PROTOCOL_VERSION,
             policy=self._config.policy,
             writer=self._writer,
+            lasting=self._lasting,
             transport=transport,
             timeout_s=self._config.join_timeout_s,
             segment=None if segment is None else segment.spec,
@@ -142,7 +147,8 @@ class Connection:
         return channel
 
     def _start_heartbeat(self, joined: JoinAnswer) -> None:
-        stop = self._stop_heartbeat = threading.Event()
+        stop = threading.Event()
+        self._stop_heartbeat = weakref.finalize(self, stop.set)
         request = LeaseRequest(policy=self._config.policy, epoch=joined.epoch)
         client, every_s = self.client, joined.lease_s / 4
 
@@ -157,7 +163,7 @@ class Connection:
     def forget_channel(self) -> None:
         """Drop the channel without asking the server; the next publish opens a fresh one."""
         if self._stop_heartbeat is not None:
-            self._stop_heartbeat.set()
+            self._stop_heartbeat()
         if self._channel is not None:
             self._channel.close()
         self._channel = self._joined = self._stop_heartbeat = self._segment = None

@@ -24,8 +24,10 @@ _CHUNK_BYTES = 8 * 2**20
 class Replica(Connection):
     """One server to which versions are published."""
 
-    def __init__(self, client: SamplingClient, config: SyncConfig, *, writer: str) -> None:
-        super().__init__(client, config, writer=writer)
+    def __init__(
+        self, client: SamplingClient, config: SyncConfig, *, writer: str, lasting: bool = False
+    ) -> None:
+        super().__init__(client, config, writer=writer, lasting=lasting)
         self.segments = SegmentPool()
         """Shared memory that packets are packed into; a fleet's replicas have one."""
 

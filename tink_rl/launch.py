@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
 
-from tink_rl import errors, gpus, memory_plan, placement
+from tink_rl import errors, gpus, memory_plan, placement, shared_names
 from tink_rl.download import download, is_from_hub
 from tink_rl.errors import ConfigError, LaunchFailed, TinkError
 from tink_rl.post_mortem import count_oom_kills, explain
@@ -74,6 +75,7 @@ class VLLMServer:
         self._log_offset = 0
         self._oom_kills: int | None = None
         self._is_prepared = False
+        self._launch_id = ""
 
     def __enter__(self) -> VLLMServer:
         return self.start()
@@ -168,10 +170,13 @@ class VLLMServer:
         binding = plan.server_binding if self.options.shared_with_trainer else None
         if binding is None and self.options.tensor_parallel_size > 1:
             binding = plan.server_binding
+        _remove_shared_memory_of_the_dead()
+        self._launch_id = uuid.uuid4().hex
         env = environment(
             self.options,
             os.environ,
             token_file=self.token_file,
+            launch_id=self._launch_id,
             server_binding=binding,
             waits_asleep=placement.who_waits_asleep(shares_cores=self.options.shared_with_trainer),
             has_gpu=gpu,
@@ -219,7 +224,7 @@ class VLLMServer:
         client = self.client()
         timeout_s = self.options.startup_timeout(has_gpu=gpus.has_gpu())
         said = -1.0
-        while not _answers(client):
+        while not _answers(client, self._launch_id):
             seconds = time.monotonic() - start
             if not self.alive:
                 raise self._failure("vLLM ended while starting")
@@ -241,6 +246,8 @@ class VLLMServer:
             raise self._failure(f"the first request failed: {error}") from error
         finally:
             client.close()
+        assert self.pid is not None
+        shared_names.note(self.pid, group_members(self.pid))
         self._on_wait("ready", time.monotonic() - start)
 
     def _wait_for_the_end(self) -> None:
@@ -296,6 +303,7 @@ class VLLMServer:
         _end_group(process.pid, signal.SIGKILL, 10.0)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5.0)
+        _remove_shared_memory_of_the_dead()
 
 
 def _memory_line(options: ServerOptions, found: list[gpus.Gpu]) -> str:
@@ -307,6 +315,13 @@ def _memory_line(options: ServerOptions, found: list[gpus.Gpu]) -> str:
         logger.debug("no memory plan of %s: %s", options.model, error)
         return ""
     return memory_plan.gpu_line(plan, options, found)
+
+
+def _remove_shared_memory_of_the_dead() -> None:
+    if removed := shared_names.remove_left(lambda group: bool(group_members(group))):
+        logger.info(
+            "removed %s from /dev/shm, left by a server that was killed", ", ".join(removed)
+        )
 
 
 def _watched(line: list[str]) -> list[str]:
@@ -324,9 +339,11 @@ def _all_cores() -> None:
         os.sched_setaffinity(0, placement.CORES)
 
 
-def _answers(client: VLLMClient) -> bool:
+def _answers(client: VLLMClient, launch_id: str) -> bool:
+    """Whether the server of `launch_id` is ready; another one on its port will be the end of it."""
     try:
-        return client.status(timeout_s=5.0).state is ServerState.READY
+        status = client.status(timeout_s=5.0)
+        return status.state is ServerState.READY and status.launch_id == launch_id
     except (errors.ServerUnreachable, errors.RequestTimeout, errors.NotReady):
         return False
 

@@ -20,6 +20,8 @@ class PluginSettings(BaseSettings):
 
     modes: str | None = None
     """Sync modes, separated by commas; None: what vLLM's flags allow."""
+    launch_id: str | None = None
+    """What the launcher knows its own server by."""
     token_file: str | None = None
     """Token of the control routes; without one the server does not start."""
     channel_host: str = "127.0.0.1"

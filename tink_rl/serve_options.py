@@ -241,6 +241,7 @@ def environment(
     current: Mapping[str, str],
     *,
     token_file: Path,
+    launch_id: str | None = None,
     server_binding: str | None,
     waits_asleep: str,
     has_gpu: bool,
@@ -251,6 +252,7 @@ def environment(
     env |= PluginSettings.load(
         modes=",".join(options.modes),
         token_file=str(token_file),
+        launch_id=launch_id,
         channel_host=options.host,
         channel_port=options.channel_port,
         golden_tier=options.golden_tier,

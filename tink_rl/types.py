@@ -232,6 +232,8 @@ class ServerStatus:
     """Requests that were admitted and have not ended."""
     holding: bool = False
     """Whether new requests are held, because a commit waits for the running ones or writes."""
+    launch_id: str | None = None
+    """By which its launcher knows it, on a port where two may have been started."""
     policies: tuple[ServedPolicy, ...] = ()
     """What of each policy is served, and whose it is."""
     pending: tuple[PendingRequest, ...] = ()

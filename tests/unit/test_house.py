@@ -17,7 +17,7 @@ ROOT = Path(tink_rl.__file__).parent
 FLOORS = [
     {"errors", "types", "strict_json", "loopback", "gpus", "startup_log", "cpu_limit"},
     {"tokens", "urls", "tls", "post_mortem", "remedies", "seam"},
-    {"config", "settings", "placement", "watchdog", "download"},
+    {"config", "settings", "placement", "shared_names", "watchdog", "download"},
     {"plugin_settings"},
     {"policy"},
     {"protocol"},

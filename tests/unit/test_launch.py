@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.cards import card
+from tests.fakes import status
 from tests.hub_cache import cache_snapshot
 from tests.refusals import code_of, refused
 from tink_rl import errors, launch, placement, post_mortem, serve_options, tokens
@@ -404,7 +405,7 @@ _FAKE = textwrap.dedent("""
 def _fake_server(model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", _FAKE])
     # counted, not matched: an unbuffered Python writes a line and its end apart
-    monkeypatch.setattr(launch, "_answers", lambda client: server.log_tail().count("started") == 2)
+    monkeypatch.setattr(launch, "_answers", lambda *_: server.log_tail().count("started") == 2)
     monkeypatch.setattr(launch.VLLMClient, "generate", lambda *_, **__: {})
     server = VLLMServer(model_dir("qwen3"), token_file=str(tmp_path / "token"))
     return server
@@ -574,10 +575,21 @@ def test_compiling_and_capturing_have_the_time_that_they_take(
     assert options.startup_timeout(has_gpu=has_gpu) == seconds
 
 
+@pytest.mark.parametrize(
+    ("served", "state", "ready"),
+    [("mine", "ready", True), ("another's", "ready", False), ("mine", "not_ready", False)],
+)
+def test_launcher_is_ready_when_its_own_server_answers(monkeypatch, served, state, ready):
+    found = status(state=state, launch_id=served)
+    monkeypatch.setattr(launch.VLLMClient, "status", lambda *_, **__: found)
+    with launch.VLLMClient("http://127.0.0.1:1", token="t" * 20) as client:
+        assert launch._answers(client, "mine") is ready
+
+
 def test_start_that_takes_too_long_names_its_stage_and_the_flag(model_dir, monkeypatch, tmp_path):
     slow = "import time; print('Initializing a V1 LLM engine', flush=True); time.sleep(600)"
     monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", slow])
-    monkeypatch.setattr(launch, "_answers", lambda client: False)
+    monkeypatch.setattr(launch, "_answers", lambda *_: False)
     monkeypatch.setattr(launch, "_end_group", _quick(launch._end_group))
     token = str(tmp_path / "token")
     server = VLLMServer(model_dir("qwen3"), token_file=token, startup_timeout_s=2.0)

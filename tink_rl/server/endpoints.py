@@ -71,7 +71,7 @@ class TinkEndpoints:
             models=state.openai_serving_models,
             gate=GATE,
             modes=modes,
-            facts={**facts, "base_files": content.identity},
+            facts={**facts, "base_files": content.identity, "launch_id": asked.launch_id},
         )
         await served.prepare(
             {

@@ -84,4 +84,5 @@ def test_client_that_stops_holds_no_publish(server, twin, mode, on_running):
         }
         ended = {part.partition(b'"')[0] for part in answer.split(b'"finish_reason":"')[1:]}
         assert ended == {b"length"} or (on_running == "abort" and ended <= {b"length", b"abort"})
-        assert len(answer) > 2**20  # more than uvicorn and the socket that is not read buffer
+        # More than uvicorn and the socket that is not read buffer, where it was let end by itself.
+        assert len(answer) > 2**20 or on_running == "abort"

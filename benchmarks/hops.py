@@ -271,7 +271,7 @@ def _worker(model: Any) -> Any:
     """A receiver whose slots take what `model` trains; vLLM would be asked by `add_lora`."""
     import torch
 
-    from tink_rl.server import modules, receiver
+    from tink_rl.server import modules, names, receiver
 
     sys.modules.setdefault(  # the receiver takes vLLM's record of a request from there
         "tink_rl.server.vllm_names",
@@ -279,10 +279,11 @@ def _worker(model: Any) -> Any:
     )
     state = receiver._State(rank=0, device=torch.device("cpu"))
     state.max_lora_rank = 16
+    layers = {}
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):
             rows, columns = layer.base_layer.weight.shape
-            state.shards[name] = modules.Shard(
+            shard = modules.Shard(
                 name=name,
                 layer=name,
                 shard_id=None,
@@ -290,6 +291,8 @@ def _worker(model: Any) -> Any:
                 rows=slice(0, rows),
                 columns=slice(0, columns),
             )
+            layers[name] = modules.Layer(name=name, module=layer, shards=(shard,))
+    state.names = names.Names(None, layers)
     worker: Any = receiver.TinkWorkerExtension()
     worker.tink_state_ = state
     worker.add_lora = worker.remove_lora = lambda _: True

@@ -71,6 +71,14 @@ class PeftTwin:
         tokens = output.sequences[:, ids_BT.shape[1] :]
         return list(zip(tokens.tolist(), clear.tolist(), strict=True))
 
+    @torch.no_grad()
+    def logprobs(self, prompt: tuple[int, ...], tokens: list[int]) -> list[float]:
+        """Of `tokens` after `prompt`, with the adapter."""
+        ids_BT = torch.tensor([[*prompt, *tokens]])
+        logits_TV = self.model(input_ids=ids_BT).logits[0, len(prompt) - 1 : -1].float()
+        found = logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
+        return list(found[:, 0].tolist())
+
     def clear_cases(self, count: int = 4, adapter: bool = True) -> dict[tuple[int, ...], list[int]]:
         """Prompts (of two lengths) whose greedy answers are clear, with the answers.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests import families
+
 VOCAB = 64
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -48,7 +50,7 @@ def _config(shape: str) -> Any:
             moe_intermediate_size=64,
             tie_word_embeddings=False,
         )
-    raise ValueError(shape)
+    return families.make_config(shape, _SHARED)
 
 
 def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -71,7 +73,7 @@ def make_model(shape: str, directory: Path, *, seed: int = 0, **changes: Any) ->
                 parameter.normal_(0, 0.1)
             elif parameter.ndim >= 2:
                 parameter.normal_(0, 0.15)
-            elif shape == "gemma3" and ".post_" in name:
+            elif shape in ("gemma2", "gemma3", "gemma4") and ".post_" in name:
                 parameter.fill_(3.0)  # the norm multiplies by 1 + weight
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)

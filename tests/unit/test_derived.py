@@ -13,11 +13,12 @@ pytest.importorskip("vllm", reason="the server extra is not installed")
 from tests import gpu_layout
 from tink_rl.errors import ConfigError, UnsupportedAdapter
 from tink_rl.policy.packet import TensorSpec
-from tink_rl.server import modules
+from tink_rl.server import headers, modules
 from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
 from tink_rl.server.full import FullWriter
 from tink_rl.server.layout import Group, Layout
+from tink_rl.server.names import Names
 from tink_rl.types import SyncMode
 
 HEADS, NOPE, VALUE, LATENT = 2, 16, 16, 512
@@ -123,8 +124,8 @@ def test_full_version_moves_it_too(rig, config):
 def test_slot_for_it_is_refused_because_decode_would_not_use_it(rig):
     owned = rig.derived.owned(rig.layers.values())
     assert owned == {NAME: "MLAAttention"}
-    shards = modules.by_checkpoint_name(rig.layers)
-    out, width = shards[NAME].shape
+    names = Names(rig.model, rig.layers)
+    out, width = names.find(NAME)[0].shape
     specs = (
         TensorSpec(name=f"{NAME}.lora_A.weight", shape=(4, width), dtype="float32", offset=0),
         TensorSpec(
@@ -133,8 +134,8 @@ def test_slot_for_it_is_refused_because_decode_would_not_use_it(rig):
     )
     header = SimpleNamespace(mode=SyncMode.ADAPTER, rank=4, tensors=specs)
     with pytest.raises(UnsupportedAdapter, match=r"kv_b_proj.*leave them out of target_modules"):
-        modules.check_header(header, shards, max_lora_rank=8, refused=owned)
-    modules.check_header(header, shards, max_lora_rank=8)
+        headers.check_header(header, names, max_lora_rank=8, refused=owned)
+    headers.check_header(header, names, max_lora_rank=8)
 
 
 def test_model_of_which_something_old_would_stay_is_refused_for_writing(rig, monkeypatch):

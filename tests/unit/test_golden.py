@@ -17,6 +17,7 @@ from tink_rl.server import golden_plan
 from tink_rl.server.golden import GoldenWeights, foldable
 from tink_rl.server.golden_plan import GIB, GoldenNeed, Memory, plan
 from tink_rl.server.modules import Layer, Shard
+from tink_rl.server.names import Names
 
 BASES = {
     # layers, width, kv width, intermediate, tensor parallel: GB of golden weights and of a fold's peak
@@ -161,7 +162,7 @@ def _with_config(directory: Path) -> Path:
 
 
 def load(stored, tier: str = "auto", *, device: str = "cpu") -> GoldenWeights:
-    index, layers, _ = foldable(stored.index, stored.layers)
+    index, layers, _ = foldable(stored.index, stored.layers, Names(None, stored.layers))
     wanted = golden_plan.need(layers.values(), torch.float32)
     memory = Memory(
         device=device, device_free=40 * GIB, host_available=8 * GIB, shared_with_trainer=False
@@ -180,7 +181,7 @@ def load(stored, tier: str = "auto", *, device: str = "cpu") -> GoldenWeights:
 
 
 def test_layers_of_another_name_or_shape_are_left_out_with_one_line(stored, caplog):
-    _, layers, reasons = foldable(stored.index, stored.layers)
+    _, layers, reasons = foldable(stored.index, stored.layers, Names(None, stored.layers))
     assert set(layers) == {"qkv"} and set(reasons) == {"conv1d.0", "vision.qkv.0"}
     assert "as [6, 1, 4], the served layer wants [6, 4]" in reasons["conv1d.0"]
     assert reasons["vision.qkv.0"] == "the checkpoint has no vision.qkv.0.weight"
@@ -192,7 +193,7 @@ def test_layers_of_another_name_or_shape_are_left_out_with_one_line(stored, capl
 def test_merged_mode_is_refused_only_if_nothing_can_be_folded(stored):
     del stored.layers["qkv"]
     with pytest.raises(ConfigError, match=r"in the shape that vLLM serves .*1, 4.*--mode adapter"):
-        foldable(stored.index, stored.layers)
+        foldable(stored.index, stored.layers, Names(None, stored.layers))
 
 
 def test_weights_lie_in_one_piece_and_are_the_checkpoints(stored):

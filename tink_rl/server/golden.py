@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,21 @@ from tink_rl.errors import ConfigError
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.server import golden_plan
 from tink_rl.server.golden_plan import GIB, GoldenNeed, GoldenPlan, Memory
-from tink_rl.server.modules import Layer, Shard
+from tink_rl.server.modules import Layer, Shard, has_own_loader
+from tink_rl.server.names import Names
 
 logger = logging.getLogger("tink_rl.server")
 _ALIGN_BYTES = 256
 """Of each projection in the slab: what a GPU's matrix kernels read fastest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where the checkpoint holds a projection."""
+
+    entry: CheckpointTensor
+    first_row: int = 0
+    """Of it, in a tensor that holds several."""
 
 
 class GoldenWeights:
@@ -33,7 +44,7 @@ class GoldenWeights:
 
     def __init__(
         self,
-        index: Mapping[str, CheckpointTensor],
+        index: Mapping[str, Stored],
         layers: Mapping[str, Layer],
         *,
         dtype: torch.dtype,
@@ -46,7 +57,7 @@ class GoldenWeights:
         """Plan; nothing is read yet.
 
         Args:
-            index: The checkpoint; it holds every projection of `layers` (`foldable`).
+            index: Where the checkpoint holds every projection of `layers` (`foldable`).
             layers: The layers that can be folded.
             dtype: That of the served weights.
             device: Where they are served.
@@ -125,7 +136,8 @@ class GoldenWeights:
         }
 
     def _read(self, shard: Shard) -> torch.Tensor:
-        whole = read_checkpoint_tensor(self._index[shard.name])
+        stored = self._index[shard.name]
+        whole = read_checkpoint_tensor(stored.entry)[stored.first_row :]
         return whole[shard.rows, shard.columns].to(self._dtype).clone()
 
 
@@ -147,32 +159,31 @@ def _pin(slab: torch.Tensor) -> bool:
 
 
 def foldable(
-    index: Mapping[str, CheckpointTensor], layers: Mapping[str, Layer]
-) -> tuple[dict[str, CheckpointTensor], dict[str, Layer], dict[str, str]]:
-    """Which layers the checkpoint holds as the served model does.
+    index: Mapping[str, CheckpointTensor], layers: Mapping[str, Layer], names: Names
+) -> tuple[dict[str, Stored], dict[str, Layer], dict[str, str]]:
+    """Which layers the checkpoint holds as the served model does, projection by projection or fused.
 
-    Layers whose weight has another name or shape there (a convolution that vLLM serves as a linear layer,
-    a vision tower that it renames) cannot be folded; they stay at the base.
+    Layers whose weight has another shape there (a convolution that vLLM serves as a linear layer), or that
+    the model's loader changes on the way, cannot be folded; they stay at the base.
 
     Returns:
-        The checkpoint's tensors by projection, the layers that can be folded, and of the other
+        Where the checkpoint holds each projection, the layers that can be folded, and of the other
         projections why not.
 
     Raises:
         ConfigError: nothing is left.
     """
-    entries: dict[str, CheckpointTensor] = {}
+    entries: dict[str, Stored] = {}
     kept: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
+    held = _by_projections(index, names)
     for name, layer in layers.items():
-        found = {shard.name: index.get(f"{shard.name}.weight") for shard in layer.shards}
-        whys = [_why_not(shard, found[shard.name]) for shard in layer.shards]
-        if any(whys):
-            why = next(why for why in whys if why)
+        stored, why = _stored(layer, held)
+        if why:
             reasons.update((shard.name, why) for shard in layer.shards)
         else:
             kept[name] = layer
-            entries.update((part, entry) for part, entry in found.items() if entry is not None)
+            entries.update(stored)
     if not kept:
         raise ConfigError(
             "merged mode: the checkpoint holds no linear layer of this model under the name and in the "
@@ -189,12 +200,34 @@ def foldable(
     return entries, kept, reasons
 
 
-def _why_not(shard: Shard, entry: CheckpointTensor | None) -> str:
-    if entry is None:
-        return f"the checkpoint has no {shard.name}.weight"
-    if tuple(entry.shape) != shard.shape:
-        return (
-            f"the checkpoint holds {shard.name}.weight as {list(entry.shape)}, the served layer wants "
-            f"{list(shard.shape)}"
-        )
-    return ""
+def _by_projections(
+    index: Mapping[str, CheckpointTensor], names: Names
+) -> dict[tuple[str, ...], CheckpointTensor]:
+    """The weights of the checkpoint, by the names of the projections that each holds."""
+    found = {}
+    for name, entry in index.items():
+        if name.endswith(".weight") and (shards := names.find(name.removesuffix(".weight"))):
+            found[tuple(shard.name for shard in shards)] = entry
+    return found
+
+
+def _stored(
+    layer: Layer, held: Mapping[tuple[str, ...], CheckpointTensor]
+) -> tuple[dict[str, Stored], str]:
+    """Where the checkpoint holds the projections of `layer`; or why it cannot be folded."""
+    if has_own_loader(layer.module) and getattr(layer.module, "tp_size", 1) > 1:
+        return {}, f"the model cuts {layer.name} for its ranks in a way of its own"
+    fused = held.get(tuple(shard.name for shard in layer.shards))
+    found = {}
+    for shard, rows in layer.rows_of():
+        entry = held.get((shard.name,)) if fused is None else fused
+        shape = shard.shape if fused is None else (layer.rows_of()[-1][1].stop, shard.shape[1])
+        if entry is None:
+            return {}, f"the checkpoint has no {shard.name}.weight"
+        if tuple(entry.shape) != shape:
+            return {}, (
+                f"the checkpoint holds {shard.name}.weight as {list(entry.shape)}, the served layer wants "
+                f"{list(shape)}"
+            )
+        found[shard.name] = Stored(entry=entry, first_row=0 if fused is None else rows.start)
+    return found, ""

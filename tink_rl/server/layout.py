@@ -36,8 +36,15 @@ class Group:
 class Layout:
     """Every tensor of the checkpoint, and the group that it belongs to."""
 
-    def __init__(self, index: Mapping[str, CheckpointTensor], groups: Iterable[Group]) -> None:
+    def __init__(
+        self,
+        index: Mapping[str, CheckpointTensor],
+        groups: Iterable[Group],
+        placed: Mapping[str, tuple[str, Any]] | None = None,
+    ) -> None:
         self.index = dict(index)
+        self.placed = dict(placed or {})
+        """Module in the checkpoint -> module of vLLM and shard of it, where the weight is put unchanged."""
         self.groups = {group.key: group for group in groups}
         self.group_of = {name: group for group in self.groups.values() for name in group.names}
         self.by_module = {
@@ -113,7 +120,7 @@ def trace_layout(model: Any, index: Mapping[str, CheckpointTensor]) -> Layout:
         trace.run()
     finally:
         trace.put_back()
-    return Layout(index, _connected(trace.touched))
+    return Layout(index, _connected(trace.touched), trace.placed())
 
 
 class _Trace:
@@ -122,6 +129,9 @@ class _Trace:
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._loaders: list[tuple[torch.Tensor, Any]] = []
         self._current = ""
+        self._fed: torch.Tensor | None = None
+        self._puts: dict[str, list[tuple[str, Any] | None]] = {}
+        """Where each tensor went: module and shard id; None where it was changed before."""
         self._num_fed = 0
         self._eager = False
         self.touched: dict[str, set[str]] = {name: set() for name in index}
@@ -134,7 +144,7 @@ class _Trace:
             self._listen(name, module)
         self._model.load_weights(self._feed(self._index))
         if self._eager:  # this loader reads all names before it loads the first: ask one by one
-            self.touched = {name: set() for name in self._index}
+            self.touched, self._puts = {name: set() for name in self._index}, {}
             for name in self._index:
                 self._num_fed = 0
                 self._model.load_weights(self._feed({name: self._index[name]}))
@@ -149,13 +159,16 @@ class _Trace:
                 tensor = to_meta_tensor(tensor)
                 module._parameters[name] = tensor
             self._loaders.append((tensor, getattr(tensor, "weight_loader", None)))
-            tensor.weight_loader = self._note(module_name)  # type: ignore[attr-defined]
+            tensor.weight_loader = self._note(module_name, name)  # type: ignore[attr-defined]
 
-    def _note(self, module_name: str) -> Any:
-        def note(*_: Any, **__: Any) -> bool:
+    def _note(self, module_name: str, tensor_name: str) -> Any:
+        def note(*given: Any, **named: Any) -> bool:
             if self._num_fed == len(self._index) > 1 and not any(self.touched.values()):
                 self._eager = True
             self.touched[self._current].add(module_name)
+            put = (module_name.removesuffix(".base_layer"), _shard_id(given, named))
+            is_whole = tensor_name == "weight" and _is_same(given, named, self._fed)
+            self._puts.setdefault(self._current, []).append(put if is_whole else None)
             return True
 
         return note
@@ -163,7 +176,16 @@ class _Trace:
     def _feed(self, index: Mapping[str, CheckpointTensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in index.items():
             self._current, self._num_fed = name, self._num_fed + 1
-            yield name, torch.empty(entry.shape, device="meta")
+            self._fed = torch.empty(entry.shape, device="meta")
+            yield name, self._fed
+
+    def placed(self) -> dict[str, tuple[str, Any]]:
+        """See `Layout.placed`."""
+        return {
+            name.removesuffix(".weight"): puts[0]
+            for name, puts in self._puts.items()
+            if name.endswith(".weight") and len(puts) == 1 and puts[0] is not None
+        }
 
     def put_back(self) -> None:
         for tensor, loader in self._loaders:
@@ -174,6 +196,20 @@ class _Trace:
                 tensor.weight_loader = loader  # type: ignore[attr-defined]
         for module in self._modules.values():
             put_back(module)
+
+
+def _shard_id(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The third argument of a weight loader: which shard of a fused layer."""
+    return given[2] if len(given) > 2 else named.get("loaded_shard_id", named.get("shard_id"))
+
+
+def _is_same(given: tuple[Any, ...], named: Mapping[str, Any], fed: torch.Tensor | None) -> bool:
+    """Whether a loader got just the tensor that the checkpoint holds."""
+    loaded = given[1] if len(given) > 1 else named.get("loaded_weight")
+    if not isinstance(loaded, torch.Tensor) or fed is None:
+        return False
+    is_view = loaded.untyped_storage()._cdata == fed.untyped_storage()._cdata
+    return is_view and loaded.shape == fed.shape and loaded.stride() == fed.stride()
 
 
 def put_back(module: nn.Module) -> None:

@@ -144,7 +144,6 @@ def _load_staged(manager: Any, lora_request: Any) -> Any:
     # alpha = r, because the scaling is already folded into B.
     helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": modules})
     helper.validate_legal(manager.lora_config)
-    mapper = getattr(manager._adapter_manager.model, "hf_to_vllm_mapper", None)
     return LoRAModel.from_lora_tensors(
         lora_model_id=lora_request.lora_int_id,
         tensors={f"base_model.model.{name}": t for name, t in staged.tensors.items()},
@@ -152,5 +151,5 @@ def _load_staged(manager: Any, lora_request: Any) -> Any:
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
         model_vocab_size=manager.vocab_size,
-        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+        weights_mapper=None,  # they have vLLM's names already (`names.py`)
     )

@@ -25,17 +25,17 @@ from tink_rl.errors import (
     UnknownVersion,
 )
 from tink_rl.policy import packet
-from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.protocol import SegmentSpec
-from tink_rl.server import amx, full_logprobs, modules, staged_adapters
+from tink_rl.server import amx, full_logprobs, headers, modules, staged_adapters
 from tink_rl.server.channels import Channels
 from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
 from tink_rl.server.full import FullWriter
 from tink_rl.server.golden import GoldenWeights
 from tink_rl.server.inbox import Inbox, Stage
-from tink_rl.server.layout import trace_layout
-from tink_rl.server.preparing import merged_mode
+from tink_rl.server.layout import Layout
+from tink_rl.server.names import Names
+from tink_rl.server.preparing import follow_loader, merged_mode, without_slots
 from tink_rl.transport.shared_memory import Segment
 from tink_rl.types import SyncMode
 
@@ -75,8 +75,7 @@ class _State:
     def __init__(self, *, rank: int, device: torch.device) -> None:
         self.channels = Channels(rank=rank)
         self.inbox = Inbox(self.channels, device=device)
-        self.layers: dict[str, modules.Layer] = {}
-        self.shards: dict[str, modules.Shard] = {}
+        self.names = Names(None, {})
         self.refused: dict[SyncMode, dict[str, str]] = {}
         """Projections that a mode cannot change here, and why."""
         self.golden: GoldenWeights | None = None
@@ -109,27 +108,24 @@ class TinkWorkerExtension:
         worker: Any = self
         state = _State(rank=worker.rank, device=worker.device)
         model = worker.model_runner.get_model()
-        state.layers = modules.linear_layers(model)
-        state.shards = modules.by_checkpoint_name(state.layers)
+        layers = modules.linear_layers(model)
         derived = Derived(model, worker.model_config.dtype)
-        state.refused[SyncMode.ADAPTER] = {
-            name: f"{owner} multiplies by that weight itself, which a slot does not change"
-            for name, owner in derived.owned(state.layers.values()).items()
-        }
+        state.refused[SyncMode.ADAPTER] = without_slots(layers.values(), derived)
         lora = worker.vllm_config.lora_config
         state.max_lora_rank = lora.max_lora_rank if lora is not None else 0
         if lora is not None:
             state.adapter_dtype = str(lora.lora_dtype).removeprefix("torch.")
+        layout, no_full = follow_loader(model, options)
+        state.names = Names(model, layers, None if layout is None else layout.placed)
         if SyncMode.MERGED in options["modes"]:
-            merged = merged_mode(worker, state.layers, derived, options)
+            merged = merged_mode(worker, layers, state.names, derived, options)
             state.golden, state.folder = merged.golden, merged.folder
             state.refused[SyncMode.MERGED] = dict(merged.refused)
-        no_full = None
-        if SyncMode.FULL in options["modes"]:
-            no_full = self._tink_trace_layout(state, derived, options)
+        if SyncMode.FULL in options["modes"] and layout is not None:
+            no_full = self._tink_prepare_full(state, layout, derived)
         self.tink_state_ = state
         return {
-            "num_modules": len(state.shards),
+            "num_modules": len(state.names),
             "adapter_dtype": state.adapter_dtype,
             "golden": {}
             if state.golden is None
@@ -139,20 +135,16 @@ class TinkWorkerExtension:
             "no_full_logprobs": full_logprobs.install(worker.model_runner),
         }
 
-    def _tink_trace_layout(
-        self, state: _State, derived: Derived, options: dict[str, Any]
-    ) -> str | None:
+    def _tink_prepare_full(self, state: _State, layout: Layout, derived: Derived) -> str | None:
         """Prepare full mode; why it cannot be offered, or None."""
         worker: Any = self
-        model = worker.model_runner.get_model()
         try:
             derived.check()
-            layout = trace_layout(model, checkpoint_index(options["model_dir"]))
-        except Exception as error:  # an odd loader costs this server full mode, nothing else
-            logger.warning("tink_rl: no full mode on this server", exc_info=True)
+        except ConfigError as error:
+            logger.warning("tink_rl: no full mode on this server: %s", error)
             return f"{type(error).__name__}: {error}"
         state.writer = FullWriter(
-            model,
+            worker.model_runner.get_model(),
             layout,
             vllm_config=worker.vllm_config,
             dtype=worker.model_config.dtype,
@@ -207,9 +199,9 @@ class TinkWorkerExtension:
             self._tink_update(options["update_id"])
             self._tink_writer().layout.check(header.tensors)
         else:
-            modules.check_header(
+            headers.check_header(
                 header,
-                state.shards,
+                state.names,
                 max_lora_rank=state.max_lora_rank,
                 refused=state.refused.get(header.mode),
             )
@@ -258,18 +250,20 @@ class TinkWorkerExtension:
         from tink_rl.server.vllm_names import LoRARequest
 
         worker: Any = self
-        inbox = self._tink().inbox
-        inbox.seal(stage_id, digest)
-        if inbox.state(stage_id, patience_s) != "done":
+        state = self._tink()
+        state.inbox.seal(stage_id, digest)
+        if state.inbox.state(stage_id, patience_s) != "done":
             return None
-        stage = inbox.get(stage_id)
+        stage = state.inbox.get(stage_id)
         staged_adapters.put(
             path,
             staged_adapters.StagedAdapter(
-                header=stage.header, tensors=stage.tensors, buffer=stage.buffer
+                header=stage.header,
+                tensors=state.names.cut(stage.tensors, for_slots=True),
+                buffer=stage.buffer,
             ),
         )
-        inbox.discard(stage_id)
+        state.inbox.discard(stage_id)
         request = LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=path)
         try:
             worker.add_lora(request)
@@ -294,7 +288,8 @@ class TinkWorkerExtension:
             state.writer.restore()
             self._tink_reset_lora()
         if state.folder is not None:
-            state.folder.fold({} if stage is None else self._tink_on_device(stage))
+            tensors = {} if stage is None else self._tink_on_device(stage)
+            state.folder.fold(state.names.cut(tensors))
         if stage is not None:
             state.inbox.discard(str(stage_id))
             state.inbox.give_back(stage.buffer)

@@ -1,0 +1,104 @@
+"""Families of models: a tiny one of each real config class, and what was seen of it in each mode.
+
+The one list: the tests walk it, and `docs/models.md` is made from it (`python -m tests.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODES = ("adapter", "merged", "full")
+_SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row. Example: `Family(name="Phi-3, Phi-4", shape="phi3", config="Phi3Config")`."""
+
+    name: str
+    """As people call it."""
+    shape: str
+    """For `tiny_models.make_model`."""
+    config: str
+    """Class of transformers."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What its config has beside the shared sizes."""
+    served: tuple[str, ...] = MODES
+    """Modes in which a real server answers as PEFT does (`tests/server/test_shapes_families.py`)."""
+    folded: bool = False
+    """Whether a fold is compared with the merged checkpoint (`tests/unit/test_families.py`)."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Of the adapter."""
+    note: str = ""
+    """What is special."""
+
+
+FAMILIES = (
+    Family(name="Phi-3, Phi-4", shape="phi3", config="Phi3Config", folded=True,
+           settings={"sliding_window": None, "tie_word_embeddings": False},
+           note="`qkv_proj` and `gate_up_proj` are fused in the checkpoint: the same A, B's rows cut"),
+    Family(name="GLM-4", shape="glm4", config="Glm4Config", folded=True,
+           settings={"head_dim": 32, "attention_bias": True, "tie_word_embeddings": False},
+           note="`gate_up_proj` is fused in the checkpoint, and two projections in vLLM"),
+    Family(name="Falcon-H1", shape="falcon_h1", config="FalconH1Config", folded=True, served=(),
+           settings={"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16,
+                     "mamba_n_groups": 1, "tie_word_embeddings": False},
+           targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "down_proj"),
+           note="hybrid: vLLM names the mixers otherwise; `conv1d` and states are never touched"),
+    Family(name="Nemotron-H", shape="nemotron_h", config="NemotronHConfig", folded=True, served=(),
+           settings={"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4,
+                     "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "head_dim": 32},
+           targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj"),
+           note="hybrid, as Falcon-H1"),
+)  # fmt: skip
+BY_SHAPE = {family.shape: family for family in FAMILIES}
+
+
+def make_config(shape: str, shared: Mapping[str, Any]) -> Any:
+    """The transformers config of a tiny model of `shape`."""
+    import transformers
+
+    family = BY_SHAPE[shape]
+    return getattr(transformers, family.config)(**{**shared, **family.settings})
+
+
+def table() -> str:
+    """`FAMILIES` as a Markdown table; `docs/models.md` holds it."""
+    lines = [
+        "| family | config class | adapter | merged | full | fold | adapter on | what is special |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        marks = " | ".join("served" if mode in family.served else "-" for mode in MODES)
+        folded = "yes" if family.folded else "-"
+        targets = "all linear layers"
+        if family.targets != "all-linear":
+            targets = ", ".join(f"`{target}`" for target in family.targets)
+        lines.append(
+            f"| {family.name} | `{family.config}` | {marks} | {folded} | {targets} | {family.note} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def page(text: str) -> str:
+    """`text` of the page with the table of today."""
+    head, mark, rest = text.partition("| family | config class |")
+    assert mark, "the page has a table"
+    after = rest.partition("\n\n")[2]
+    return head + table() + (f"\n{after}" if after else "")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

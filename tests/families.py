@@ -12,6 +12,19 @@ from typing import Any
 
 MODES = ("adapter", "merged", "full")
 _SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+_LATENT = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+}
+_LATENT_TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -111,6 +124,12 @@ FAMILIES = (
     Family(name="gpt-oss", shape="gpt_oss", config="GptOssConfig", folded=True, served=(),
            settings={"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
            targets=("q_proj", "k_proj", "v_proj", "o_proj"), note="experts: `full` mode only"),
+    Family(name="DeepSeek-V2", shape="deepseek_v2", config="DeepseekV2Config", folded=True, served=(),
+           settings=_LATENT, targets=_LATENT_TARGETS,
+           note="MLA: what decode multiplies by follows every fold; no slot for `kv_b_proj`"),
+    Family(name="DeepSeek-V3", shape="deepseek_v3", config="DeepseekV3Config", folded=True,
+           served=(), settings={**_LATENT, "n_group": 1, "topk_group": 1}, targets=_LATENT_TARGETS,
+           note="MLA, as DeepSeek-V2"),
 )  # fmt: skip
 BY_SHAPE = {family.shape: family for family in FAMILIES}
 

@@ -71,10 +71,11 @@ def products(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def others(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all tensors that are no linear layer's: norms, states, and convolutions."""
+    """Copies of all tensors that are no linear layer's: norms, states, convolutions, and what attention
+    makes of its layers' weights."""
     linear = set(products(model))
     return {
         name: tensor.detach().clone()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if name.rpartition(".")[0] not in linear
     }

@@ -15,6 +15,7 @@ from tests.policies import PeftTwin
 from tests.tiny_models import make_model
 from tink_rl.policy.fingerprint import checkpoint_index
 from tink_rl.server import golden_plan, modules
+from tink_rl.server.derived import Derived
 from tink_rl.server.folding import Folder
 from tink_rl.server.golden import GoldenWeights, foldable
 from tink_rl.server.layout import trace_layout
@@ -39,7 +40,9 @@ def folder_of(served, directory):
         wanted=golden_plan.need(kept.values(), torch.float32),
     )
     golden.load()
-    folder = Folder(kept, golden, vllm_config=served.config, device=CPU)
+    derived = Derived(served.model, torch.float32)
+    derived.check()
+    folder = Folder(kept, golden, vllm_config=served.config, device=CPU, derived=derived)
     return SimpleNamespace(folder=folder, names=names, reasons=reasons)
 
 
@@ -61,6 +64,7 @@ def test_fold_serves_the_merged_checkpoint_and_touches_nothing_else(family, tmp_
     twin.model.merge_and_unload().save_pretrained(merged)
     with vllm_models.loaded(merged) as served:
         expected = vllm_models.products(served.model)
+        derived = vllm_models.others(served.model)
     with vllm_models.loaded(base) as served:
         rig = folder_of(served, base)
         assert all(rig.names.find(name.rsplit(".", 2)[0]) for name in tensors)
@@ -70,6 +74,11 @@ def test_fold_serves_the_merged_checkpoint_and_touches_nothing_else(family, tmp_
         assert any(not torch.equal(now[name], before[name]) for name in now)
         for name, product in now.items():
             torch.testing.assert_close(product, expected[name], rtol=1e-4, atol=1e-4)
+        moved = set()
+        for name, tensor in vllm_models.others(served.model).items():
+            torch.testing.assert_close(tensor, derived[name], rtol=1e-4, atol=1e-4)
+            moved |= set() if torch.equal(tensor, rest[name]) else {name.rpartition(".")[2]}
+        assert moved == ({"W_UV", "W_UK_T"} if "kv_b_proj" in targets else set())
         rig.folder.fold({})
         assert all(torch.equal(x, before[n]) for n, x in vllm_models.products(served.model).items())
         assert all(torch.equal(x, rest[n]) for n, x in vllm_models.others(served.model).items())

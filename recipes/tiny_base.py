@@ -40,7 +40,7 @@ class BaseSettings:
     """What the cached model depends on."""
 
     seed: int = 0
-    num_steps: int = 500
+    num_steps: int = 260
     batch_size: int = 256
     learning_rate: float = 3e-3
     wrong_share: float = 0.65
@@ -50,7 +50,7 @@ class BaseSettings:
     alone, never learns to be sure, and no policy on top of it can be."""
     num_layers: int = 4
     width: int = 128
-    version: int = 2
+    version: int = 3
 
 
 def make_tokenizer() -> Any:

@@ -85,6 +85,17 @@ def test_fold_serves_the_merged_checkpoint_and_touches_nothing_else(family, tmp_
         assert all("conv" in name for name in rig.reasons), rig.reasons
 
 
+def test_layers_of_several_ranks_are_folded_after_the_loader_was_followed(tmp_path):
+    base = make_model("qwen3", tmp_path / "base")
+    with vllm_models.loaded(base) as served:
+        layers, index = modules.linear_layers(served.model), checkpoint_index(base)
+        names = Names(served.model, layers, trace_layout(served.model, index).placed)
+        for layer in layers.values():
+            layer.module.tp_size = 2
+        _, kept, reasons = foldable(index, layers, names)
+        assert kept == layers and not reasons
+
+
 def test_page_is_made_from_the_list():
     text = PAGE.read_text()
     assert families.page(text) == text, "run python -m tests.families"

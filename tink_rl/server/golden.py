@@ -18,7 +18,7 @@ from tink_rl.errors import ConfigError
 from tink_rl.policy.fingerprint import CheckpointTensor, read_checkpoint_tensor
 from tink_rl.server import golden_plan
 from tink_rl.server.golden_plan import GIB, GoldenNeed, GoldenPlan, Memory
-from tink_rl.server.modules import Layer, Shard, has_own_loader
+from tink_rl.server.modules import Layer, Shard
 from tink_rl.server.names import Names
 
 logger = logging.getLogger("tink_rl.server")
@@ -215,7 +215,7 @@ def _stored(
     layer: Layer, held: Mapping[tuple[str, ...], CheckpointTensor]
 ) -> tuple[dict[str, Stored], str]:
     """Where the checkpoint holds the projections of `layer`; or why it cannot be folded."""
-    if has_own_loader(layer.module) and getattr(layer.module, "tp_size", 1) > 1:
+    if layer.has_own_loader and getattr(layer.module, "tp_size", 1) > 1:
         return {}, f"the model cuts {layer.name} for its ranks in a way of its own"
     fused = held.get(tuple(shard.name for shard in layer.shards))
     found = {}

@@ -47,6 +47,8 @@ class Layer:
     """Whether its projections have no names of their own: slots take all of them as one."""
     has_slots: bool = False
     """Whether vLLM wrapped it for its LoRA slots."""
+    has_own_loader: bool = False
+    """Whether the model loads its weight by a function of its own, as state space layers do."""
 
     def rows_of(self) -> list[tuple[Shard, slice]]:
         """Each projection, and its rows where all of them come as one."""
@@ -85,9 +87,10 @@ def _layer(name: str, module: Any, packed: Mapping[str, list[str]]) -> Layer:
     from tink_rl.server.vllm_names import MergedColumnParallelLinear
 
     is_fused = isinstance(module, MergedColumnParallelLinear) or _is_qkv(module)
-    if not is_fused or has_own_loader(module):
+    own = _has_own_loader(module)
+    if not is_fused or own:
         shard = _shard(name, name, module, None, module.output_size)
-        return Layer(name=name, module=module, shards=(shard,))
+        return Layer(name=name, module=module, shards=(shard,), has_own_loader=own)
     parent, _, last = name.rpartition(".")
     sizes = _full_sizes(module)
     ids: list[Any] = list(_QKV) if _is_qkv(module) else list(range(len(sizes)))
@@ -101,8 +104,8 @@ def _layer(name: str, module: Any, packed: Mapping[str, list[str]]) -> Layer:
     return Layer(name=name, module=module, shards=shards, comes_fused=comes_fused)
 
 
-def has_own_loader(module: nn.Module) -> bool:
-    """Whether the model loads this layer's weight by a function of its own, as state space layers do."""
+def _has_own_loader(module: nn.Module) -> bool:
+    """Before the first reload: that puts a loader of its own around every layer's."""
     from tink_rl.server.vllm_names import get_layerwise_info
 
     recorded: Any = get_layerwise_info(module).restore_metadata[0].get("weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from importlib import import_module
 
 import trl
 
@@ -56,8 +57,13 @@ def is_scored(cls: type) -> bool:
 
 
 def read_of_generation(cls: type) -> set[str]:
-    """What TRL reads of its vLLM object, in whose place ours stands."""
-    return set(re.findall(r"self\.vllm_generation\.(\w+)", inspect.getsource(cls)))
+    """What TRL reads of its vLLM object, in whose place ours stands.
+
+    Of the whole module's text: for a class alone Python 3.11 builds the module's syntax tree, which takes
+    its time and can fail with a `SystemError` where a thread builds another one.
+    """
+    source = inspect.getsource(import_module(cls.__module__))
+    return set(re.findall(r"self\.vllm_generation\.(\w+)", source))
 
 
 def _misfits_of_source(cls: type) -> list[str]:

@@ -205,7 +205,7 @@ def test_server_restarted_behind_our_back_is_published_to_before_it_is_used(mort
 
 
 def test_server_killed_while_rows_are_sampled_ahead_costs_their_time_alone(
-    mortal, model_dir, tmp_path, caplog
+    mortal, model_dir, tmp_path, caplog, monkeypatch
 ):
     calls = []
 
@@ -227,6 +227,16 @@ def test_server_killed_while_rows_are_sampled_ahead_costs_their_time_alone(
         vllm_importance_sampling_mode="token_truncate",  # whole rows so long would weigh too little
         generation_kwargs={"ignore_eos": True},
     )
+    ahead = trainer.vllm_generation.ahead
+    start = ahead._start
+
+    def freezes(batch, *asked):
+        if batch.step == 2:  # or its rows might be there before the server is killed
+            ahead.wait_for_rows()
+            os.killpg(mortal.pid, signal.SIGSTOP)
+        start(batch, *asked)
+
+    monkeypatch.setattr(ahead, "_start", freezes)
     trainer.train()
     assert "sampling ahead failed" in caplog.text
     assert [row["overlap/hit_share"] for row in rows(trainer)] == [0.0, 1.0, 0.0, 1.0]
